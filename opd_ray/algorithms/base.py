@@ -1,0 +1,115 @@
+"""What an algorithm declares: everything the loop has to know about it, so that the loop needs no ``if``.
+
+An algorithm is a loss over a batch and what that loss needs. It knows no model and no Ray: the learner hands it
+experience, runs the forwards it asks for, and gives it the velocities.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from opd_ray.diffusion import choose_steps
+from opd_ray.seeds import fold
+from opd_ray.types import Conditioning, Experience, WorkItem
+
+__all__ = ["Algorithm", "Forward", "Loss"]
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """One forward pass of the student and what its loss needs beside the velocity."""
+
+    x: Tensor  # [B, C, H, W] float32
+    t: float
+    t_next: float
+    step: int
+    cond: Conditioning
+    uncond: Conditioning
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)  # each [B, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A scalar to descend, and numbers to look at (means over the batch)."""
+
+    value: Tensor  # []
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # each []
+
+
+class Algorithm(ABC):
+    """One way to learn from experience. Subclasses set what differs from these defaults."""
+
+    behaviour: ClassVar[str] = "student"
+    """The adapter that rollouts draw with."""
+    velocities: ClassVar[tuple[str, ...]] = ()
+    """Policies whose velocities the loss needs beside the student's: extra adapters, or `reference` (adapter off)."""
+    adapters: ClassVar[tuple[str, ...]] = ()
+    """Extra adapters that start as copies of the student and follow it (`follow`)."""
+    needs_rollouts: ClassVar[bool] = True
+    """False: experience is recorded, and comes from a data set."""
+    needs_teachers: ClassVar[bool] = False
+    needs_rewards: ClassVar[bool] = False
+    updates_per_round: int = 1
+    kernel: str = "flow"
+    noise_level: float = 0.0
+    steps_per_item: int | None = None
+    task_weights: Mapping[str, float] = {}
+
+    def check(self, sigmas: Tensor) -> None:  # noqa: B027  (most algorithms have nothing to refuse)
+        """Refuse a schedule that this algorithm cannot train on, before anything starts.
+
+        Args:
+            sigmas: [S] float32, descending from 1 to 0.
+
+        Raises:
+            ConfigError: what does not fit and what to do.
+        """
+
+    def trained_steps(self, num_steps: int) -> tuple[int, ...]:
+        """The steps that may be trained on, ascending."""
+        return tuple(range(num_steps))
+
+    def steps(self, num_steps: int, seed: int, *names: int | str) -> tuple[int, ...]:
+        """The steps that the work item called ``names`` trains on."""
+        seed = fold(seed, "steps", *names)
+        return choose_steps(self.trained_steps(num_steps), self.steps_per_item, seed)
+
+    def select(self, items: Sequence[WorkItem], update: int) -> Sequence[WorkItem]:
+        """The items of a round that its update number ``update`` trains on; all of them unless overridden."""
+        return items
+
+    def observe(self, scores: Sequence[tuple[WorkItem, Mapping[str, Tensor]]]) -> None:  # noqa: B027
+        """See every item's scores once a round, in item order and alike on every rank; the place to update own state."""
+
+    @abstractmethod
+    def forwards(self, experience: Experience, update: int) -> Iterator[Forward]:
+        """The student's forward passes over one work item, in step order."""
+
+    @abstractmethod
+    def loss(self, forward: Forward, velocity: Mapping[str, Tensor]) -> Loss:
+        """The loss of one forward, a mean over its batch.
+
+        Args:
+            forward: what was asked for.
+            velocity: policy -> guided velocity [B, C, H, W] float32; `student` carries the gradient.
+        """
+
+    def follow(self, adapter: str, round: int) -> float:
+        """After each round adapter <- d * adapter + (1 - d) * student: this is d."""
+        return 0.0
+
+    def item_weight(self, item: WorkItem, items: Sequence[WorkItem]) -> float:
+        """The share of one item in an update's loss: weighted mean over tasks, mean over a task's items."""
+        weights = {other.task: self.task_weights.get(other.task, 1.0) for other in items}
+        of_task = sum(other.task == item.task for other in items)
+        return weights[item.task] / sum(weights.values()) / of_task
+
+    def state_dict(self) -> dict[str, Any]:
+        """Own state as JSON values; it goes into the checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take back what ``state_dict`` gave."""

@@ -1,0 +1,85 @@
+"""On-policy distillation (DiffusionOPD, arXiv 2605.15055).
+
+The student draws its own path; a frozen teacher gives its velocity at the states of *that* path; the student's step
+means are pulled onto the teacher's in closed form:
+
+    mean   L = E_{x ~ student} 1/2 |mu_S(x) - mu_T(x)|^2               (Eq. 12, default; ODE or SDE)
+    kl     L = E_{x ~ student} |mu_S(x) - mu_T(x)|^2 / (2 std^2)       (Eq. 11, = KL of equal-covariance Gaussians)
+
+both averaged over C, H, W, the samples, the trained steps and (weighted) the tasks. The path itself carries no
+gradient, and the teacher's mean is a constant.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from opd_ray.algorithms.base import Algorithm, Forward, Loss
+from opd_ray.config import OpdConfig
+from opd_ray.diffusion import KERNELS, trained_steps
+from opd_ray.errors import ConfigError
+from opd_ray.types import Experience
+
+__all__ = ["Opd"]
+
+
+class Opd(Algorithm):
+    """One optimizer step a round over all tasks, each marked by its own teacher."""
+
+    needs_teachers: ClassVar[bool] = True
+
+    def __init__(self, config: OpdConfig) -> None:
+        self.config = config
+        self.kernel = config.kernel
+        self.noise_level = config.noise_level
+        self.steps_per_item = config.steps_per_item
+        self.task_weights = config.task_weights
+
+    def trained_steps(self, num_steps: int) -> tuple[int, ...]:
+        """The first int(fraction * N): the paper leaves out the last, whose ODE weight is nearly zero."""
+        return trained_steps(num_steps, self.config.timestep_fraction)
+
+    def check(self, sigmas: Tensor) -> None:
+        """Objective `kl` needs a positive transition std at every trained step."""
+        if self.config.objective != "kl":
+            return
+        point = torch.zeros(1, 1, 1, 1)
+        for j in self.trained_steps(len(sigmas) - 1):
+            step = KERNELS[self.kernel](point, point, float(sigmas[j]), float(sigmas[j + 1]), self.noise_level)
+            if not bool((torch.as_tensor(step.std) > 0).all()):
+                raise ConfigError(
+                    f"algorithm.objective kl divides by the variance of kernel {self.kernel}, which is 0 at trained "
+                    f"step {j}; lower algorithm.timestep_fraction, raise noise_level, or use objective: mean"
+                )
+
+    def forwards(self, experience: Experience, update: int) -> Iterator[Forward]:
+        """The student's own states at the trained steps, with the teacher's velocity there."""
+        trajectory, answer = experience.trajectory, experience.answer
+        assert trajectory is not None and answer is not None
+        for k, j in enumerate(answer.steps):
+            yield Forward(
+                x=trajectory.latents[:, j],
+                t=float(trajectory.sigmas[j]),
+                t_next=float(trajectory.sigmas[j + 1]),
+                step=j,
+                cond=trajectory.cond,
+                uncond=trajectory.uncond,
+                inputs={"teacher": answer.velocity[:, k]},
+            )
+
+    def loss(self, forward: Forward, velocity: Mapping[str, Tensor]) -> Loss:
+        """Eq. 12 or 11 at one step, mean over the batch and C, H, W; Eq. 10's KL (a sum over C, H, W) as a metric."""
+        student, teacher = velocity["student"], forward.inputs["teacher"].detach()
+        kernel = KERNELS[self.kernel]
+        mine = kernel(forward.x, student, forward.t, forward.t_next, self.noise_level)
+        theirs = kernel(forward.x, teacher, forward.t, forward.t_next, self.noise_level)
+        squared = (mine.mean - theirs.mean).square().mean()
+        gap = (student - teacher).square().mean()
+        value = 0.5 * {"xt": squared, "v": gap, "x0": forward.t**2 * gap}[self.config.loss_target]
+        metrics = {"gap": gap.detach()}
+        if self.config.objective == "kl":
+            value = squared / (2 * torch.as_tensor(mine.std).square())
+            metrics["kl"] = value.detach() * student[0].numel()
+        return Loss(value, metrics)

@@ -1,0 +1,92 @@
+"""The error tree. A message says what is wrong, what was seen, what was allowed and what to do, in one line.
+
+    OpdRayError
+    ├── UserError                 exit 2: the user can fix it; shown without a traceback
+    │   ├── ConfigError           a configuration that cannot run (also ValueError)
+    │   ├── PromptError           a prompt file that cannot be read or a row without a task
+    │   ├── ModelError            a checkpoint or LoRA that is missing or does not fit
+    │   ├── RunFolderError        an output folder that belongs to another run, or a broken checkpoint
+    │   └── PlacementError        workers that the cluster has no room for
+    ├── Stopped                   exit 3: the run stopped and can be resumed
+    │   └── NotFiniteError        NaN or infinity in an answer, a loss or a weight
+    └── RuntimeFault              exit 1: inside one run the pool may still recover from it
+        ├── StaleWeightsError     a draw was asked of weights whose delivery was not proven
+        ├── WorkerLostError       a worker died or does not answer
+        └── InputLostError        a stored object is gone: its producer has to run again
+
+Every error crosses process borders, so each takes one message and stays picklable.
+"""
+
+__all__ = [
+    "ConfigError",
+    "InputLostError",
+    "ModelError",
+    "NotFiniteError",
+    "OpdRayError",
+    "PlacementError",
+    "PromptError",
+    "RunFolderError",
+    "RuntimeFault",
+    "StaleWeightsError",
+    "Stopped",
+    "UserError",
+    "WorkerLostError",
+]
+
+
+class OpdRayError(Exception):
+    """Root of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(OpdRayError):
+    """Something the user can fix. Shown in one line, without a traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration that cannot run."""
+
+
+class PromptError(UserError, ValueError):
+    """A prompt file that cannot be read, is empty, or has a row without a task."""
+
+
+class ModelError(UserError, ValueError):
+    """A checkpoint or LoRA that is missing, has another architecture, or changes nothing."""
+
+
+class RunFolderError(UserError):
+    """An output folder that belongs to another run, or no usable checkpoint in it."""
+
+
+class PlacementError(UserError):
+    """Workers that the cluster has no room for."""
+
+
+class Stopped(OpdRayError):
+    """The run stopped before its end, with its last checkpoint in place."""
+
+    exit_code = 3
+
+
+class NotFiniteError(Stopped, ArithmeticError):
+    """NaN or infinity in an answer, a loss or a weight."""
+
+
+class RuntimeFault(OpdRayError):
+    """A fault of the running system."""
+
+
+class StaleWeightsError(RuntimeFault):
+    """A draw was asked of weights that this worker has not bound and proven."""
+
+
+class WorkerLostError(RuntimeFault):
+    """A worker died or does not answer."""
+
+
+class InputLostError(RuntimeFault):
+    """A stored object is gone; the work item that produced it has to run again."""

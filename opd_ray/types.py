@@ -1,0 +1,115 @@
+"""What crosses a border between roles: frozen, and checked when it is made.
+
+Shapes: B image, S state (steps + 1, index 0 = noise), T trained step, C H W latent. ``t`` and sigma are the same
+number in [0, 1]; 1 is noise. velocity = eps - x0.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+__all__ = [
+    "Conditioning",
+    "Experience",
+    "Prompt",
+    "TeacherAnswer",
+    "Trajectory",
+    "WeightVersion",
+    "WorkItem",
+]
+
+Conditioning = Mapping[str, Tensor]
+"""What the text encoders made of the prompts, by the denoiser's argument name; each tensor is [B, ...]."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class WeightVersion:
+    """Identity of published weights. Orders by attempt, then generation, then version."""
+
+    attempt: int
+    """Rises when the run is started again."""
+    generation: int
+    """Rises when the learner is rebuilt."""
+    version: int
+    """Rises with every publish."""
+
+    def __str__(self) -> str:
+        return f"{self.attempt}.{self.generation}.{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of a prompt file."""
+
+    id: str
+    """Folded into seeds: the same prompt draws the same noise in any file order."""
+    text: str
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkItem:
+    """The forward batch on every role: fixed prompts, fixed size, cut by the driver from the configuration alone."""
+
+    round: int
+    task: str
+    index: int
+    """Position among the items of this task in this round."""
+    position: int
+    """Position among all items of this round: the order in which the learner accumulates."""
+    prompts: tuple[Prompt, ...]
+    samples: tuple[int, ...]
+    """Which image of its prompt each row is; with the prompt's id it names the row's noise."""
+    steps: tuple[int, ...]
+    """The denoising steps that are trained on, ascending; teachers are asked for these alone."""
+
+    def __post_init__(self) -> None:
+        if not self.prompts or len(self.prompts) != len(self.samples):
+            raise ValueError(f"{self}: {len(self.prompts)} prompts and {len(self.samples)} samples")
+
+    def __str__(self) -> str:
+        return f"round {self.round} {self.task}[{self.index}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """What the behaviour policy drew for one work item."""
+
+    item: WorkItem
+    weights: WeightVersion
+    """The version that drew it."""
+    sigmas: Tensor  # [S] float32, descending from 1 to 0
+    latents: Tensor  # [B, S, C, H, W] float32, index 0 = noise
+    cond: Conditioning
+    uncond: Conditioning  # of the empty prompt, each tensor [1, ...]; {} when nobody's guidance differs from 1
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.latents.shape)
+        expected = (len(self.item.prompts), len(self.sigmas))
+        if shape[:2] != expected:
+            raise ValueError(f"latents of {self.item} are {shape}, expected {(*expected, 'C', 'H', 'W')}")
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherAnswer:
+    """A frozen teacher's guided velocity at the student's own states."""
+
+    teacher: str
+    steps: tuple[int, ...]
+    velocity: Tensor  # [B, T, C, H, W] float32, T = the item's trained steps
+
+    def __post_init__(self) -> None:
+        if self.velocity.shape[1] != len(self.steps):
+            raise ValueError(f"{self.teacher} answered {self.velocity.shape[1]} steps, asked {len(self.steps)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """One annotated work item, as the learner receives it. ``recorded`` holds a data set's own tensors."""
+
+    item: WorkItem
+    trajectory: Trajectory | None = None
+    answer: TeacherAnswer | None = None
+    scores: Mapping[str, Tensor] = field(default_factory=dict)  # reward name -> [B] float32
+    recorded: Mapping[str, Tensor] = field(default_factory=dict)
