@@ -1,0 +1,1 @@
+"""Bytes that outlive a call: packing for the object store, checkpoints, the run folder."""
