@@ -1,0 +1,146 @@
+"""Line charts as inline SVG: no library, no script, colours from the page's style sheet."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from opd_ray.report.wording import number
+
+__all__ = ["Series", "line_chart"]
+
+WIDTH, HEIGHT = 480, 230
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 30
+LOG_RATIO = 20
+"""Positive values that span more than this are drawn on a logarithmic axis."""
+MOST_POINTS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One line, or one dashed level."""
+
+    name: str
+    color: int
+    points: tuple[tuple[float, float], ...]
+    level: float | None = None
+    """A dashed horizontal line in the same colour: what this series is compared with."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    low: float
+    high: float
+    start: float
+    """Where ``low`` is drawn, in SVG units; ``end`` may be smaller: SVG's y points down."""
+    end: float
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        if self.log:
+            first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+            factors = (1, 2, 5) if last - first < 3 else (1,)
+            values = [f * 10.0**e for e in range(first, last + 1) for f in factors]
+        else:
+            step = _nice_step((self.high - self.low) / 4)
+            first = math.ceil(self.low / step - 1e-9)
+            values = [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        return [
+            value
+            for value in values
+            if self.low <= value * (1 + 1e-9) and value <= self.high * (1 + 1e-9)
+        ]
+
+
+def _nice_step(least: float) -> float:
+    scale = 10.0 ** math.floor(math.log10(least))
+    return next(f * scale for f in (1, 2, 2.5, 5, 10) if f * scale >= least * (1 - 1e-9))
+
+
+def _y_axis(values: Sequence[float], unit: bool) -> _Axis:
+    low, high = min(values), max(values)
+    if unit:
+        return _Axis(0, 1, HEIGHT - BOTTOM, TOP)
+    if low > 0 and high / low > LOG_RATIO:
+        return _Axis(low / 1.15, high * 1.15, HEIGHT - BOTTOM, TOP, log=True)
+    low = min(low, 0.0)
+    high = high if high > low else low + 1
+    return _Axis(low, high + 0.06 * (high - low), HEIGHT - BOTTOM, TOP)
+
+
+def _thin(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
+    """Means of ``window`` neighbours: their number shrinks by that factor."""
+    blocks = [points[i : i + window] for i in range(0, len(points), window)]
+    return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in blocks]
+
+
+def _smooth(points: Sequence[tuple[float, float]], reach: int) -> list[tuple[float, float]]:
+    """A running mean over ``reach`` neighbours on each side, fewer at the ends."""
+    smoothed = []
+    for i, (x, _) in enumerate(points):
+        side = min(reach, i, len(points) - 1 - i)
+        near = points[i - side : i + side + 1]
+        smoothed.append((x, sum(y for _, y in near) / len(near)))
+    return smoothed
+
+
+def _path(points: Sequence[tuple[float, float]], x: _Axis, y: _Axis, style: str) -> str:
+    where = " ".join(f"{x.place(px):.1f},{y.place(py):.1f}" for px, py in points)
+    return f'<polyline class="{style}" points="{where}"/>'
+
+
+def _lines(series: Series, x: _Axis, y: _Axis, dots: bool) -> str:
+    points = _thin(series.points, math.ceil(len(series.points) / MOST_POINTS))
+    reach = 0 if dots else len(points) // 40
+    parts = [_path(points, x, y, "raw")] if reach else []
+    parts.append(_path(_smooth(points, reach), x, y, "line"))
+    if dots or len(points) == 1:
+        for px, py in points:
+            tip = escape(f"{series.name}, round {px:g}: {number(py)}")
+            spot = f'cx="{x.place(px):.1f}" cy="{y.place(py):.1f}" r="3.5"'
+            parts.append(f"<circle {spot}><title>{tip}</title></circle>")
+    if series.level is not None:
+        ends = [(x.low, series.level), (x.high, series.level)]
+        parts.append(_path(ends, x, y, "level"))
+    tip = f"<title>{escape(series.name)}</title>"
+    return f'<g class="c{series.color % 8}">{tip}{"".join(parts)}</g>'
+
+
+def line_chart(
+    series: Sequence[Series], *, label: str, dots: bool = False, unit: bool = False
+) -> str:
+    """Values over rounds; ``unit`` fixes the axis to 0..1. Empty where there is nothing to draw."""
+    series = [line for line in series if line.points]
+    if not series:
+        return ""
+    rounds = [px for line in series for px, _ in line.points]
+    values = [py for line in series for _, py in line.points]
+    values += [line.level for line in series if line.level is not None]
+    unit = unit and min(values) >= 0 and max(values) <= 1
+    first, last = min(rounds), max(rounds)
+    x = _Axis(first, last if last > first else first + 1, LEFT, WIDTH - RIGHT)
+    y = _y_axis(values, unit)
+    grid = []
+    for tick in y.ticks():
+        at = y.place(tick)
+        grid.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        grid.append(
+            f'<text x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{number(tick)}</text>'
+        )
+    for tick in sorted({first, *(t for t in x.ticks() if t == int(t)), last}):
+        if tick not in {first, last} and min(tick - first, last - tick) < 0.08 * (last - first):
+            continue
+        anchor = "end" if tick == last > first else "middle"
+        where = f'x="{x.place(tick):.1f}" y="{HEIGHT - 10}" text-anchor="{anchor}"'
+        grid.append(f"<text {where}>{tick:g}</text>")
+    lines = "".join(_lines(line, x, y, dots) for line in series)
+    return (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(label)}"><g class="grid">{"".join(grid)}</g>{lines}</svg>'
+    )

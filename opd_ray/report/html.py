@@ -1,0 +1,247 @@
+"""The report page: one file, without scripts and without anything from outside.
+
+Prompts, configuration values and names are other people's text: each passes through ``escape`` on
+its way in, and the page's own content policy forbids scripts and network besides.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+
+from opd_ray.report.pictures import picture_grid
+from opd_ray.report.run_folder import RunFolder, mapping
+from opd_ray.report.table import Results, Score, summary
+from opd_ray.report.training import curves, gap_heat, time_spent
+from opd_ray.report.wording import MISSING, count, duration, model_title, number, percent, span
+
+__all__ = ["write_report"]
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+STYLE = Path(__file__).with_name("page.css")
+STATUS = {"done": "done", "stopped": "stopped, can be resumed", "failed": "failed"}
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``run_dir/report.html`` from whatever the run has left so far.
+
+    Raises:
+        RunFolderError: there is no such folder.
+    """
+    run = RunFolder.read(run_dir)
+    target = run_dir / "report.html"
+    draft = run_dir / ".report.html.tmp"
+    draft.write_text(page(run), encoding="utf-8")
+    os.replace(draft, target)  # a browser that reloads never sees half a page
+    return target
+
+
+def page(run: RunFolder) -> str:
+    """The whole page."""
+    sections = [
+        _section("Result", _result(run), "No scores: the models have not been evaluated yet."),
+        _section(
+            "Pictures",
+            picture_grid(run.samples, run.teacher_of_task) if run.samples else "",
+            "No samples: no pictures have been drawn for comparison yet.",
+            "Same prompt and seed across each row. A marked teacher is on the task it teaches.",
+        ),
+        _section("Training", curves(run), "No metrics: no round has finished yet."),
+        _section(
+            "Gap to the teacher, step by step",
+            gap_heat(run),
+            "" if not run.rounds else "No gaps in the metrics: no teacher marked this run's steps.",
+            "Mean squared velocity gap at each trained denoising step, from noise (left) to image "
+            "(right); darker is larger, on one logarithmic scale for all tasks.",
+        ),
+        _section("Where the time went", time_spent(run), ""),
+        _section("Configuration and provenance", _provenance(run), ""),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(run.name)} · opd_ray</title>"
+        f"<style>{STYLE.read_text(encoding='utf-8')}</style></head>\n"
+        f"<body><main>{_header(run)}{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _section(title: str, body: str, missing: str, note: str = "") -> str:
+    if not body and not missing:
+        return ""
+    lead = f'<p class="note">{escape(note)}</p>' if note and body else ""
+    content = body or f'<p class="missing">{escape(missing)}</p>'
+    return f"\n<section><h2>{escape(title)}</h2>{lead}{content}</section>"
+
+
+def _header(run: RunFolder) -> str:
+    status = str(run.result.get("status", ""))
+    label = STATUS.get(status, "unfinished")
+    if run.result:
+        sentence = summary(run.result, run.train_s)
+    else:
+        total = f" of {run.total_rounds}" if run.total_rounds else ""
+        sentence = f"No result yet: {len(run.rounds)}{total} rounds are recorded."
+    facts = []
+    if run.rounds:
+        total = f" / {run.total_rounds}" if run.total_rounds else ""
+        facts.append(("rounds", f"{len(run.rounds)}{total}"))
+    if run.train_s:
+        facts.append(("in rounds", duration(run.train_s)))
+    last = run.rounds[-1].weight_version if run.rounds else ""
+    version = str(run.result.get("weight_version") or last)
+    facts += [("weights", version)] if version else []
+    for name, key in (("student", "student_sha256"), ("average (EMA)", "ema_sha256")):
+        digest = run.result.get(key)
+        if digest:
+            facts.append((f"{name} sha256", str(digest)[:12]))
+    items = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts
+    )
+    return (
+        f'<header><p class="eyebrow">opd_ray · run report</p><h1>{escape(run.name)}'
+        f' <span class="status {escape(status) or "unfinished"}">{escape(label)}</span></h1>'
+        f'<p class="outcome">{escape(sentence)}</p><dl class="facts">{items}</dl></header>'
+    )
+
+
+def _result(run: RunFolder) -> str:
+    results = Results.read(run.result)
+    if not results.models:
+        return ""
+    ranges = "".join(_range(results, task) for task in results.tasks)
+    return (
+        f'<div class="ranges">{ranges}</div><ul class="legend marks"><li class="base"><i></i>base'
+        '</li><li class="own"><i></i>its teacher</li><li class="me"><i></i>student</li>'
+        "<li>lines: the intervals</li></ul>"
+        f"{_table(results)}{_conditions(run)}"
+    )
+
+
+def _range(results: Results, task: str) -> str:
+    """One task as a line: base, its teacher and the student, with their intervals."""
+    own = results.own.get(task, "")
+    marks = {
+        style: score
+        for style, model in (("base", "base"), ("own", own), ("me", "student"))
+        if (score := results.scores.get((model, task))) and score.value is not None
+    }
+    bounds = [x for s in marks.values() for x in (s.value, s.low, s.high) if x is not None]
+    if not bounds:
+        return ""
+    low, high = min(bounds), max(bounds)
+    if low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    width = (high - low) or 1.0
+
+    def place(value: float) -> str:
+        return f"{100 * (value - low) / width:.2f}%"
+
+    drawn = []
+    for style, score in marks.items():
+        if score.low is not None and score.high is not None:
+            size = f"{100 * (score.high - score.low) / width:.2f}%"
+            drawn.append(f'<i class="{style}" style="left:{place(score.low)};width:{size}"></i>')
+        if score.value is not None:
+            tip = (
+                f"{style.replace('own', 'teacher').replace('me', 'student')} {number(score.value)}"
+            )
+            drawn.append(f'<b class="{style}" style="left:{place(score.value)}" title="{tip}"></b>')
+    gap = results.gap_closed.get(task)
+    taught = f"taught by {own.removeprefix('teacher:')}" if own else "no teacher of its own"
+    said = f"<strong>{percent(gap.value)}</strong> of the gap" if gap else "not taught, only scored"
+    return (
+        f'<div class="range"><div class="name">{escape(task)}<small>{escape(taught)}</small></div>'
+        f'<div class="track"><span class="end">{number(low)}</span>'
+        f'<div class="rail">{"".join(drawn)}</div><span class="end">{number(high)}</span></div>'
+        f'<div class="closed">{said}</div></div>'
+    )
+
+
+def _table(results: Results) -> str:
+    heads = "".join(f'<th scope="col">{escape(task)}</th>' for task in results.tasks)
+    rows = []
+    for model in results.models:
+        cells = []
+        for task in results.tasks:
+            own = results.own.get(task) == model
+            cells.append(_cell(results.scores.get((model, task)), "own" if own else ""))
+        style = ' class="me"' if model == "student" else ""
+        rows.append(
+            f'<tr{style}><th scope="row">{escape(model_title(model))}</th>{"".join(cells)}</tr>'
+        )
+    if results.gap_closed:
+        cells = []
+        for task in results.tasks:
+            gap = results.gap_closed.get(task)
+            shown = (
+                f"{percent(gap.value)}<small>{span(gap.low, gap.high, percent)}</small>"
+                if gap
+                else MISSING
+            )
+            cells.append(f"<td>{shown}</td>")
+        rows.append(f'<tr class="gap"><th scope="row">gap closed</th>{"".join(cells)}</tr>')
+    return (
+        '<div class="scroll"><table class="numbers scores"><thead><tr><th></th>'
+        f"{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _cell(score: Score | None, style: str) -> str:
+    if score is None or score.value is None:
+        return f'<td class="none">{MISSING}</td>'
+    interval = span(score.low, score.high)
+    exact = f"{score.value!r}"
+    mark = f' class="{style}"' if style else ""
+    return f'<td{mark} title="{exact}">{number(score.value)}<small>{interval}</small></td>'
+
+
+def _conditions(run: RunFolder) -> str:
+    """How the scores were made, in one line."""
+    test = mapping(run.result.get("evaluation"))
+    said = ["Outlined: a teacher on the task it teaches."]
+    if "images_per_task" in test:
+        said.append(
+            f"{test['images_per_task']} images a task, the same prompts and seeds for every model."
+        )
+    if "steps" in test:
+        said.append(f"{test['steps']} denoising steps, seed {test.get('seed', MISSING)}.")
+    guidance = mapping(test.get("guidance"))
+    if guidance:
+        said.append(
+            "Guidance: " + ", ".join(f"{model_title(m)} {g}" for m, g in guidance.items()) + "."
+        )
+    return f'<p class="note">{escape(" ".join(said))}</p>'
+
+
+def _provenance(run: RunFolder) -> str:
+    parts = []
+    if run.config_text:
+        parts.append(
+            "<details><summary>config.yaml, as resolved</summary>"
+            f"<pre>{escape(run.config_text)}</pre></details>"
+        )
+    facts = list(_flat(run.facts))
+    if facts:
+        rows = "".join(
+            f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>'
+            for key, value in facts
+        )
+        parts.append(
+            f"<details><summary>run.json, {count(len(facts), 'fact')}</summary>"
+            f'<div class="scroll"><table class="facts">{rows}</table></div></details>'
+        )
+    if run.problems:
+        parts.append(f'<p class="missing">{escape("; ".join(run.problems))}.</p>')
+    return "".join(parts)
+
+
+def _flat(data: object, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, data if isinstance(data, str) else json.dumps(data)

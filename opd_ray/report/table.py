@@ -1,0 +1,151 @@
+"""The result in numbers: one sentence, and a table of models and tasks."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from opd_ray.report.run_folder import mapping, numbers
+from opd_ray.report.wording import (
+    MISSING,
+    WORDS,
+    count,
+    duration,
+    join,
+    model_title,
+    number,
+    percent,
+    span,
+)
+
+__all__ = ["Results", "Score", "result_table", "summary"]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A mean with its interval."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def read(cls, data: object) -> "Score":
+        """What is missing or not finite becomes None."""
+        found = numbers(data)
+        return cls(found.get("value"), found.get("low"), found.get("high"))
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """result.json's scores, in the order in which they are shown."""
+
+    tasks: tuple[str, ...]
+    models: tuple[str, ...]
+    scores: Mapping[tuple[str, str], Score]
+    """By (model, task)."""
+    gap_closed: Mapping[str, Score]
+    """By task; tasks without a teacher have none."""
+    own: Mapping[str, str]
+    """Task -> the model that teaches it, as `teacher:<name>`."""
+
+    @classmethod
+    def read(cls, result: Mapping[str, Any]) -> "Results":
+        """Base first, then the teachers as the run lists them, the student last."""
+        scores = {
+            model: mapping(by_task) for model, by_task in mapping(result.get("scores")).items()
+        }
+        teachers = mapping(result.get("teachers"))
+        own = {
+            str(task): f"teacher:{name}"
+            for name, teacher in teachers.items()
+            for task in (mapping(teacher).get("tasks") or (name,))
+        }
+        order = ["base", *(f"teacher:{name}" for name in teachers)]
+        models = [model for model in order if model in scores]
+        models += [model for model in scores if model not in {*models, "student"}]
+        models += ["student"] * ("student" in scores)
+        taught = [task for task in own if any(task in by_task for by_task in scores.values())]
+        tasks = dict.fromkeys([*taught, *(task for by_task in scores.values() for task in by_task)])
+        return cls(
+            tasks=tuple(tasks),
+            models=tuple(models),
+            scores={
+                (model, task): Score.read(data)
+                for model, by_task in scores.items()
+                for task, data in by_task.items()
+            },
+            gap_closed={
+                task: Score.read(data) for task, data in mapping(result.get("gap_closed")).items()
+            },
+            own=own,
+        )
+
+
+def summary(result: Mapping[str, Any], seconds: float | None = None) -> str:
+    """The outcome in plain sentences; ``seconds`` is how long the rounds took, where known."""
+    results = Results.read(result)
+    rounds = int(numbers(result).get("rounds", 0))
+    effort = count(rounds, "round") + (f", {duration(seconds)}" if seconds is not None else "")
+    status = result.get("status")
+    if status == "failed":
+        return f"The run failed after {effort}."
+    stopped = f"Stopped after {effort}; it can be resumed." if status == "stopped" else ""
+    closed = {task: gap for task, gap in results.gap_closed.items() if gap.value is not None}
+    if not closed:
+        known = stopped or f"Trained for {effort}."
+        why = "no teacher's gap was measured" if results.scores else "the models were not evaluated"
+        return f"{known} How close the student came is unknown: {why}."
+    shares = join([f"{percent(gap.value)} ({task})" for task, gap in closed.items()])
+    amount = len({results.own.get(task, task) for task in closed})
+    whose = (
+        f"{WORDS[amount] if amount < len(WORDS) else amount} teachers' gaps"
+        if amount > 1
+        else "its teacher's gap"
+    )
+    sentence = f"Closed {shares} of {whose} in {effort}."
+    others = []
+    for task in results.tasks:
+        base, student = (results.scores.get((model, task)) for model in ("base", "student"))
+        if task not in results.own and base and student:
+            others.append(f"{task} {number(base.value)} → {number(student.value)}")
+    untaught = f"Without a teacher: {join(others)}." if others else ""
+    return " ".join(filter(None, [sentence, untaught, stopped]))
+
+
+def result_table(result: Mapping[str, Any]) -> Table:
+    """Models by tasks, each mean with its interval; ● marks a teacher on its own task."""
+    results = Results.read(result)
+    caption = "● on its own task; below each mean its interval" if results.models else "no scores"
+    table = Table(box=box.SIMPLE_HEAD, caption=Text(caption, style="dim"), caption_justify="left")
+    table.add_column("")
+    for task in results.tasks:
+        table.add_column(Text(task), justify="right")
+    for model in results.models:
+        cells = [
+            _cell(results.scores.get((model, task)), number, own=results.own.get(task) == model)
+            for task in results.tasks
+        ]
+        last = model == results.models[-1]
+        style = "bold" if model == "student" else ""
+        table.add_row(Text(model_title(model)), *cells, style=style, end_section=last)
+    if results.gap_closed:
+        cells = [_cell(results.gap_closed.get(task), percent) for task in results.tasks]
+        table.add_row(Text("gap closed"), *cells, style="green")
+    return table
+
+
+def _cell(score: Score | None, write: Callable[[float | None], str], *, own: bool = False) -> Text:
+    if score is None:
+        return Text(MISSING, style="dim")
+    text = Text()
+    if own:
+        text.append("● ", style="cyan")
+    text.append(write(score.value))
+    interval = span(score.low, score.high, write)
+    if interval:
+        text.append(f"\n{interval}", style="dim not bold")
+    return text
