@@ -1,0 +1,262 @@
+"""LoRA adapters on one network, always unmerged, through PEFT as diffusers hosts it.
+
+PEFT turns requires_grad on for whatever adapter it activates. Here activation and trainability are
+two things: only ``train_adapter`` changes what is trainable.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opd_ray.config import LoraConfig
+from opd_ray.errors import ModelError
+from opd_ray.models.checkpoint import refusing
+from opd_ray.models.lora import LoraFile, LoraInfo, check_fits, read_lora, write_lora
+from opd_ray.seeds import generator
+
+__all__ = ["Adapters"]
+
+
+class Adapters:
+    """The adapters of ``network``, by name. None stands for the base: every adapter off."""
+
+    network: Any
+    """The denoiser itself, without what an engine may put around it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self._slots: dict[str, str] = {}
+        """Name -> PEFT's name for it. PEFT allows no dots and no name of an nn.Module attribute."""
+        self._num_made = 0
+        self._active: str | None = None
+
+    @property
+    def active(self) -> str | None:
+        """The adapter in use; None is the base."""
+        return self._active
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters, in the order in which they came."""
+        return tuple(self._slots)
+
+    def add_lora(self, name: str, lora: LoraConfig, seed: int) -> None:
+        """Add a fresh adapter: A normal with std 1 / rank, B zero, float32, frozen until trained.
+
+        Args:
+            name: not yet taken.
+            lora: rank, alpha and module name endings.
+            seed: each A is drawn from (seed, its canonical name); the global RNG is left alone.
+
+        Raises:
+            ModelError: the name is taken, or a target is the ending of no linear layer's name.
+        """
+        import peft
+
+        linear = [key for key, module in self._hosts() if isinstance(module, nn.Linear)]
+        idle = [
+            target
+            for target in lora.targets
+            if not any(key == target or key.endswith(f".{target}") for key in linear)
+        ]
+        if idle or not lora.targets:
+            raise ModelError(
+                f"LoRA {name!r}: targets {', '.join(idle) or '(none given)'} match no linear "
+                f"layer; endings here: {', '.join(sorted({_ending(key) for key in linear}))}"
+            )
+        config = peft.LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules=sorted(lora.targets),
+            init_lora_weights="gaussian",
+        )
+        with self._new_slot(name) as slot:
+            self.network.add_adapter(config, slot)
+        with torch.no_grad():
+            for key, parameter in self.adapter_parameters(name).items():
+                if key.endswith(".lora_A.weight"):
+                    noise = torch.randn(parameter.shape, generator=generator(seed, "lora", key))
+                    parameter.copy_(noise / lora.rank)
+
+    def load_lora(
+        self,
+        name: str,
+        path: str,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+    ) -> LoraInfo:
+        """Add a frozen adapter from a file, and prove that all of it is bound.
+
+        Args:
+            name: not yet taken.
+            path: a file, folder or hub id in diffusers' or PEFT's layout, or ``world/<name>``.
+            revision: of a hub repository.
+            subfolder: of the folder or repository.
+
+        Raises:
+            ModelError: the name is taken, or the file is missing, says no alpha, changes nothing,
+                or does not fit this network to the last tensor. Nothing is left behind.
+        """
+        file = read_lora(name, path, revision=revision, subfolder=subfolder)
+        check_fits(file, self.network)
+        config = {**file.config, "target_modules": file.modules}
+        with refusing(str(file)), self._new_slot(name) as slot:
+            self.network.load_lora_adapter(
+                dict(file.tensors), prefix=None, adapter_name=slot, metadata=config
+            )
+            self._require_bound(name, file)
+        return file.info()
+
+    def _require_bound(self, name: str, file: LoraFile) -> None:
+        """Read the parameters back: as many as the file has, and each equal to its tensor."""
+        parameters = self.adapter_parameters(name)
+        bound = [
+            key
+            for key, tensor in file.tensors.items()
+            if key in parameters and torch.equal(parameters[key].cpu(), tensor.float())
+        ]
+        if len(bound) != len(file.tensors) or len(parameters) != len(file.tensors):
+            raise ModelError(
+                f"{file} has {len(file.tensors)} tensors; {len(bound)} are bound to the model's "
+                f"{len(parameters)}"
+            )
+
+    def remove_adapter(self, name: str) -> None:
+        """Delete an adapter that is not in use."""
+        if name == self._active:
+            raise ModelError(f"adapter {name!r} is in use; use another before it is removed")
+        with self._keeping_trainability():
+            self.network.delete_adapters(self._slot(name))
+        del self._slots[name]
+        self._activate(self._active)
+
+    @contextmanager
+    def adapter(self, name: str | None) -> Iterator[None]:
+        """Use one adapter inside the block; then everything is as before, also on an exception."""
+        before = self._active
+        with self._keeping_trainability():
+            self._activate(name)
+            try:
+                yield
+            finally:
+                self._activate(before)
+
+    def use(self, name: str | None) -> None:
+        """Use one adapter from now on. What is trainable stays as it is."""
+        self._activate(name)
+
+    def train_adapter(self, name: str) -> None:
+        """Make this adapter's parameters the only trainable ones."""
+        chosen = self.adapter_parameters(name)
+        self.network.requires_grad_(False)
+        for parameter in chosen.values():
+            parameter.requires_grad_(True)
+
+    def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The live parameters by canonical name, sorted.
+
+        A canonical name has neither the adapter's nor a backend's name in it:
+        ``transformer_blocks.0.attn.to_q.lora_A.weight``.
+        """
+        part = f".{self._slot(name)}."
+        found = {
+            key.replace(part, "."): parameter
+            for key, parameter in self.network.named_parameters()
+            if part in key
+        }
+        return dict(sorted(found.items()))
+
+    def save_lora(
+        self, name: str, folder: Path, *, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write an adapter so that stock diffusers, and stock PEFT, load it at its full strength.
+
+        Args:
+            name: the adapter.
+            folder: gets pytorch_lora_weights.safetensors, and PEFT's layout in ``peft``.
+            weights: by canonical name, instead of the live parameters (for an average of them).
+
+        Raises:
+            ValueError: ``weights`` are not this adapter's, by name and shape.
+        """
+        live: Mapping[str, Tensor] = self.adapter_parameters(name)
+        chosen = live if weights is None else weights
+        wrong = live.keys() ^ chosen.keys() or {
+            key for key in live if live[key].shape != chosen[key].shape
+        }
+        if wrong:
+            raise ValueError(f"weights of {name!r} differ in name or shape: {min(wrong)}")
+        write_lora(Path(folder), chosen, self.network.peft_config[self._slot(name)])
+
+    def _hosts(self) -> list[tuple[str, nn.Module]]:
+        """The network's own modules, without what adapters put inside them."""
+        return [
+            (key, getattr(module, "base_layer", module))
+            for key, module in self.network.named_modules()
+            if not re.search(r"\.(base_layer|lora_\w+)(\.|$)", key)
+        ]
+
+    def _slot(self, name: str) -> str:
+        if name not in self._slots:
+            raise ModelError(f"no adapter {name!r}; there are {', '.join(self._slots) or 'none'}")
+        return self._slots[name]
+
+    @contextmanager
+    def _new_slot(self, name: str) -> Iterator[str]:
+        """A name for PEFT to fill. Afterwards the new adapter is frozen and not in use."""
+        if name in self._slots:
+            raise ModelError(f"LoRA {name!r}: there is an adapter of that name already")
+        slot = f"slot{self._num_made:04d}"
+        self._num_made += 1
+        self._slots[name] = slot
+        # PEFT draws from the global RNG even where a file's tensors follow, and warns of a second
+        # adapter, which is what all this is for.
+        with (
+            self._keeping_trainability(),
+            torch.random.fork_rng(devices=[]),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            try:
+                yield slot
+            except BaseException:
+                self.network.delete_adapters(slot)
+                del self._slots[name]
+                raise
+            finally:
+                self._activate(self._active)
+                for key, parameter in self.network.named_parameters():
+                    if f".{slot}." in key:
+                        parameter.requires_grad_(False)
+
+    @contextmanager
+    def _keeping_trainability(self) -> Iterator[None]:
+        before = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
+        try:
+            yield
+        finally:
+            for parameter, requires_grad in before:
+                parameter.requires_grad_(requires_grad)
+
+    def _activate(self, name: str | None) -> None:
+        slot = None if name is None else self._slot(name)
+        with self._keeping_trainability():
+            if slot is not None:
+                self.network.set_adapter(slot)
+                self.network.enable_adapters()
+            elif self._num_made:
+                self.network.disable_adapters()
+        self._active = name
+
+
+def _ending(key: str) -> str:
+    """The last words of a module's name, from the last one that is not a number on."""
+    words = key.split(".")
+    return ".".join(words[-2:]) if words[-1].isdigit() else words[-1]

@@ -1,0 +1,204 @@
+"""What a model family is, and how one is found.
+
+A family writes ``load``, ``encode``, ``predict``, ``decode`` and ``fingerprint``; guidance,
+counting and adapters come from here.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from opd_ray import plugins
+from opd_ray.config import ModelConfig
+from opd_ray.diffusion import flow_sigmas, guide
+from opd_ray.errors import ConfigError, ModelError
+from opd_ray.models.adapters import Adapters
+from opd_ray.models.checkpoint import read_config, resolve
+from opd_ray.types import Conditioning
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "family_class",
+    "load_family",
+    "read_shift",
+    "resolve",
+    "sigmas_of",
+]
+
+FAMILIES = {"sd3": "opd_ray.models.sd3:SD3"}
+NUM_TRAIN_TIMESTEPS = 1000
+"""The network's clock: timestep = 1000 t."""
+# Scheduler options under which the sigmas are not the plain shifted ones.
+OTHER_SCHEDULES = (
+    "invert_sigmas",
+    "shift_terminal",
+    "use_beta_sigmas",
+    "use_dynamic_shifting",
+    "use_exponential_sigmas",
+    "use_karras_sigmas",
+)
+
+
+class Family(Adapters, ABC):
+    """One base model (text encoders, denoiser, VAE), frozen, in float32, with adapters on top."""
+
+    denoiser: nn.Module
+    """What ``predict`` calls: the network, or what the learner's engine has put around it."""
+    latent_shape: tuple[int, int, int]
+    """C, H, W."""
+    forwards: int
+    """Rows that went through the denoiser so far; a guided image counts two."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        network: nn.Module,
+        *,
+        latent_shape: tuple[int, int, int],
+        device: str = "cpu",
+    ) -> None:
+        super().__init__(network)
+        self.model = model
+        self.denoiser = network
+        self.latent_shape = latent_shape
+        self.device = device
+        self.shift = self.read_shift(model)
+        self.forwards = 0
+
+    @classmethod
+    @abstractmethod
+    def load(cls, model: ModelConfig, *, text: bool, image: bool, device: str = "cpu") -> Self:
+        """The denoiser; the text encoders only if ``text``, the VAE only if ``image``.
+
+        Raises:
+            ModelError: a part is missing, gated or of another architecture, in one line.
+        """
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The prompts for the denoiser: each tensor [B, ...] float32, by its argument's name."""
+
+    @abstractmethod
+    def predict(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        """One forward of ``self.denoiser``.
+
+        Args:
+            x: [B, C, H, W] float32.
+            timestep: [B] float32, 1000 t.
+            cond: each tensor [B, ...].
+
+        Returns:
+            velocity eps - x0, [B, C, H, W].
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] to images [B, 3, height, width] in [0, 1], float32."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, object]:
+        """What has to agree wherever one trajectory is read: latent space, prediction, schedule."""
+
+    @classmethod
+    def read_shift(cls, model: ModelConfig) -> float:
+        """The shift of the model's own sigma schedule, from scheduler_config.json alone.
+
+        Raises:
+            ModelError: the file is missing, or names a schedule that one shift does not describe.
+        """
+        config = read_config(model, "scheduler/scheduler_config.json")
+        options = [option for option in OTHER_SCHEDULES if config.get(option)]
+        kind = config.get("_class_name")
+        if (
+            kind != "FlowMatchEulerDiscreteScheduler"
+            or options
+            or "shift" not in config
+            or config.get("num_train_timesteps") != NUM_TRAIN_TIMESTEPS
+        ):
+            raise ModelError(
+                f"model {model.path!r} has scheduler {kind} with "
+                f"{', '.join(options) or 'no option'}; only FlowMatchEulerDiscreteScheduler "
+                f"with a constant shift over {NUM_TRAIN_TIMESTEPS} timesteps is known"
+            )
+        return float(config["shift"])
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """[num_steps + 1] float32 on the CPU, from 1 (noise) down to 0 (image)."""
+        return flow_sigmas(num_steps, self.shift)
+
+    def velocity(
+        self,
+        x: Tensor,
+        t: float | Tensor,
+        cond: Conditioning,
+        uncond: Conditioning,
+        guidance: float,
+    ) -> Tensor:
+        """The guided velocity, with gradients wherever a parameter is trainable.
+
+        Args:
+            x: [B, C, H, W] float32.
+            t: in [0, 1]: one number, 0-d, or [B].
+            cond: each tensor [B, ...].
+            uncond: of the empty prompt, each tensor [1, ...]; unused at guidance 1.
+            guidance: 1 runs the conditional rows alone; else one forward of 2 B rows.
+
+        Returns:
+            [B, C, H, W] float32.
+
+        Raises:
+            ValueError: guidance without ``uncond``, or rows that do not belong together.
+        """
+        rows = len(x)
+        timestep = torch.as_tensor(t, dtype=torch.float32, device=x.device) * NUM_TRAIN_TIMESTEPS
+        timestep = timestep.expand(rows)
+        wrong = [name for name, tensor in cond.items() if len(tensor) != rows]
+        if wrong:
+            raise ValueError(f"{rows} latents and {len(cond[wrong[0]])} rows of {wrong[0]}")
+        if guidance == 1:
+            self.forwards += rows
+            return self.predict(x, timestep, cond).float()
+        if uncond.keys() != cond.keys():
+            raise ValueError(
+                f"guidance {guidance} needs the empty prompt's {', '.join(sorted(cond))}, got "
+                f"{', '.join(sorted(uncond)) or 'nothing'}"
+            )
+        both = {
+            name: torch.cat([uncond[name].expand(rows, *tensor.shape[1:]), tensor])
+            for name, tensor in cond.items()
+        }
+        self.forwards += 2 * rows
+        answer = self.predict(torch.cat([x, x]), timestep.repeat(2), both)
+        without, given = answer.chunk(2)
+        return guide(without, given, guidance)
+
+
+def family_class(name: str) -> type[Family]:
+    """The family that a configuration names.
+
+    Raises:
+        ConfigError: unknown, not importable, or not a Family.
+    """
+    found: Any = plugins.load(name, FAMILIES, "family")
+    if not (isinstance(found, type) and issubclass(found, Family)):
+        raise ConfigError(f"family {name!r} is {found!r}, not a subclass of opd_ray.models.Family")
+    return found
+
+
+def load_family(model: ModelConfig, *, text: bool, image: bool, device: str = "cpu") -> Family:
+    """``family_class(model.family).load(...)``."""
+    return family_class(model.family).load(model, text=text, image=image, device=device)
+
+
+def read_shift(model: ModelConfig) -> float:
+    """The shift of a model's sigma schedule, without loading any weights."""
+    return family_class(model.family).read_shift(model)
+
+
+def sigmas_of(model: ModelConfig, num_steps: int) -> Tensor:
+    """What ``Family.sigmas`` of the loaded model would be, without loading any weights."""
+    return flow_sigmas(num_steps, read_shift(model))

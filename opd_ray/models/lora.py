@@ -1,0 +1,242 @@
+"""LoRA files: found, read, checked against a network, and written.
+
+Two layouts are read: diffusers' (``transformer.<module>.lora_A.weight``, alpha in the header or as
+``<module>.alpha``) and PEFT's folder (``base_model.model.<module>.lora_A.weight`` beside
+adapter_config.json). Inside, a tensor goes by its canonical name, ``<module>.lora_A.weight``.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from opd_ray.errors import ModelError
+from opd_ray.models.checkpoint import refusing, resolve
+
+__all__ = ["LoraFile", "LoraInfo", "check_fits", "read_lora", "write_lora"]
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX, PEFT_PREFIX = "transformer.", "base_model.model."
+HEADER = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
+A, B, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
+# What scales an adapter, and nothing else: others of PEFT's keys run code on the base weights.
+SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraInfo:
+    """What was bound, for run.json and for messages."""
+
+    name: str
+    path: str
+    """The file."""
+    sha256: str
+    """Of the file."""
+    tensors: int
+    """Bound tensors, which are all of the file's."""
+    rank: int
+    """The adapter's own; single modules may differ."""
+    alpha: float
+    """The adapter's own; single modules may differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFile:
+    """A LoRA as read: tensors by canonical name, and how PEFT has to scale them."""
+
+    name: str
+    path: Path
+    sha256: str
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    """Keyword arguments of ``peft.LoraConfig``."""
+
+    def __str__(self) -> str:
+        return f"LoRA {self.name!r} ({self.path})"
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the modules that it adapts, sorted."""
+        return sorted({key.removesuffix(A) for key in self.tensors if key.endswith(A)})
+
+    def info(self) -> LoraInfo:
+        """The record of this file once it is bound."""
+        rank, alpha = int(self.config["r"]), float(self.config["lora_alpha"])
+        return LoraInfo(self.name, str(self.path), self.sha256, len(self.tensors), rank, alpha)
+
+
+def find(name: str, path: str, revision: str | None, subfolder: str | None) -> Path:
+    """The weights file of a LoRA: a file, or the one in a folder or a hub repository."""
+    place = Path(resolve(path))
+    if place.is_file():
+        return place
+    if not place.is_dir():
+        from huggingface_hub import snapshot_download
+
+        files = [WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG]
+        inside = f"{subfolder}/" if subfolder else ""
+        with refusing(f"LoRA {name!r}: {path!r} is no file, no folder and cannot be downloaded"):
+            place = Path(
+                snapshot_download(
+                    path, revision=revision, allow_patterns=[inside + file for file in files]
+                )
+            )
+    folder = place / (subfolder or "")
+    for candidate in (folder / WEIGHTS, folder / PEFT_WEIGHTS):
+        if candidate.is_file():
+            return candidate
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return others[0]
+    seen = ", ".join(other.name for other in others) or "no .safetensors file"
+    raise ModelError(
+        f"LoRA {name!r}: {folder} has no {WEIGHTS} but {seen}; give the path of the file"
+    )
+
+
+def read_lora(
+    name: str, path: str, *, revision: str | None = None, subfolder: str | None = None
+) -> LoraFile:
+    """Read a LoRA without a network.
+
+    Raises:
+        ModelError: no such file, not safetensors, no tensor of a LoRA in it, a delta that is zero
+            everywhere, or a strength (alpha) that is written nowhere.
+    """
+    file = find(name, path, revision, subfolder)
+    what = f"LoRA {name!r} ({file})"
+    with refusing(f"{what} cannot be read"):
+        with safe_open(file, framework="pt", device="cpu") as content:
+            tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+            header = content.metadata() or {}
+        with file.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        is_peft = any(key.startswith(PEFT_PREFIX) for key in tensors)
+        if is_peft:
+            written = json.loads((file.parent / PEFT_CONFIG).read_text(encoding="utf-8"))
+        else:
+            packed = json.loads(header.get(HEADER) or "{}")
+            written = {key.removeprefix(PREFIX): value for key, value in packed.items()}
+    prefix = PEFT_PREFIX if is_peft else PREFIX
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    alphas = {key: tensors.pop(key) for key in list(tensors) if key.endswith(ALPHA)}
+    config = _scaling(what, written, tensors, alphas)
+    _require_pairs(what, tensors)
+    if not any(
+        tensors[key].any() and tensors[key.removesuffix(A) + B].any()
+        for key in tensors
+        if key.endswith(A)
+    ):
+        raise ModelError(f"{what} changes nothing: its lora_B (or lora_A) are zero everywhere")
+    return LoraFile(name, file, sha256, tensors, config)
+
+
+def _require_pairs(what: str, tensors: Mapping[str, Tensor]) -> None:
+    """Every tensor is one half of an A and B pair; anything else would be left unbound."""
+    unbound = [
+        key
+        for key in tensors
+        if not (key.endswith(A) and key.removesuffix(A) + B in tensors)
+        and not (key.endswith(B) and key.removesuffix(B) + A in tensors)
+    ]
+    if unbound or not tensors:
+        first = f"; the first of the others is {min(unbound)!r}" if unbound else ""
+        raise ModelError(
+            f"{what} would bind {len(tensors) - len(unbound)} of {len(tensors)} tensors{first}. "
+            f"Known names: {PREFIX}<module>{A} and {B.removeprefix('.')}, or PEFT's layout"
+        )
+
+
+def _scaling(
+    what: str,
+    written: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    alphas: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """How PEFT has to scale the tensors, by the file's own word.
+
+    A file that does not say is refused: diffusers would take alpha = rank, at whatever strength
+    that happens to be.
+    """
+    if "r" in written and "lora_alpha" in written:
+        return {key: written[key] for key in SCALING if written.get(key) is not None}
+    ranks = {key.removesuffix(A): len(tensors[key]) for key in tensors if key.endswith(A)}
+    values = {key.removesuffix(ALPHA): float(value) for key, value in alphas.items()}
+    silent = sorted(ranks.keys() - values.keys())
+    if silent:
+        raise ModelError(
+            f"{what} does not say its alpha, so its strength is unknown: {silent[0]} has none. "
+            f"Save it again with its adapter metadata (save_lora_weights(..., "
+            f"transformer_lora_adapter_metadata=config.to_dict()))"
+        )
+    return {
+        "r": Counter(ranks.values()).most_common(1)[0][0] if ranks else 0,
+        "lora_alpha": Counter(values.values()).most_common(1)[0][0] if values else 0.0,
+        "rank_pattern": {f"^{module}": rank for module, rank in ranks.items()},
+        "alpha_pattern": {f"^{module}": values[module] for module in ranks},
+    }
+
+
+def check_fits(file: LoraFile, network: nn.Module) -> None:
+    """Every pair has a module of its shape in the network.
+
+    Raises:
+        ModelError: names the first module that is missing or has another shape.
+    """
+    shapes = {
+        name: tuple(module.weight.shape)
+        for name, module in network.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor)
+    }
+    missing = [module for module in file.modules if module not in shapes]
+    if missing:
+        bound = len(file.tensors) - 2 * len(missing)
+        raise ModelError(
+            f"{file} binds {bound} of {len(file.tensors)} tensors: this model has no module "
+            f"{missing[0]!r}. It was made for another architecture"
+        )
+    for module in file.modules:
+        down, up, weight = file.tensors[module + A], file.tensors[module + B], shapes[module]
+        if down.shape[1:] != weight[1:] or up.shape[0] != weight[0] or len(down) != up.shape[1]:
+            raise ModelError(
+                f"{file} does not fit: {module} is {list(weight)} here, its pair is "
+                f"A {list(down.shape)} and B {list(up.shape)}. It was made for another architecture"
+            )
+
+
+def write_lora(folder: Path, weights: Mapping[str, Tensor], config: Any) -> None:
+    """Write diffusers' file with its adapter metadata, and a PEFT folder in ``folder/peft``.
+
+    Args:
+        folder: made if it is not there.
+        weights: by canonical name.
+        config: the ``peft.LoraConfig``; alpha and patterns travel with it.
+    """
+    plain = {
+        key: sorted(value) if isinstance(value, set) else value  # sets have no order of their own
+        for key, value in config.to_dict().items()
+    }
+    tensors = {name: weights[name].detach().cpu().contiguous() for name in sorted(weights)}
+    peft = folder / "peft"
+    peft.mkdir(parents=True, exist_ok=True)
+    header = json.dumps({PREFIX + key: plain[key] for key in sorted(plain)})
+    save_file(
+        {PREFIX + name: tensor for name, tensor in tensors.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt", HEADER: header},
+    )
+    save_file(
+        {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()},
+        peft / PEFT_WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    text = json.dumps(plain, indent=2, sort_keys=True)
+    (peft / PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,129 @@
+"""Stable Diffusion 3 and 3.5 through diffusers' own parts.
+
+Dual attention and query/key norms (3.5 medium, 3.5 large) come with the transformer's config.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from opd_ray.config import ModelConfig
+from opd_ray.errors import ModelError
+from opd_ray.models.base import Family
+from opd_ray.models.checkpoint import load_component, read_config, refusing, resolve
+from opd_ray.types import Conditioning
+
+__all__ = ["SD3"]
+
+
+class SD3(Family):
+    """StableDiffusion3Pipeline's checkpoints, with or without the T5 encoder."""
+
+    def __init__(
+        self, model: ModelConfig, network: Any, *, text: Any, vae: Any, device: str = "cpu"
+    ) -> None:
+        size = network.config.sample_size
+        shape = (network.config.in_channels, size, size)
+        super().__init__(model, network, latent_shape=shape, device=device)
+        self._text = text
+        self._vae = vae
+        self._latents = read_config(model, "vae/config.json")
+
+    @classmethod
+    def load(cls, model: ModelConfig, *, text: bool, image: bool, device: str = "cpu") -> Self:
+        """See ``Family.load``."""
+        index = read_config(model, "model_index.json")
+        if not str(index.get("_class_name")).startswith("StableDiffusion3"):
+            raise ModelError(
+                f"model {model.path!r} is a {index.get('_class_name')}; family 'sd3' loads "
+                f"StableDiffusion3Pipeline"
+            )
+        from diffusers import AutoencoderKL, SD3Transformer2DModel
+
+        fp32 = {"torch_dtype": torch.float32}
+        network = load_component(SD3Transformer2DModel, model, "transformer", device, **fp32)
+        vae = load_component(AutoencoderKL, model, "vae", device, **fp32) if image else None
+        pipeline = _text_pipeline(model, index, network, device) if text else None
+        return cls(model, network, text=pipeline, vae=vae, device=device)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Prompts as the stock pipeline encodes them.
+
+        Returns:
+            encoder_hidden_states [B, L, D] and pooled_projections [B, P], float32. L is CLIP's 77
+            and the T5 tokens, which are zeros where the checkpoint has no T5.
+        """
+        if self._text is None:
+            raise ModelError(f"model {self.model.path!r} was loaded without its text encoders")
+        length = self.model.max_sequence_length
+        if self._text.tokenizer_3 is not None:
+            length = min(length, self._text.tokenizer_3.model_max_length)
+        states, _, pooled, _ = self._text.encode_prompt(
+            list(prompts),
+            None,
+            None,
+            device=torch.device(self.device),
+            do_classifier_free_guidance=False,
+            max_sequence_length=length,
+        )
+        return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+    def predict(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        """See ``Family.predict``."""
+        answer: Tensor = self.denoiser(
+            hidden_states=x, timestep=timestep, return_dict=False, **cond
+        )[0]
+        return answer
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See ``Family.decode``."""
+        if self._vae is None:
+            raise ModelError(f"model {self.model.path!r} was loaded without its VAE")
+        config = self._vae.config
+        raw = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        images: Tensor = self._vae.decode(raw, return_dict=False)[0]
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    def fingerprint(self) -> dict[str, object]:
+        """See ``Family.fingerprint``."""
+        return {
+            "latent_channels": self._latents["latent_channels"],
+            "vae_scaling_factor": self._latents["scaling_factor"],
+            "vae_shift_factor": self._latents["shift_factor"],
+            "prediction": "velocity",
+            "scheduler": "FlowMatchEulerDiscreteScheduler",
+            "shift": self.shift,
+        }
+
+
+def _text_pipeline(
+    model: ModelConfig, index: dict[str, Any], network: nn.Module, device: str
+) -> Any:
+    """The stock pipeline with nothing but what ``encode_prompt`` reads."""
+    from diffusers import StableDiffusion3Pipeline
+    from transformers import (
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        T5EncoderModel,
+        T5TokenizerFast,
+    )
+
+    clip = (CLIPTextModelWithProjection, CLIPTokenizer)
+    kinds = {"": clip, "_2": clip, "_3": (T5EncoderModel, T5TokenizerFast)}
+    parts: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None}
+    for suffix, (encoder_kind, tokenizer_kind) in kinds.items():
+        encoder, tokenizer = f"text_encoder{suffix}", f"tokenizer{suffix}"
+        if suffix == "_3" and index.get(encoder, [None])[0] is None:
+            continue  # published without T5
+        parts[encoder] = load_component(encoder_kind, model, encoder, device, dtype=torch.float32)
+        with refusing(f"model {model.path!r}: its {tokenizer} cannot be loaded"):
+            parts[tokenizer] = tokenizer_kind.from_pretrained(
+                resolve(model.path),
+                subfolder="/".join(filter(None, (model.subfolder, tokenizer))),
+                revision=model.revision,
+            )
+    return StableDiffusion3Pipeline(transformer=network, scheduler=None, vae=None, **parts)
