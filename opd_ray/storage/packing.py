@@ -5,9 +5,7 @@ through to every other reader without an error. So this is the only module that 
 stored bytes. One flat array is also an order of magnitude faster to store than a dict of tensors.
 """
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from opd_ray.digest import digest as content_digest
 from opd_ray.types import TeacherAnswer, Trajectory, WeightVersion, WorkItem
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     "Flat",
     "Manifest",
     "TrajectoryRecord",
-    "digest",
     "pack",
     "pack_answer",
     "pack_trajectory",
@@ -56,7 +54,7 @@ class Manifest:
     nbytes: int
     """Size of the whole array, padding included."""
     sha256: str | None = None
-    """``digest`` of the tensors, where it was asked for; ``unpack`` then checks it."""
+    """``opd_ray.digest`` of the tensors, where it was asked for; ``unpack`` then checks it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +95,7 @@ def pack(tensors: Mapping[str, Tensor], *, digest: bool = False) -> tuple[Flat, 
     for entry in entries:
         part = target[entry.offset : entry.offset + entry.nbytes]
         part.copy_(_as_bytes(tensors[entry.name]))
-    sha256 = _sha256((entry, _part(flat, entry)) for entry in _by_name(entries)) if digest else None
+    sha256 = content_digest(tensors) if digest else None
     return flat, Manifest(tuple(entries), end, sha256)
 
 
@@ -119,20 +117,9 @@ def unpack(flat: Flat, manifest: Manifest) -> dict[str, Tensor]:
             raise ValueError(f"{entry.name}: {entry.nbytes} bytes for {entry.dtype} {entry.shape}")
         _as_bytes(tensor).numpy()[:] = _part(flat, entry)
         tensors[entry.name] = tensor
-    if manifest.sha256 is not None and (seen := digest(tensors)) != manifest.sha256:
+    if manifest.sha256 is not None and (seen := content_digest(tensors)) != manifest.sha256:
         raise ValueError(f"packed array has sha256 {seen}, its manifest says {manifest.sha256}")
     return tensors
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Identity of named tensors: sha256 hex over names, dtypes, shapes and bytes, in any order."""
-    entries = [
-        Entry(name, _dtype_name(tensor), tuple(tensor.shape), offset=0, nbytes=0)
-        for name, tensor in tensors.items()
-    ]
-    return _sha256(
-        (entry, _as_bytes(tensors[entry.name]).cpu().numpy()) for entry in _by_name(entries)
-    )
 
 
 def pack_trajectory(trajectory: Trajectory) -> tuple[Flat, TrajectoryRecord]:
@@ -192,16 +179,3 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 def _part(flat: Flat, entry: Entry) -> Flat:
     return flat[entry.offset : entry.offset + entry.nbytes]
-
-
-def _by_name(entries: Iterable[Entry]) -> list[Entry]:
-    return sorted(entries, key=lambda entry: entry.name)
-
-
-def _sha256(parts: Iterable[tuple[Entry, Flat]]) -> str:
-    total = hashlib.sha256()
-    for entry, content in parts:
-        # A JSON line before each content: no two different sets of tensors run into one another.
-        total.update(json.dumps([entry.name, entry.dtype, entry.shape]).encode() + b"\n")
-        total.update(content.data)
-    return total.hexdigest()
