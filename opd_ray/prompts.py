@@ -146,12 +146,12 @@ def _text(row: Mapping[str, Any], column: str, where: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise PromptError(f"{where} has a {column} of type {type(value).__name__}, expected text")
+        raise PromptError(f"{where}: {column} is of type {type(value).__name__}, expected text")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:  # JSON can escape half a surrogate pair
-            raise PromptError(f"{where} has a {column} that is not valid Unicode") from None
+            raise PromptError(f"{where}: {column} is not valid Unicode") from None
     return value.strip() or None
 
 
@@ -209,7 +209,7 @@ def _csv(text: str) -> Iterator[Row]:
                 )
             yield where, row
     except csv.Error as error:
-        raise PromptError(f"line {reader.line_num} is not CSV ({error})") from None
+        raise PromptError(f"line {reader.reader.line_num} is not CSV ({error})") from None
 
 
 def _parquet(data: bytes) -> Iterator[Row]:
