@@ -45,7 +45,7 @@ class _Axis:
     def ticks(self) -> list[float]:
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-            factors = (1, 2, 5) if last - first < 3 else (1,)
+            factors = (1,) if self.high / self.low > 1000 else (1, 3)
             values = [f * 10.0**e for e in range(first, last + 1) for f in factors]
         else:
             step = _nice_step((self.high - self.low) / 4)
@@ -95,9 +95,9 @@ def _path(points: Sequence[tuple[float, float]], x: _Axis, y: _Axis, style: str)
     return f'<polyline class="{style}" points="{where}"/>'
 
 
-def _lines(series: Series, x: _Axis, y: _Axis, dots: bool) -> str:
+def _lines(series: Series, x: _Axis, y: _Axis, dots: bool, smooth: bool) -> str:
     points = _thin(series.points, math.ceil(len(series.points) / MOST_POINTS))
-    reach = 0 if dots else len(points) // 40
+    reach = len(points) // 40 if smooth and not dots else 0
     parts = [_path(points, x, y, "raw")] if reach else []
     parts.append(_path(_smooth(points, reach), x, y, "line"))
     if dots or len(points) == 1:
@@ -113,16 +113,16 @@ def _lines(series: Series, x: _Axis, y: _Axis, dots: bool) -> str:
 
 
 def line_chart(
-    series: Sequence[Series], *, label: str, dots: bool = False, unit: bool = False
+    series: Sequence[Series], *, label: str, dots: bool = False, smooth: bool = True
 ) -> str:
-    """Values over rounds; ``unit`` fixes the axis to 0..1. Empty where there is nothing to draw."""
+    """Values over rounds, empty where there are none; ``dots`` is for few values, as of scores."""
     series = [line for line in series if line.points]
     if not series:
         return ""
     rounds = [px for line in series for px, _ in line.points]
     values = [py for line in series for _, py in line.points]
     values += [line.level for line in series if line.level is not None]
-    unit = unit and min(values) >= 0 and max(values) <= 1
+    unit = dots and min(values) >= 0 and max(values) <= 1
     first, last = min(rounds), max(rounds)
     x = _Axis(first, last if last > first else first + 1, LEFT, WIDTH - RIGHT)
     y = _y_axis(values, unit)
@@ -130,16 +130,14 @@ def line_chart(
     for tick in y.ticks():
         at = y.place(tick)
         grid.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        grid.append(
-            f'<text x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{number(tick)}</text>'
-        )
+        grid.append(f'<text x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{tick:.3g}</text>')
     for tick in sorted({first, *(t for t in x.ticks() if t == int(t)), last}):
         if tick not in {first, last} and min(tick - first, last - tick) < 0.08 * (last - first):
             continue
         anchor = "end" if tick == last > first else "middle"
         where = f'x="{x.place(tick):.1f}" y="{HEIGHT - 10}" text-anchor="{anchor}"'
         grid.append(f"<text {where}>{tick:g}</text>")
-    lines = "".join(_lines(line, x, y, dots) for line in series)
+    lines = "".join(_lines(line, x, y, dots, smooth) for line in series)
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(label)}"><g class="grid">{"".join(grid)}</g>{lines}</svg>'

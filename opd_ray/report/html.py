@@ -52,8 +52,6 @@ def page(run: RunFolder) -> str:
             "Gap to the teacher, step by step",
             gap_heat(run),
             "" if not run.rounds else "No gaps in the metrics: no teacher marked this run's steps.",
-            "Mean squared velocity gap at each trained denoising step, from noise (left) to image "
-            "(right); darker is larger, on one logarithmic scale for all tasks.",
         ),
         _section("Where the time went", time_spent(run), ""),
         _section("Configuration and provenance", _provenance(run), ""),
@@ -152,11 +150,14 @@ def _range(results: Results, task: str) -> str:
             drawn.append(f'<b class="{style}" style="left:{place(score.value)}" title="{tip}"></b>')
     gap = results.gap_closed.get(task)
     taught = f"taught by {own.removeprefix('teacher:')}" if own else "no teacher of its own"
-    said = f"<strong>{percent(gap.value)}</strong> of the gap" if gap else "not taught, only scored"
+    if gap:
+        said = f"<strong>{percent(gap.value)}</strong> of the gap"
+    else:
+        said = " → ".join(number(marks[style].value) for style in ("base", "me") if style in marks)
     return (
         f'<div class="range"><div class="name">{escape(task)}<small>{escape(taught)}</small></div>'
-        f'<div class="track"><span class="end">{number(low)}</span>'
-        f'<div class="rail">{"".join(drawn)}</div><span class="end">{number(high)}</span></div>'
+        f'<div class="track"><span class="end">{low:.3g}</span>'
+        f'<div class="rail">{"".join(drawn)}</div><span class="end">{high:.3g}</span></div>'
         f'<div class="closed">{said}</div></div>'
     )
 

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
+from rich.errors import ConsoleError
 from rich.live import Live as RichLive
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
@@ -24,6 +25,17 @@ from opd_ray.report.wording import duration, number, percent
 __all__ = ["Live"]
 
 PARTS = {"wait": "waiting", "update": "updating", "publish": "publishing", "checkpoint": "saving"}
+DISPLAY_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ConsoleError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SystemExit,  # rich's answer to a closed pipe
+    TypeError,
+    ValueError,
+)
 PACE_ROUNDS = 20
 """The pace is the mean of so many last rounds: it follows workers that come and go."""
 
@@ -58,13 +70,15 @@ class Live:
         self._unprinted = False
         self._broken = False
         self._screen: RichLive | None = None
-        self._spinner = Spinner("dots")
+        modern = self.console.encoding.startswith("utf")
+        self._spinner = Spinner("dots" if modern else "line")
+        self._arrow = "→" if modern else "->"
 
     def __enter__(self) -> "Live":
         with self._safely():
             if self.console.is_terminal and not self.console.is_dumb_terminal:
                 self._screen = RichLive(
-                    get_renderable=self._panel, console=self.console, refresh_per_second=4
+                    get_renderable=self._render, console=self.console, refresh_per_second=4
                 )
                 self._screen.start()
             else:
@@ -137,18 +151,18 @@ class Live:
 
     @contextlib.contextmanager
     def _safely(self) -> Iterator[None]:
-        """No display error reaches the loop; rich answers a closed pipe with SystemExit."""
+        """No display error reaches the loop; the first one turns the display off."""
         if self._broken:
             yield
             return
         try:
             yield
-        except (Exception, SystemExit) as error:
+        except DISPLAY_ERRORS as error:
             self._broken = True
-            with contextlib.suppress(Exception, SystemExit):
+            with contextlib.suppress(*DISPLAY_ERRORS):
                 if self._screen is not None:
                     self._screen.stop()
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write(
                     f"the live view is off ({type(error).__name__}); the run goes on\n"
                 )
@@ -169,7 +183,7 @@ class Live:
         if self._last is None:
             return []
         return [
-            (task, f"{number(self._first[task])} → {number(loss)}")
+            (task, f"{number(self._first[task])} {self._arrow} {number(loss)}")
             for task, loss in self._last.task_loss.items()
         ]
 
@@ -200,6 +214,13 @@ class Live:
         ]
         parts += [self._shares(), f"weights {self._weights()}"]
         return " | ".join(filter(None, parts))
+
+    def _render(self) -> RenderableType:
+        """What the redrawing thread asks for; it cannot stop itself, so an error becomes a line."""
+        try:
+            return self._panel()
+        except DISPLAY_ERRORS:
+            return Text(f"{self._title} {self._done}/{self._total}")
 
     def _panel(self) -> RenderableType:
         head = Table.grid(padding=(0, 1))

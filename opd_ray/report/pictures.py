@@ -84,13 +84,12 @@ def _row(row: Sample, models: tuple[str, ...], own: str, widths: list[int]) -> s
     for model in models:
         embedded = data_uri(row.images[model]) if model in row.images else None
         style = "me" if model == "student" else "own" if model == own else ""
-        if embedded is None:
-            cells.append(f'<div class="cell {style}"><span class="none">no image</span></div>')
-            continue
-        uri, width = embedded
-        widths.append(width)
-        alt = escape(f"{model_title(model)}: {row.prompt}")
-        cells.append(
-            f'<div class="cell {style}"><img src="{uri}" alt="{alt}" decoding="async"></div>'
-        )
+        shown = '<span class="none">no image</span>'
+        if embedded is not None:
+            uri, width = embedded
+            widths.append(width)
+            alt = escape(f"{model_title(model)}: {row.prompt}")
+            shown = f'<img src="{uri}" alt="{alt}" decoding="async">'
+        label = f'<span class="label">{escape(model_title(model))}</span>'
+        cells.append(f'<div class="cell {style}">{shown}{label}</div>')
     return "".join(cells)

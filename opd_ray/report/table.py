@@ -119,9 +119,12 @@ def summary(result: Mapping[str, Any], seconds: float | None = None) -> str:
 def result_table(result: Mapping[str, Any]) -> Table:
     """Models by tasks, each mean with its interval; ● marks a teacher on its own task."""
     results = Results.read(result)
-    caption = "● on its own task; below each mean its interval" if results.models else "no scores"
-    table = Table(box=box.SIMPLE_HEAD, caption=Text(caption, style="dim"), caption_justify="left")
+    caption = Text("● on its own task; below each mean its interval", style="dim")
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     table.add_column("")
+    if not results.models:
+        table.caption = None
+        table.add_row("no scores")
     for task in results.tasks:
         table.add_column(Text(task), justify="right")
     for model in results.models:

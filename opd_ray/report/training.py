@@ -11,9 +11,15 @@ from opd_ray.report.wording import MISSING, count, duration, number, percent
 
 __all__ = ["curves", "gap_heat", "time_spent"]
 
+HEAT_NOTE = (
+    "Mean squared velocity gap at each trained denoising step, from noise (left) to image (right). "
+    "Darker is larger, on one logarithmic scale for all tasks."
+)
 HEAT_ROWS = 8
 WIDE = 12
 """With more steps than this, cells are too narrow for their numbers; the colour stays."""
+DEEP = 0.75
+"""Darker cells than this need light numbers."""
 WAITS = {
     "wait": "waiting for experience",
     "update": "updating",
@@ -35,11 +41,13 @@ def curves(run: RunFolder) -> str:
     norms = _series(run.rounds, lambda row: _only(row.values, "grad_norm"), {})
     tests = _series(run.rounds, lambda row: row.evaluation, colors, levels)
     scores = _series(run.rounds, lambda row: row.scores, {})
+    times = _series(run.rounds, lambda row: _only(row.seconds, "round"), {})
     charts = [
         _figure("Loss by task", losses, "first → last round", changes=True),
         _figure("Student's scores during training", tests, "dashed: its teacher", dots=True),
         _figure("Reward scores of what the student drew", scores, "mean of each round"),
         _figure("Gradient norm", norms, "before clipping", legend=False),
+        _figure("Seconds a round", times, "wall time", legend=False, smooth=False),
     ]
     return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
 
@@ -73,8 +81,9 @@ def _figure(
     dots: bool = False,
     changes: bool = False,
     legend: bool = True,
+    smooth: bool = True,
 ) -> str:
-    chart = line_chart(series, label=f"{title}, over rounds", dots=dots, unit=dots)
+    chart = line_chart(series, label=f"{title}, over rounds", dots=dots, smooth=smooth)
     if not chart:
         return ""
     keys = []
@@ -98,8 +107,16 @@ def gap_heat(run: RunFolder) -> str:
     if not values:
         return ""
     shade = _shade(min(values), max(values))
-    heats = "".join(_heat(task, grid, shade) for task, grid in grids.items())
-    return f'<div class="heats">{heats}</div>'
+    power = 3 * math.floor(math.log10(max(values)) / 3)  # so that cells stay short on a phone
+    most = max(len(cells) for grid in grids.values() for _, cells in grid)
+    style = f'<div class="heats" style="--least:{min(460, max(220, 72 + 28 * most))}px">'
+    heats = "".join(_heat(task, grid, shade, power) for task, grid in grids.items())
+    unit = f" Values &times; 10<sup>{power}</sup>.".replace("-", "&minus;") if power else ""
+    return f'<p class="note">{HEAT_NOTE}{unit}</p>{style}{heats}</div>'
+
+
+def _short(value: float) -> str:
+    return f"{value:.{0 if value >= 10 else 1 if value >= 1 else 2}f}"
 
 
 def _blocks(rounds: Sequence[Round], task: str) -> list[tuple[str, dict[str, float]]]:
@@ -125,7 +142,10 @@ def _shade(low: float, high: float) -> Callable[[float], float]:
 
 
 def _heat(
-    task: str, grid: Sequence[tuple[str, dict[str, float]]], shade: Callable[[float], float]
+    task: str,
+    grid: Sequence[tuple[str, dict[str, float]]],
+    shade: Callable[[float], float],
+    power: int,
 ) -> str:
     steps = sorted(
         {step for _, cells in grid for step in cells},
@@ -139,9 +159,9 @@ def _heat(
             if step not in cells:
                 row.append("<td></td>")
                 continue
-            heat, text = shade(cells[step]), number(cells[step])
-            dark = ' class="deep"' if heat > 0.55 else ""
-            tip = escape(f"step {step}, rounds {label}: {text}")
+            heat, text = shade(cells[step]), _short(cells[step] / 10.0**power)
+            dark = ' class="deep"' if heat > DEEP else ""
+            tip = escape(f"step {step}, rounds {label}: {number(cells[step])}")
             row.append(
                 f'<td{dark} style="--heat:{0.04 + 0.86 * heat:.2f}" title="{tip}">'
                 f"{'' if wide else text}</td>"
@@ -150,7 +170,7 @@ def _heat(
     heads = "".join(f'<th scope="col">{escape(step)}</th>' for step in steps)
     return (
         f'<figure class="scroll"><figcaption>{escape(task)}</figcaption>'
-        f'<table class="heat{" wide" if wide else ""}"><thead><tr><th>rounds \\ step</th>'
+        f'<table class="heat{" wide" if wide else ""}"><thead><tr><th>rounds</th>'
         f"{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></figure>"
     )
 

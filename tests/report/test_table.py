@@ -1,0 +1,90 @@
+"""The result as a sentence and a table, and how numbers are written."""
+
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from opd_ray.report.table import result_table, summary
+from opd_ray.report.wording import MISSING, duration, number, percent
+from tests.report.run_folders import SCORES, TASKS, result
+
+
+def shown(data: dict) -> str:
+    console = Console(file=io.StringIO(), width=140)
+    console.print(result_table(data))
+    return console.file.getvalue()
+
+
+def test_the_table_has_every_number_and_marks_own_teachers():
+    text = shown(result())
+    for model, values in SCORES.items():
+        title = f"{model.removeprefix('teacher:')} teacher" if ":" in model else model
+        row = next(line for line in text.splitlines() if line.strip().startswith(title))
+        assert [cell for cell in row.replace("●", "").split()[-4:]] == [f"{x:.3f}" for x in values]
+        assert row.count("●") == model.startswith("teacher:")
+    gap = next(line for line in text.splitlines() if "gap closed" in line)
+    assert "94 %" in gap and "97 %" in gap and "91 %" in gap
+
+
+def test_brackets_in_names_are_text():
+    data = json.loads(json.dumps(result()).replace("compose", "[red]x[/nope]"))
+    assert "[red]x[/nope] teacher" in shown(data)
+
+
+def test_no_scores_is_an_empty_table_that_says_so():
+    assert "no scores" in shown({"status": "done", "rounds": 3, "scores": {}})
+
+
+def test_summary_of_a_finished_run():
+    assert summary(result(), 184) == (
+        "Closed 94 % (compose), 97 % (text) and 91 % (look) of three teachers' gaps in 80 rounds, "
+        f"3 min 4 s. Without a teacher: {TASKS[3]} 0.164 → 0.617."
+    )
+
+
+def test_summary_of_one_teacher_with_two_tasks():
+    data = {
+        "status": "done",
+        "rounds": 1,
+        "teachers": {"both": {"tasks": ["a", "b"]}},
+        "gap_closed": {"a": {"value": 0.5}, "b": {"value": -0.2}},
+    }
+    assert summary(data) == "Closed 50 % (a) and −20 % (b) of its teacher's gap in 1 round."  # noqa: RUF001
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [("failed", "failed after 7 rounds"), ("stopped", "can be resumed"), ("done", "Trained for 7")],
+)
+def test_summary_without_scores(status, expected):
+    assert expected in summary({"status": status, "rounds": 7, "scores": {}})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *((0.8384, "0.838"), (0, "0"), (1, "1.00"), (12.345, "12.3"), (1234.5, "1234")),
+        *((0.031, "0.031"), (0.00441, "0.00441"), (3e-7, "3.0e-7"), (2.5e6, "2.5e6")),
+        *((math.nan, MISSING), (None, MISSING)),
+    ],
+)
+def test_number(value, text):
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *((0.04, "0.0 s"), (9.96, "10 s"), (59.7, "1 min"), (184, "3 min 4 s")),
+        *((3599.6, "1 h 00 min"), (7260, "2 h 01 min"), (200_000, "2 d 7 h"), (None, MISSING)),
+    ],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_percent():
+    assert [percent(0.9695), percent(-0.12), percent(None)] == ["97 %", "−12 %", MISSING]  # noqa: RUF001
