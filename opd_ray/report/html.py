@@ -88,7 +88,7 @@ def _header(run: RunFolder) -> str:
         total = f" / {run.total_rounds}" if run.total_rounds else ""
         facts.append(("rounds", f"{len(run.rounds)}{total}"))
     if run.train_s:
-        facts.append(("in rounds", duration(run.train_s)))
+        facts.append(("time in rounds", duration(run.train_s)))
     last = run.rounds[-1].weight_version if run.rounds else ""
     version = str(run.result.get("weight_version") or last)
     facts += [("weights", version)] if version else []

@@ -42,11 +42,12 @@ def curves(run: RunFolder) -> str:
     tests = _series(run.rounds, lambda row: row.evaluation, colors, levels)
     scores = _series(run.rounds, lambda row: row.scores, {})
     times = _series(run.rounds, lambda row: _only(row.seconds, "round"), {})
+    dashes = "dashed: its teacher" if levels else "its teacher's are not known yet"
     charts = [
         _figure("Loss by task", losses, "first → last round", changes=True),
-        _figure("Student's scores during training", tests, "dashed: its teacher", dots=True),
+        _figure("Student's scores during training", tests, dashes, dots=True),
         _figure("Reward scores of what the student drew", scores, "mean of each round"),
-        _figure("Gradient norm", norms, "before clipping", legend=False),
+        _figure("Gradient norm", norms, "of each update", legend=False),
         _figure("Seconds a round", times, "wall time", legend=False, smooth=False),
     ]
     return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""

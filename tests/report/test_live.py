@@ -83,6 +83,14 @@ def test_a_resumed_run_counts_from_where_it_begins(clock):
     assert lines(console)[1].startswith("round 41/80 | 2.0 s/round, 1 min 18 s left")
 
 
+def test_a_console_that_knows_ascii_alone_gets_ascii(clock):
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
+    with Live(2, "demo", console=Console(file=file), clock=clock) as live:
+        live.round(metrics_row(0))
+    assert b"compose 0.062 -> 0.062" in raw.getvalue()
+
+
 def test_brackets_are_text(clock):
     console = plain()
     with Live(1, "demo [red]", console=console, clock=clock) as live:
