@@ -58,7 +58,11 @@ make_venv() {
         base=$(find_python) || fail "no Python 3.11, 3.12 or 3.13 with venv on PATH works;" \
             "install one, or name it: make PYTHON=/path/to/python3.11"
     fi
-    rm -rf "$venv"
+    if [[ -e $venv ]]; then # aside first: a removal that is cut short leaves nothing half a venv
+        rm -rf "$venv.broken"
+        mv "$venv" "$venv.broken"
+    fi
+    rm -rf "$venv.broken"
     "$base" -m venv "$venv" || fail "$base could not create $venv"
 }
 
@@ -89,7 +93,7 @@ else
     check_disk
     make_venv
 fi
-echo "Installing opd_ray and its packages into $venv (the first time about 6 minutes and 6 GB; log: $log)"
+echo "Installing opd_ray and its packages into $venv (once, about 6 minutes and 6 GB; log: $log)"
 "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null ||
     fail "$venv has no pip and could not get it; remove $venv and try again"
 drop_half_installed
