@@ -9,19 +9,20 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "opd_ray"
 RUNGS = (
-    {"__init__", "types", "errors", "plugins", "seeds"},
+    {"__init__", "types", "errors", "plugins", "seeds", "digest"},
     {"config", "prompts", "diffusion"},
     {"models", "algorithms", "rewards", "world"},
     {"actors", "learners"},
     {"storage", "metrics"},
     {"runtime"},
-    {"loop", "build", "evaluation", "planning", "report"},
-    {"commands", "cli", "__main__", "testing"},
+    {"loop", "run", "experience", "build", "evaluation", "planning", "report"},
+    {"commands", "cli", "console", "__main__", "testing"},
 )
 RUNG = {name: rung for rung, names in enumerate(RUNGS) for name in names}
 
-# The two places where any exception may end: work-item errors, and the top of the command line.
-SUPERVISION = {"runtime/pool.py", "cli.py"}
+# Where any exception may end: work-item errors (Ray catches those of remote workers, `local` its
+# own), and the top of the command line.
+SUPERVISION = {"runtime/pool.py", "runtime/local.py", "cli.py"}
 # Together they are what a newcomer has to read.
 CORE = {"loop", "build", "actors", "learners", "runtime", "diffusion"}
 
