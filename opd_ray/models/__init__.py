@@ -3,6 +3,7 @@
 from opd_ray.models.base import (
     FAMILIES,
     Family,
+    check_adapters,
     family_class,
     load_family,
     read_shift,
@@ -15,6 +16,7 @@ __all__ = [
     "FAMILIES",
     "Family",
     "LoraInfo",
+    "check_adapters",
     "family_class",
     "load_family",
     "read_shift",

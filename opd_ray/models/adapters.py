@@ -132,10 +132,10 @@ class Adapters:
         """Delete an adapter that is not in use."""
         if name == self._active:
             raise ModelError(f"adapter {name!r} is in use; use another before it is removed")
+        self._slot(name)  # it has to be there
         with self._keeping_trainability():
-            self.network.delete_adapters(self._slot(name))
-        del self._slots[name]
-        self._activate(self._active)
+            self._delete(name)
+            self._activate(self._active)
 
     @contextmanager
     def adapter(self, name: str | None) -> Iterator[None]:
@@ -216,25 +216,23 @@ class Adapters:
         slot = f"slot{self._num_made:04d}"
         self._num_made += 1
         self._slots[name] = slot
-        # PEFT draws from the global RNG even where a file's tensors follow, and warns of a second
-        # adapter, which is what all this is for.
-        with (
-            self._keeping_trainability(),
-            torch.random.fork_rng(devices=[]),
-            warnings.catch_warnings(),
-        ):
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        # PEFT draws from the global RNG even where a file's tensors follow.
+        with self._keeping_trainability(), torch.random.fork_rng(devices=[]), _meant():
+            bound = False
             try:
                 yield slot
-            except BaseException:
-                self.network.delete_adapters(slot)
-                del self._slots[name]
-                raise
+                bound = True
             finally:
+                if not bound:
+                    self._delete(name)
                 self._activate(self._active)
                 for key, parameter in self.network.named_parameters():
                     if f".{slot}." in key:
                         parameter.requires_grad_(False)
+
+    def _delete(self, name: str) -> None:
+        with _meant():
+            self.network.delete_adapters(self._slots.pop(name))
 
     @contextmanager
     def _keeping_trainability(self) -> Iterator[None]:
@@ -251,7 +249,7 @@ class Adapters:
             if slot is not None:
                 self.network.set_adapter(slot)
                 self.network.enable_adapters()
-            elif self._num_made:
+            elif self._slots:
                 self.network.disable_adapters()
         self._active = name
 
@@ -260,3 +258,12 @@ def _ending(key: str) -> str:
     """The last words of a module's name, from the last one that is not a number on."""
     words = key.split(".")
     return ".".join(words[-2:]) if words[-1].isdigit() else words[-1]
+
+
+@contextmanager
+def _meant() -> Iterator[None]:
+    """Silence what PEFT warns of and what is meant here: a second adapter, another one in use."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        warnings.filterwarnings("ignore", message="Adapter slot.* was active which is now deleted")
+        yield

@@ -1,27 +1,29 @@
 """What a model family is, and how one is found.
 
-A family writes ``load``, ``encode``, ``predict``, ``decode`` and ``fingerprint``; guidance,
-counting and adapters come from here.
+A family writes ``load``, ``encode``, ``predict``, ``decode``, ``random_conditioning`` and
+``fingerprint``; guidance, counting and adapters come from here.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from opd_ray import plugins
-from opd_ray.config import ModelConfig
+from opd_ray.config import LoraConfig, ModelConfig, TeacherConfig
 from opd_ray.diffusion import flow_sigmas, guide
 from opd_ray.errors import ConfigError, ModelError
 from opd_ray.models.adapters import Adapters
 from opd_ray.models.checkpoint import read_config, resolve
+from opd_ray.models.lora import check_fits, read_lora
 from opd_ray.types import Conditioning
 
 __all__ = [
     "FAMILIES",
     "Family",
+    "check_adapters",
     "family_class",
     "load_family",
     "read_shift",
@@ -78,6 +80,11 @@ class Family(Adapters, ABC):
             ModelError: a part is missing, gated or of another architecture, in one line.
         """
 
+    @classmethod
+    @abstractmethod
+    def skeleton(cls, model: ModelConfig) -> nn.Module:
+        """The denoiser without weights, on the meta device, from its config alone."""
+
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The prompts for the denoiser: each tensor [B, ...] float32, by its argument's name."""
@@ -98,6 +105,13 @@ class Family(Adapters, ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, H, W] to images [B, 3, height, width] in [0, 1], float32."""
+
+    @abstractmethod
+    def random_conditioning(self, generator: torch.Generator) -> Conditioning:
+        """A conditioning of the right widths, each tensor [1, ...], without a text encoder.
+
+        Weights are proven with it: sender and receiver compare their velocities on it.
+        """
 
     @abstractmethod
     def fingerprint(self) -> dict[str, object]:
@@ -197,6 +211,21 @@ def load_family(model: ModelConfig, *, text: bool, image: bool, device: str = "c
 def read_shift(model: ModelConfig) -> float:
     """The shift of a model's sigma schedule, without loading any weights."""
     return family_class(model.family).read_shift(model)
+
+
+def check_adapters(
+    model: ModelConfig, student: LoraConfig, teachers: Mapping[str, TeacherConfig]
+) -> None:
+    """Whether the student's targets exist and every teacher's LoRA fits, before anything is loaded.
+
+    Raises:
+        ModelError: names the adapter and what does not fit.
+    """
+    network = family_class(model.family).skeleton(model)
+    for name, teacher in teachers.items():
+        file = read_lora(name, teacher.lora, revision=teacher.revision, subfolder=teacher.subfolder)
+        check_fits(file, network)
+    Adapters(network).add_lora("student", student, 0)
 
 
 def sigmas_of(model: ModelConfig, num_steps: int) -> Tensor:

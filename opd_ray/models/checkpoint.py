@@ -64,14 +64,14 @@ def read_config(model: ModelConfig, file: str) -> dict[str, Any]:
 def load_component(
     kind: Any, model: ModelConfig, name: str, device: str, **options: Any
 ) -> nn.Module:
-    """One part of the checkpoint, frozen and in eval mode, every weight from the file.
+    """One part of the checkpoint, float32, frozen, in eval mode, every weight from the file.
 
     Args:
         kind: a diffusers or transformers model class.
         model: the checkpoint.
         name: its folder in the checkpoint, such as ``transformer``.
         device: where it goes.
-        options: further arguments of ``from_pretrained``; the dtype's name differs by library.
+        options: further arguments of ``from_pretrained``.
 
     Raises:
         ModelError: it is missing, gated, not safetensors, or leaves a weight of ``kind`` unset.
@@ -89,5 +89,5 @@ def load_component(
     unset = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if unset:
         raise ModelError(f"{what}: {len(unset)} weights are not in it, the first is {unset[0]}")
-    module: nn.Module = component.to(device).requires_grad_(False).eval()
+    module: nn.Module = component.to(device).float().requires_grad_(False).eval()
     return module

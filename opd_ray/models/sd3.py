@@ -34,19 +34,24 @@ class SD3(Family):
     @classmethod
     def load(cls, model: ModelConfig, *, text: bool, image: bool, device: str = "cpu") -> Self:
         """See ``Family.load``."""
-        index = read_config(model, "model_index.json")
-        if not str(index.get("_class_name")).startswith("StableDiffusion3"):
-            raise ModelError(
-                f"model {model.path!r} is a {index.get('_class_name')}; family 'sd3' loads "
-                f"StableDiffusion3Pipeline"
-            )
+        index = _index(model)
         from diffusers import AutoencoderKL, SD3Transformer2DModel
 
-        fp32 = {"torch_dtype": torch.float32}
-        network = load_component(SD3Transformer2DModel, model, "transformer", device, **fp32)
-        vae = load_component(AutoencoderKL, model, "vae", device, **fp32) if image else None
+        network = load_component(SD3Transformer2DModel, model, "transformer", device)
+        vae = load_component(AutoencoderKL, model, "vae", device) if image else None
         pipeline = _text_pipeline(model, index, network, device) if text else None
         return cls(model, network, text=pipeline, vae=vae, device=device)
+
+    @classmethod
+    def skeleton(cls, model: ModelConfig) -> nn.Module:
+        """See ``Family.skeleton``."""
+        from diffusers import SD3Transformer2DModel
+
+        _index(model)
+        config = read_config(model, "transformer/config.json")
+        with refusing(f"model {model.path!r}: its transformer"), torch.device("meta"):
+            network: nn.Module = SD3Transformer2DModel.from_config(config)
+        return network
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -88,6 +93,16 @@ class SD3(Family):
         images: Tensor = self._vae.decode(raw, return_dict=False)[0]
         return (images / 2 + 0.5).clamp(0, 1)
 
+    def random_conditioning(self, generator: torch.Generator) -> Conditioning:
+        """See ``Family.random_conditioning``."""
+        config = self.network.config
+        return {
+            "encoder_hidden_states": torch.randn(
+                1, 4, config.joint_attention_dim, generator=generator
+            ),
+            "pooled_projections": torch.randn(1, config.pooled_projection_dim, generator=generator),
+        }
+
     def fingerprint(self) -> dict[str, object]:
         """See ``Family.fingerprint``."""
         return {
@@ -98,6 +113,16 @@ class SD3(Family):
             "scheduler": "FlowMatchEulerDiscreteScheduler",
             "shift": self.shift,
         }
+
+
+def _index(model: ModelConfig) -> dict[str, Any]:
+    index = read_config(model, "model_index.json")
+    if not str(index.get("_class_name")).startswith("StableDiffusion3"):
+        raise ModelError(
+            f"model {model.path!r} is a {index.get('_class_name')}; family 'sd3' loads "
+            f"StableDiffusion3Pipeline"
+        )
+    return index
 
 
 def _text_pipeline(
