@@ -1,17 +1,15 @@
 """The configuration: what a run is (method) and where it runs (cluster), as frozen pydantic models.
 
 Unknown keys are errors, so a typo never becomes a default. An algorithm is a named variant whose defaults are the
-vetted run. ``load`` turns a recipe's name or a YAML path, plus ``-o key=value`` overrides, into one ``Config``.
+vetted run. ``recipes.load`` turns a recipe's name or a YAML file into one ``Config``.
 """
 
 import difflib
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from opd_ray.errors import ConfigError
 
@@ -27,12 +25,12 @@ __all__ = [
     "ModelConfig",
     "OpdConfig",
     "OptimizerConfig",
+    "Placement",
     "PluginAlgorithmConfig",
     "RolePlacement",
     "SamplingConfig",
     "TeacherConfig",
-    "load",
-    "recipes",
+    "parse",
 ]
 
 ROLES = ("rollout", "teacher", "reward", "learner", "default", "base", "student", "reference", "old")
@@ -199,6 +197,8 @@ class EvaluationConfig(Frozen):
     batch: int = Field(32, ge=1)
     every: int = Field(0, ge=0)
     """Rounds between two evaluations of the student; 0: only at the end."""
+    rewards: dict[str, tuple[str, ...]] = {}
+    """Task -> the rewards that score it, its own first; the reward of the task's own name where not given."""
 
 
 class CheckpointConfig(Frozen):
@@ -209,26 +209,35 @@ class CheckpointConfig(Frozen):
     keep: int = Field(3, ge=1)
 
 
-class RolePlacement(Frozen):
+class Placement(Frozen):
+    """What each worker of a role gets."""
+
+    threads: int = Field(1, ge=1)
+    """Torch threads."""
+    resources: dict[str, float] = {"cpu": 1.0}
+    """Of each worker: cpu, gpu, and custom Ray resources such as teacher_node. Ray only counts them."""
+
+    @field_validator("resources")
+    @classmethod
+    def _runs_on_cpu(cls, resources: dict[str, float]) -> dict[str, float]:
+        if any(amount < 0 for amount in resources.values()):
+            raise ValueError("amounts are 0 or more")
+        if resources.get("gpu"):
+            raise ValueError("this version computes on CPU; set gpu to 0")
+        return resources
+
+
+class RolePlacement(Placement):
     """Workers of one elastic role."""
 
     workers: int = Field(1, ge=1)
-    threads: int = Field(1, ge=1)
-    """Torch threads of each worker."""
-    cpu: float = Field(1.0, ge=0)
-    gpu: float = Field(0.0, ge=0)
-    resources: dict[str, float] = {}
-    """Custom Ray resources, for instance {teacher_node: 1}."""
 
 
-class LearnerPlacement(Frozen):
+class LearnerPlacement(Placement):
     """The learner group."""
 
     backend: Literal["ddp"] = "ddp"
     ranks: int = Field(1, ge=1)
-    threads: int = Field(1, ge=1)
-    cpu: float = Field(1.0, ge=0)
-    gpu: float = Field(0.0, ge=0)
 
 
 class ClusterConfig(Frozen):
@@ -271,7 +280,9 @@ class Config(Frozen):
     teachers: dict[str, TeacherConfig] = {}
     rewards: dict[str, dict[str, Any]] = {}
     """By built-in name or package.module:attr; the value holds its keyword arguments."""
-    prompts: PromptsConfig
+    prompts: PromptsConfig | None = None
+    recorded: str | None = None
+    """Folder of recorded experience (<task>/<name>.safetensors), for algorithms that need no rollouts."""
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -293,6 +304,13 @@ class Config(Frozen):
         for name in self.teachers:
             if name in ROLES or not re.match(NAME, name):
                 raise ValueError(f"teacher name {name!r} is not free; roles are {', '.join(ROLES)}. Choose another")
+        if self.cluster.runtime == "local" and self.cluster.learner.ranks > 1:
+            raise ValueError("cluster.learner.ranks: runtime local has one rank; use runtime: ray")
+        if (
+            len(self.teachers or [0]) * (self.batch.images_per_task // self.batch.item_size)
+            < self.cluster.learner.ranks
+        ):
+            raise ValueError("cluster.learner.ranks: a round has fewer work items than ranks; lower batch.item_size")
         for name in self.cluster.teachers:
             if name != "default" and name not in self.teachers:
                 raise ValueError(
@@ -301,7 +319,9 @@ class Config(Frozen):
             if name != "default" and self.cluster.share_teachers:
                 raise ValueError(f"cluster.teachers.{name}: teachers are shared, so only `default` applies")
         self.teacher_of_task  # noqa: B018  (raises where two teachers claim one task)
-        if isinstance(self.prompts.train, dict):
+        if (self.prompts is None) == (self.recorded is None):
+            raise ValueError("give either prompts (rollouts draw on them) or recorded (experience to read)")
+        if self.prompts is not None and isinstance(self.prompts.train, dict):
             self.check_tasks(tuple(self.prompts.train))
         return self
 
@@ -356,81 +376,6 @@ class Config(Frozen):
                 )
 
 
-def _places(kind: str) -> list[Path]:
-    """Where recipes lie: the checkout's `configs`, or the copy inside an installed package."""
-    package = Path(__file__).parent
-    return [package.parent / kind, package / kind]
-
-
-def recipes(kind: str = "configs") -> dict[str, Path]:
-    """The recipes that `CONFIG` may name, by name."""
-    for place in _places(kind):
-        if place.is_dir():
-            return {path.stem: path for path in sorted(place.glob("*.yaml"))}
-    return {}
-
-
-def find(name: str, kind: str = "configs") -> Path:
-    """A recipe by path or by name."""
-    path = Path(name)
-    if path.suffix in {".yaml", ".yml"} or path.is_file():
-        if path.is_file():
-            return path
-        raise ConfigError(f"{name}: no such file")
-    known = recipes(kind)
-    if name not in known:
-        raise ConfigError(f"no recipe {name!r}; known: {', '.join(known) or 'none'}. Or give the path of a YAML file")
-    return known[name]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
-    return data
-
-
-def _override(data: dict[str, Any], assignment: str) -> None:
-    key, separator, text = assignment.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"-o {assignment}: expected key=value, for instance -o rounds=6")
-    *parents, last = key.split(".")
-    section = data
-    for parent in parents:
-        section = section.setdefault(parent, {})
-        if not isinstance(section, dict):
-            raise ConfigError(f"-o {assignment}: {parent} is a value, not a section")
-    try:
-        section[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"-o {assignment}: {text!r} is not a YAML value") from None
-
-
-def load(name: str, overrides: Sequence[str] = ()) -> Config:
-    """The configuration that a recipe name or YAML path stands for.
-
-    Raises:
-        ConfigError: in one line, where it is wrong, what was seen and what is allowed.
-    """
-    path = find(name)
-    data = _read(path)
-    cluster = data.get("cluster", "local")
-    for assignment in [a for a in overrides if a.startswith("cluster=")]:
-        cluster = assignment.partition("=")[2]
-    if isinstance(cluster, str):
-        beside = path.parent / cluster
-        data["cluster"] = _read(beside if beside.is_file() else find(cluster, "configs/cluster"))
-    for assignment in overrides:
-        if not assignment.startswith("cluster="):
-            _override(data, assignment)
-    return parse(data, str(path))
-
-
 def parse(data: dict[str, Any], where: str) -> Config:
     """A configuration from plain data; ``where`` names it in errors."""
     try:
@@ -448,4 +393,3 @@ def _problem(item: Any) -> str:
         return f"{where} is missing"
     seen = "" if item["type"] == "value_error" else f", got {item['input']!r}"
     return f"{where}: {message}{seen}" if where else message
-

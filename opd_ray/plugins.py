@@ -31,14 +31,11 @@ def load(name: str, builtins: Mapping[str, str], kind: str) -> Any:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
         raise ConfigError(
-            f"{kind} {name!r}: cannot import {module_name!r} ({error}). Install it or put its "
-            f"folder on PYTHONPATH"
+            f"{kind} {name!r}: cannot import {module_name!r} ({error}). Install it or put its folder on PYTHONPATH"
         ) from error
     if not hasattr(module, attribute):
         public = sorted(key for key in vars(module) if not key.startswith("_"))
-        raise ConfigError(
-            f"{kind} {name!r}: {module_name} has no {attribute!r}; it has {', '.join(public)}"
-        )
+        raise ConfigError(f"{kind} {name!r}: {module_name} has no {attribute!r}; it has {', '.join(public)}")
     return getattr(module, attribute)
 
 
@@ -61,7 +58,4 @@ def check_arguments(target: Callable[..., Any], args: Mapping[str, Any], where: 
     for name in args:
         if name not in taken:
             title = getattr(target, "__qualname__", repr(target))
-            raise ConfigError(
-                f"{where}: {title} takes no argument {name!r}; "
-                f"it takes {', '.join(taken) or 'none'}"
-            )
+            raise ConfigError(f"{where}: {title} takes no argument {name!r}; it takes {', '.join(taken) or 'none'}")

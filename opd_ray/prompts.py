@@ -73,6 +73,11 @@ class PromptStream:
         self._prompts = {task: tuple(rows) for task, rows in prompts.items()}
         self._seed = seed
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """In the order in which they were given: the order of the learner's gradient."""
+        return tuple(self._prompts)
+
     def take(self, task: str, cursor: int, count: int) -> tuple[tuple[Prompt, ...], int]:
         """The next ``count`` prompts after ``cursor``, and the cursor behind them.
 
@@ -120,10 +125,7 @@ def _add(
         raise PromptError(f"{where} has an empty {column}; give it a text or remove the row")
     task = _text(row, "task", where) or expected
     if task is None:
-        raise PromptError(
-            f"{where} has no task; add a column task, or give one file for each task "
-            "as {task: file}"
-        )
+        raise PromptError(f"{where} has no task; add a column task, or give one file for each task as {{task: file}}")
     if expected is not None and task != expected:
         raise PromptError(f"{where} is of task {task!r}, but the file is given for {expected!r}")
     by_id = prompts.setdefault(task, {})
@@ -204,9 +206,7 @@ def _csv(text: str) -> Iterator[Row]:
         for row in reader:
             where = f"line {reader.line_num}"
             if None in row:
-                raise PromptError(
-                    f"{where} has more cells than the header; put quotes around text with commas"
-                )
+                raise PromptError(f"{where} has more cells than the header; put quotes around text with commas")
             yield where, row
     except csv.Error as error:
         raise PromptError(f"line {reader.reader.line_num} is not CSV ({error})") from None

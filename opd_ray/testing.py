@@ -62,9 +62,7 @@ def _check_sigmas(family: Family) -> None:
     _require((sigmas.diff() < 0).all(), "sigmas fall")
 
 
-def _check_encode(
-    family: Family, prompts: Sequence[str], cond: Conditioning, empty: Conditioning
-) -> None:
+def _check_encode(family: Family, prompts: Sequence[str], cond: Conditioning, empty: Conditioning) -> None:
     again = family.encode(prompts)
     _require(cond.keys() == again.keys() == empty.keys(), "encode always gives the same names")
     for name, tensor in cond.items():
@@ -152,9 +150,7 @@ def _check_adapters(family: Family, x: Tensor, cond: Conditioning, lora: LoraCon
         _require(torch.equal(answer(), written), "an adapter survives save_lora and load_lora")
 
 
-def _check_restoring(
-    family: Family, ours: dict[str, torch.nn.Parameter], base: Tensor, trained: Tensor
-) -> None:
+def _check_restoring(family: Family, ours: dict[str, torch.nn.Parameter], base: Tensor, trained: Tensor) -> None:
     _require(not torch.equal(trained, base), "a trained adapter changes the velocity")
     try:
         with family.adapter(None):

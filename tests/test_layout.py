@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "opd_ray"
 RUNGS = (
     {"__init__", "types", "errors", "plugins", "seeds", "digest"},
-    {"config", "prompts", "diffusion"},
+    {"config", "recipes", "prompts", "diffusion"},
     {"models", "algorithms", "rewards", "world"},
     {"actors", "learners"},
     {"storage", "metrics"},
@@ -27,8 +27,7 @@ SUPERVISION = {"runtime/pool.py", "runtime/local.py", "cli.py"}
 CORE = {"loop", "build", "actors", "learners", "runtime", "diffusion"}
 
 SOURCES = {
-    path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8")
-    for path in sorted(PACKAGE.rglob("*.py"))
+    path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))
 }
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opd_ray.algorithms.base import Algorithm, Forward, Loss
 from opd_ray.config import OpdConfig
-from opd_ray.diffusion import KERNELS, trained_steps
+from opd_ray.diffusion import KERNELS, gaussian_kl, half_squared_distance, trained_steps
 from opd_ray.errors import ConfigError
 from opd_ray.types import Experience
 
@@ -75,11 +75,15 @@ class Opd(Algorithm):
         kernel = KERNELS[self.kernel]
         mine = kernel(forward.x, student, forward.t, forward.t_next, self.noise_level)
         theirs = kernel(forward.x, teacher, forward.t, forward.t_next, self.noise_level)
-        squared = (mine.mean - theirs.mean).square().mean()
         gap = (student - teacher).square().mean()
-        value = 0.5 * {"xt": squared, "v": gap, "x0": forward.t**2 * gap}[self.config.loss_target]
-        metrics = {"gap": gap.detach()}
         if self.config.objective == "kl":
-            value = squared / (2 * torch.as_tensor(mine.std).square())
-            metrics["kl"] = value.detach() * student[0].numel()
-        return Loss(value, metrics)
+            kl = gaussian_kl(mine.mean, theirs.mean, mine.std, reduction="mean").mean()
+            return Loss(kl, {"gap": gap.detach(), "kl": kl.detach() * student[0].numel()})
+        match self.config.loss_target:
+            case "xt":
+                value = half_squared_distance(mine.mean, theirs.mean).mean()
+            case "v":
+                value = 0.5 * gap
+            case "x0":  # x0 = x - t v, so the states cancel
+                value = 0.5 * forward.t**2 * gap
+        return Loss(value, {"gap": gap.detach()})

@@ -1,0 +1,182 @@
+"""The rollout actor: encodes prompts, draws along the behaviour policy's own denoising path, decodes pictures."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opd_ray.config import LoraConfig
+from opd_ray.diffusion import KERNELS, sample
+from opd_ray.digest import digest
+from opd_ray.errors import ModelError, StaleWeightsError
+from opd_ray.models.base import Family
+from opd_ray.seeds import fold, generator, noise
+from opd_ray.types import Conditioning, Prompt, Trajectory, WeightVersion, WorkItem
+
+__all__ = ["Ack", "Policy", "RolloutActor", "SampleRequest", "probe_velocity"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """What a receiver read back from its own bound parameters after taking weights."""
+
+    version: WeightVersion
+    tensors: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How this run's student draws."""
+
+    lora: LoraConfig
+    adapter: str
+    guidance: float
+    kernel: str
+    noise_level: float
+    seed: int
+    negatives: bool
+    """Whether embeddings of the empty prompt travel along: some participant's guidance is not 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """Pictures to look at and to score: a fixed forward batch with seeds of its own."""
+
+    model: Literal["base", "student"] | str
+    """`base`, `student`, or the name of a teacher."""
+    lora: tuple[str, str | None, str | None] | None
+    """Path, revision and subfolder of the teacher's LoRA."""
+    guidance: float
+    steps: int
+    seed: int
+    prompts: tuple[Prompt, ...]
+    samples: tuple[int, ...]
+
+
+def probe_velocity(family: Family, guidance: float, seed: int) -> Tensor:
+    """The active adapter's velocity [1, C, H, W] at a fixed small input; receiver and sender must agree on it.
+
+    The conditioning is random too, since learners hold no text encoder.
+    """
+    x = noise([fold(seed, "eval", "probe")], family.latent_shape)
+    cond, uncond = (family.random_conditioning(generator(seed, "eval", name)) for name in ("cond", "uncond"))
+    with torch.no_grad():
+        velocity = family.velocity(x, 0.5, cond, uncond, guidance)
+    return velocity
+
+
+@torch.no_grad()
+def draw_pictures(family: Family, request: SampleRequest) -> Tensor:
+    """Pictures [B, 3, H, W] in [0, 1] by the ODE with the adapter in use; first noises depend on prompts and seed."""
+    cond = family.encode([prompt.text for prompt in request.prompts])
+    uncond = family.encode([""]) if request.guidance != 1 else {}
+    rows = zip(request.prompts, request.samples, strict=True)
+    x = noise([fold(request.seed, "eval", prompt.id, n) for prompt, n in rows], family.latent_shape)
+    sigmas = family.sigmas(request.steps).tolist()
+    for t, t_next in itertools.pairwise(sigmas):
+        x = x + (t_next - t) * family.velocity(x, t, cond, uncond, request.guidance)
+    return family.decode(x)
+
+
+class RolloutActor:
+    """Draws what the learner trains on, and the pictures that people and rewards look at."""
+
+    def __init__(self, family: Family, policy: Policy, sigmas: Tensor) -> None:
+        self.family = family
+        self.policy = policy
+        self.sigmas = sigmas
+        own = family.sigmas(len(sigmas) - 1)
+        if not torch.equal(own, sigmas):
+            raise ModelError(f"the model's sigma schedule {own.tolist()} is not the run's {sigmas.tolist()}")
+        family.add_lora(policy.adapter, policy.lora, fold(policy.seed, "lora"))
+        family.use(policy.adapter)
+        self.bound: Ack | None = None
+        self._empty: Conditioning | None = None
+
+    def bind(self, weights: Mapping[str, Tensor], version: WeightVersion, sha256: str) -> Ack:
+        """Copy weights into the behaviour adapter and prove it by reading the parameters back.
+
+        Raises:
+            StaleWeightsError: names, shapes or content differ from what was sent.
+        """
+        self.bound = None
+        parameters = self.family.adapter_parameters(self.policy.adapter)
+        if parameters.keys() != weights.keys():
+            raise StaleWeightsError(f"weights {version} hold {len(weights)} tensors, the adapter {len(parameters)}")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+        ack = Ack(version, len(parameters), digest(parameters))
+        if ack.sha256 != sha256:
+            raise StaleWeightsError(f"weights {version} read back as {ack.sha256[:12]}, sent as {sha256[:12]}")
+        self.bound = ack
+        return ack
+
+    def probe(self) -> Tensor:
+        """The bound policy's velocity at the fixed probe input."""
+        return probe_velocity(self.family, self.policy.guidance, self.policy.seed)
+
+    def draw(self, item: WorkItem, version: WeightVersion, sha256: str) -> Trajectory:
+        """The behaviour policy's own path for one work item; no gradient.
+
+        Raises:
+            StaleWeightsError: these weights were not bound and proven here.
+        """
+        if self.bound is None or (self.bound.version, self.bound.sha256) != (version, sha256):
+            raise StaleWeightsError(f"{item} asks for weights {version}, bound is {self.bound}")
+        cond = self.family.encode([prompt.text for prompt in item.prompts])
+        uncond = self.empty() if self.policy.negatives else {}
+        rows = [(prompt.id, sample) for prompt, sample in zip(item.prompts, item.samples, strict=True)]
+        seed, kernel = self.policy.seed, KERNELS[self.policy.kernel]
+        x = noise([fold(seed, "init_noise", item.round, *row) for row in rows], self.family.latent_shape)
+        states = [x]
+        for j in range(len(self.sigmas) - 1):
+            t, t_next = float(self.sigmas[j]), float(self.sigmas[j + 1])
+            velocity = self._velocity(x, t, cond, uncond, self.policy.guidance)
+            step = kernel(x, velocity, t, t_next, self.policy.noise_level)
+            x = step.mean
+            if self.policy.noise_level > 0:
+                seeds = [fold(seed, "step_noise", item.round, *row, j) for row in rows]
+                x = sample(step, noise(seeds, self.family.latent_shape))
+            states.append(x)
+        return Trajectory(item, version, self.sigmas, torch.stack(states, dim=1), cond, uncond)
+
+    def decode(self, trajectory: Trajectory) -> Tensor:
+        """The drawn pictures, [B, 3, H, W] in [0, 1]."""
+        return self.family.decode(trajectory.latents[:, -1])
+
+    def sample(self, request: SampleRequest) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] of any model of the run, at seeds that all models share."""
+        with self.family.adapter(self._adapter_of(request)):
+            return draw_pictures(self.family, request)
+
+    def empty(self) -> Conditioning:
+        """Embeddings of the empty prompt, each [1, ...]."""
+        if self._empty is None:
+            self._empty = self.family.encode([""])
+        return self._empty
+
+    def _adapter_of(self, request: SampleRequest) -> str | None:
+        if request.model == "base":
+            return None
+        if request.model == "student":
+            return self.policy.adapter
+        name = f"teacher-{request.model}"
+        if request.lora is not None and name not in self.family.adapters:
+            path, revision, subfolder = request.lora
+            self.family.load_lora(name, path, revision=revision, subfolder=subfolder)
+        return name
+
+    @torch.no_grad()
+    def _velocity(self, x: Tensor, t: float, cond: Conditioning, uncond: Conditioning, guidance: float) -> Tensor:
+        return self.family.velocity(x, t, cond, uncond, guidance)
+
+
+def rows_of(prompts: Sequence[Prompt], images_per_prompt: int) -> tuple[tuple[Prompt, ...], tuple[int, ...]]:
+    """Prompts repeated once an image, and which image of its prompt each row is."""
+    rows = tuple(prompt for prompt in prompts for _ in range(images_per_prompt))
+    return rows, tuple(range(images_per_prompt)) * len(prompts)

@@ -1,0 +1,42 @@
+"""The command line. Exit codes: 0 done, 2 the user's error, 3 stopped and resumable, 1 failed."""
+
+import sys
+
+import typer
+
+from opd_ray.commands.config import config
+from opd_ray.commands.demo import demo
+from opd_ray.commands.evaluate import evaluate
+from opd_ray.commands.report import report
+from opd_ray.commands.sample import sample
+from opd_ray.commands.train import train
+from opd_ray.console import errors
+from opd_ray.errors import OpdRayError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="On-policy distillation of specialist text-to-image models into one student, on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for verb in (demo, train, sample, evaluate, config, report):
+    app.command()(verb)
+
+
+def main() -> None:
+    """Run a command; a user's error is one line without a traceback."""
+    try:
+        app()
+    except OpdRayError as error:
+        if error.exit_code == 1:
+            raise
+        label = "stopped" if error.exit_code == 3 else "error"
+        errors.print(
+            f"{label}: {error}", style="bold red" if error.exit_code == 2 else None, markup=False, soft_wrap=True
+        )
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        errors.print("stopped: interrupted; --resume goes on from the last checkpoint", markup=False)
+        sys.exit(3)

@@ -1,0 +1,162 @@
+"""Draw and score every model of a run on the same prompts and first noises, through the run's own workers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd_ray.actors import SampleRequest
+from opd_ray.config import Config
+from opd_ray.evaluation.statistics import gap_closed, mean
+from opd_ray.prompts import PromptStream
+from opd_ray.runtime.dispatch import Dispatcher
+from opd_ray.runtime.handle import Weights
+from opd_ray.runtime.pool import Job, Output, Pool
+from opd_ray.storage.run_folder import write_json_atomic
+from opd_ray.types import Prompt
+
+__all__ = ["Contestant", "Evaluation", "contestants"]
+
+PICTURES_PER_TASK = 4
+"""Rows of the report's grid."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """A model to draw with. ``label`` is base, teacher:<name> or student."""
+
+    label: str
+    model: str
+    guidance: float
+    lora: tuple[str, str | None, str | None] | None = None
+
+
+def contestants(config: Config) -> list[Contestant]:
+    """Base, every teacher at its own guidance, and the student."""
+    own = config.student.guidance
+    teachers = [
+        Contestant(f"teacher:{name}", name, teacher.guidance, (teacher.lora, teacher.revision, teacher.subfolder))
+        for name, teacher in config.teachers.items()
+    ]
+    return [Contestant("base", "base", own), *teachers, Contestant("student", "student", own)]
+
+
+def held_out(prompts: Mapping[str, Sequence[Prompt]], count: int, seed: int) -> dict[str, tuple[Prompt, ...]]:
+    """The same prompts for every model: the first ``count`` of each task in a seeded order, none twice."""
+    stream = PromptStream(prompts, seed)
+    return {task: stream.take(task, 0, min(count, len(prompts[task])))[0] for task in prompts}
+
+
+class Evaluation:
+    """Which pictures are drawn, who draws and scores them, and what is made of the scores."""
+
+    def __init__(
+        self,
+        config: Config,
+        prompts: Mapping[str, Sequence[Prompt]],
+        dispatcher: Dispatcher,
+        *,
+        rollout: Pool,
+        reward: Pool,
+        folder: Path,
+    ) -> None:
+        self.config, self.dispatcher, self.folder = config, dispatcher, folder
+        self.rollout, self.reward = rollout, reward
+        self.prompts = held_out(prompts, config.evaluation.images_per_task, config.seed)
+
+    def student_means(self, weights: Weights) -> dict[str, float]:
+        """The student's mean score by task."""
+        scores = self._scores([contestants(self.config)[-1]], weights, pictures=False)
+        return {name: mean(values)["value"] for name, values in scores["student"].items()}
+
+    def final(self, weights: Weights) -> dict[str, Any]:
+        """Scores of all models, how much of each teacher's gap is closed, and pictures for the report."""
+        models = contestants(self.config)
+        scores = self._scores(models, weights, pictures=True)
+        self._index(models)
+        chosen = self.config.evaluation
+        closed = {}
+        for task, name in self.config.teacher_of_task.items():
+            for key in self.keys(task)[:1]:
+                value = gap_closed(scores["base"][key], scores[f"teacher:{name}"][key], scores["student"][key])
+                if value is not None:
+                    closed[task] = value
+        return {
+            "scores": {model: {k: mean(v) for k, v in by_key.items()} for model, by_key in scores.items()},
+            "gap_closed": closed,
+            "evaluation": {
+                "guidance": {model.label: model.guidance for model in models},
+                "steps": chosen.steps,
+                "seed": self.config.seed,
+                "images_per_task": chosen.images_per_task,
+            },
+        }
+
+    def keys(self, task: str) -> list[str]:
+        """Names of a task's scores: the task itself where one reward of that name scores it."""
+        rewards = self.config.evaluation.rewards.get(task, (task,))
+        return [task if reward == task else f"{task}:{reward}" for reward in rewards]
+
+    def _scores(
+        self, models: Sequence[Contestant], weights: Weights, *, pictures: bool
+    ) -> dict[str, dict[str, list[float]]]:
+        """Model -> score key -> one number a prompt."""
+        jobs: list[tuple[str, str, Job]] = []
+        for model in models:
+            for task, prompts in self.prompts.items():
+                for start in range(0, len(prompts), self.config.evaluation.batch):
+                    jobs.append((model.label, task, self._job(model, task, prompts, start, weights, pictures)))
+        self.dispatcher.wait([job for _, _, job in jobs])
+        scores: dict[str, dict[str, list[float]]] = {model.label: {} for model in models}
+        for label, task, job in jobs:
+            assert job.result is not None
+            rewards = self.config.evaluation.rewards.get(task, (task,))
+            for key, reward in zip(self.keys(task), rewards, strict=True):
+                scores[label].setdefault(key, []).extend(job.result.value[reward])
+        return scores
+
+    def _job(
+        self, model: Contestant, task: str, prompts: Sequence[Prompt], start: int, weights: Weights, pictures: bool
+    ) -> Job:
+        part = tuple(prompts[start : start + self.config.evaluation.batch])
+        request = SampleRequest(
+            model.model,
+            model.lora,
+            model.guidance,
+            self.config.evaluation.steps,
+            self.config.seed,
+            part,
+            (0,) * len(part),
+        )
+        count = PICTURES_PER_TASK if pictures and start == 0 else 0
+        files = [str(self.folder / self._file(model, task, index)) for index in range(min(count, len(part)))]
+        bound = weights if model.label == "student" else None
+        draw = Job(self.rollout, "sample", (request, files), 1, f"pictures of {model.label}", weights=bound)
+        texts = [prompt.text for prompt in part]
+        score = Job(
+            self.reward,
+            "score",
+            lambda: (texts, draw.result.value if draw.result else None, Output(draw, 0)),
+            0,
+            f"scores of {model.label}",
+            after=(draw,),
+        )
+        self.dispatcher.submit(draw)
+        return self.dispatcher.submit(score)
+
+    def _file(self, model: Contestant, task: str, index: int) -> str:
+        return f"{model.label.replace(':', '-')}/{task}-{index:03d}.png"
+
+    def _index(self, models: Sequence[Contestant]) -> None:
+        rows = [
+            {
+                "task": task,
+                "prompt": prompt.text,
+                "seed": self.config.seed,
+                "images": {model.label: self._file(model, task, index) for model in models},
+            }
+            for task, prompts in self.prompts.items()
+            for index, prompt in enumerate(prompts[:PICTURES_PER_TASK])
+        ]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(self.folder / "index.json", {"models": [model.label for model in models], "rows": rows})

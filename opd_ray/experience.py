@@ -1,0 +1,185 @@
+"""Where experience comes from: rollouts (the student draws) or recordings. The loop does not know which.
+
+A source cuts a round into work items from the configuration and the round's number alone, and turns them into jobs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from opd_ray.actors.rollout import rows_of
+from opd_ray.algorithms import Algorithm
+from opd_ray.config import Config
+from opd_ray.prompts import PromptStream
+from opd_ray.runtime.dispatch import Dispatcher
+from opd_ray.runtime.group import Collected
+from opd_ray.runtime.handle import Weights
+from opd_ray.runtime.hosts import Share
+from opd_ray.runtime.pool import Job, Output, Pool
+from opd_ray.types import Prompt, WeightVersion, WorkItem
+
+__all__ = ["ExperienceSource", "RecordedSource", "RolloutSource", "Round"]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A round of experience under way."""
+
+    number: int
+    version: WeightVersion
+    """What it is drawn with."""
+    items: tuple[WorkItem, ...]
+    collected: tuple[Collected, ...]
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Everything that has to be answered before it can be trained on."""
+        return [job for one in self.collected for job in one.jobs]
+
+
+class ExperienceSource(Protocol):
+    """One batch of experience a round."""
+
+    def collect(self, round: int, weights: Weights) -> Round:
+        """Begin a round; nothing is waited for."""
+        ...
+
+    def cursors(self, round: int) -> dict[str, int]:
+        """Prompts of each task that were consumed before this round."""
+        ...
+
+
+def cut(config: Config, algorithm: Algorithm, stream: PromptStream, round: int) -> tuple[WorkItem, ...]:
+    """The work items of a round, in (task, item) order: a pure function of the configuration and the round."""
+    batch, items = config.batch, list[WorkItem]()
+    each = batch.item_size // batch.images_per_prompt
+    for task in stream.tasks:
+        for index in range(batch.images_per_task // batch.item_size):
+            cursor = _cursor(config, round) + index * each
+            prompts, samples = rows_of(stream.take(task, cursor, each)[0], batch.images_per_prompt)
+            steps = algorithm.steps(config.sampling.steps, config.seed, round, task, index)
+            items.append(WorkItem(round, task, index, len(items), prompts, samples, steps))
+    return tuple(items)
+
+
+def _cursor(config: Config, round: int) -> int:
+    return round * (config.batch.images_per_task // config.batch.images_per_prompt)
+
+
+class RolloutSource:
+    """Draw with the behaviour policy, then mark and score what was drawn, item by item."""
+
+    def __init__(
+        self,
+        config: Config,
+        algorithm: Algorithm,
+        stream: PromptStream,
+        dispatcher: Dispatcher,
+        *,
+        rollout: Pool,
+        teachers: Mapping[str, Pool],
+        reward: Pool | None,
+    ) -> None:
+        self.config, self.algorithm, self.stream, self.dispatcher = config, algorithm, stream, dispatcher
+        self.rollout, self.reward = rollout, reward if algorithm.needs_rewards else None
+        self.teachers = teachers if algorithm.needs_teachers else {}
+        self.routes = config.teacher_of_task
+
+    def collect(self, round: int, weights: Weights) -> Round:
+        """Queue every item's draw, and behind it its mark and its scores."""
+        items = cut(self.config, self.algorithm, self.stream, round)
+        return Round(round, weights.version, items, tuple(self._item(item, weights) for item in items))
+
+    def cursors(self, round: int) -> dict[str, int]:
+        """Prompts of each task that were consumed before this round."""
+        return dict.fromkeys(self.stream.tasks, _cursor(self.config, round))
+
+    def _item(self, item: WorkItem, weights: Weights) -> Collected:
+        args = (item, weights.version, weights.sha256, self.reward is not None)
+        draw = self._submit(Job(self.rollout, "draw", args, 2, f"drawing {item}", weights=weights))
+        mark = score = None
+        if self.teachers:
+            teacher = self.routes[item.task]
+            mark = self._submit(
+                Job(
+                    self.teachers[teacher],
+                    "score",
+                    lambda: (_value(draw).trajectory, teacher, Output(draw, 0)),
+                    1,
+                    f"{teacher} marking {item}",
+                    after=(draw,),
+                )
+            )
+        if self.reward:
+            texts = [prompt.text for prompt in item.prompts]
+            score = self._submit(
+                Job(
+                    self.reward,
+                    "score",
+                    lambda: (texts, _value(draw).images, Output(draw, 1)),
+                    0,
+                    f"scoring {item}",
+                    after=(draw,),
+                )
+            )
+        jobs = tuple(job for job in (draw, mark, score) if job is not None)
+        bulk = (Output(draw, 0), *((Output(mark, 0),) if mark else ()))
+        return Collected(_share(item, draw, mark, score), bulk, jobs)
+
+    def _submit(self, job: Job) -> Job:
+        return self.dispatcher.submit(job)
+
+
+def _share(item: WorkItem, draw: Job, mark: Job | None, score: Job | None) -> Callable[[], Share]:
+    return lambda: Share(
+        item,
+        trajectory=_value(draw).trajectory,
+        answer=_value(mark) if mark else None,
+        scores=_value(score) if score else None,
+    )
+
+
+def _value(job: Job) -> Any:
+    assert job.result is not None
+    return job.result.value
+
+
+class RecordedSource:
+    """Read recordings, each a work item, in a seeded order that visits all of them once an epoch."""
+
+    def __init__(
+        self,
+        config: Config,
+        algorithm: Algorithm,
+        recordings: Mapping[str, Sequence[str]],
+        dispatcher: Dispatcher,
+        reader: Pool,
+    ) -> None:
+        self.config, self.algorithm, self.dispatcher, self.reader = config, algorithm, dispatcher, reader
+        self.stream = PromptStream(
+            {task: tuple(Prompt(name, name, task) for name in names) for task, names in recordings.items()},
+            config.seed,
+        )
+        self.items_per_task = config.batch.images_per_task // config.batch.item_size
+
+    def collect(self, round: int, weights: Weights) -> Round:
+        """Queue the reading of this round's recordings."""
+        items, collected = list[WorkItem](), list[Collected]()
+        for task, cursor in self.cursors(round).items():
+            prompts, _ = self.stream.take(task, cursor, self.items_per_task)
+            for index, prompt in enumerate(prompts):
+                steps = self.algorithm.steps(self.config.sampling.steps, self.config.seed, round, task, index)
+                item = WorkItem(round, task, index, len(items), (prompt,), (0,), steps)
+                read = Job(self.reader, "read", (task, prompt.id), 1, f"reading {item}")
+                self.dispatcher.submit(read)
+                items.append(item)
+                collected.append(Collected(_recorded(item, read), (Output(read, 0),), (read,)))
+        return Round(round, weights.version, tuple(items), tuple(collected))
+
+    def cursors(self, round: int) -> dict[str, int]:
+        """Recordings of each task that were consumed before this round."""
+        return dict.fromkeys(self.stream.tasks, round * self.items_per_task)
+
+
+def _recorded(item: WorkItem, read: Job) -> Callable[[], Share]:
+    return lambda: Share(item, recorded=_value(read))

@@ -1,0 +1,234 @@
+"""One learner rank: accumulates the algorithm's loss over its work items, steps the optimizer, publishes weights."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_ray.actors.rollout import probe_velocity
+from opd_ray.algorithms.base import Algorithm, Forward
+from opd_ray.config import EmaConfig, LoraConfig, OptimizerConfig
+from opd_ray.digest import digest
+from opd_ray.errors import NotFiniteError, RunFolderError
+from opd_ray.learners.engine import Engine
+from opd_ray.models.base import Family
+from opd_ray.seeds import fold
+from opd_ray.types import Experience, WorkItem
+
+__all__ = ["Learner", "LearnerState", "Training", "UpdateReport"]
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What a learner has to know of the configuration."""
+
+    lora: LoraConfig
+    guidance: float
+    optimizer: OptimizerConfig
+    ema: EmaConfig | None
+    seed: int
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """One rank's numbers of one update. Sums over ranks give the update's."""
+
+    loss: float
+    """This rank's share of the update's loss."""
+    tasks: dict[str, tuple[float, int]]
+    """Task -> (sum of item losses, items)."""
+    steps: dict[str, dict[int, dict[str, tuple[float, int]]]]
+    """Task -> step -> metric -> (sum, forwards)."""
+    grad_norm: float
+    lr: float
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerState:
+    """All that a learner needs to go on bit-identically: tensors by group and name, and JSON values."""
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+class Learner:
+    """Owns the student's adapter, the algorithm's extra adapters, the optimizer and the moving average."""
+
+    def __init__(self, family: Family, algorithm: Algorithm, training: Training, engine: Engine) -> None:
+        self.family, self.algorithm, self.training, self.engine = family, algorithm, training, engine
+        for name in ("student", *algorithm.adapters):  # one seed: extra adapters start as copies
+            family.add_lora(name, training.lora, fold(training.seed, "lora"))
+        family.use("student")
+        family.train_adapter("student")
+        self.student = family.adapter_parameters("student")
+        family.denoiser = engine.prepare(family.denoiser)
+        chosen = training.optimizer
+        self.optimizer = torch.optim.AdamW(
+            list(self.student.values()), chosen.lr, chosen.betas, chosen.eps, chosen.weight_decay
+        )
+        self.ema = {name: p.detach().clone() for name, p in self.student.items()} if training.ema else None
+        self.updates = 0
+        self._items: tuple[WorkItem, ...] = ()
+        self._experience: dict[int, Experience] = {}
+
+    def stage(
+        self,
+        items: Sequence[WorkItem],
+        experience: Sequence[Experience],
+        scores: Sequence[tuple[WorkItem, Mapping[str, Tensor]]],
+    ) -> None:
+        """Take a round's inputs. No weight changes before every rank has taken its own.
+
+        Args:
+            items: all of the round, the same on every rank.
+            experience: this rank's share.
+            scores: every item's, the same on every rank.
+        """
+        self._items = tuple(items)
+        self._experience = {one.item.position: one for one in experience}
+        self.algorithm.observe(scores)
+
+    def update(self, update: int) -> UpdateReport:
+        """One optimizer step over the selected items: gradients in (task, item, step) order, one reduction.
+
+        Raises:
+            NotFiniteError: on every rank alike, before any weight changed.
+        """
+        selected = self.algorithm.select(self._items, update)
+        by_rank = [[item for item in selected if self.owner(item) == rank] for rank in range(self.engine.ranks)]
+        if not all(by_rank):
+            raise ValueError(f"{len(selected)} work items leave a rank of {self.engine.ranks} without work")
+        work = [
+            (item, forward, len(forwards))
+            for item in by_rank[self.engine.rank]
+            for forwards in [list(self.algorithm.forwards(self._experience[item.position], update))]
+            for forward in forwards
+        ]
+        self.optimizer.zero_grad(set_to_none=True)
+        total, tasks, broken = 0.0, dict[str, float](), ""
+        steps: dict[str, dict[int, dict[str, tuple[float, int]]]] = defaultdict(lambda: defaultdict(dict))
+        for number, (item, forward, count) in enumerate(work, start=1):
+            with self.engine.accumulate(last=number == len(work)):
+                loss = self.algorithm.loss(forward, self._velocities(forward))
+                share = loss.value * (self.algorithm.item_weight(item, selected) / count)
+                self.engine.backward(share)
+            value = float(loss.value.detach())
+            if not math.isfinite(value) and not broken:
+                broken = f"; first in {item} step {forward.step}, prompt {item.prompts[0].text!r}"
+            total += float(share.detach())
+            tasks[item.task] = tasks.get(item.task, 0.0) + value / count
+            for name, metric in loss.metrics.items():
+                seen, times = steps[item.task][forward.step].get(name, (0.0, 0))
+                steps[item.task][forward.step][name] = (seen + float(metric), times + 1)
+        lr = self._set_lr()
+        norm = self.engine.clip(self.student.values(), self.training.optimizer.clip)
+        if not math.isfinite(norm):
+            raise NotFiniteError(f"the gradient of update {self.updates} is not finite{broken}; no weight was changed")
+        self.optimizer.step()
+        self.updates += 1
+        self._average()
+        counts = {task: sum(item.task == task for item in by_rank[self.engine.rank]) for task in tasks}
+        per_task = {task: (value, counts[task]) for task, value in tasks.items()}
+        return UpdateReport(total, per_task, {t: dict(by_step) for t, by_step in steps.items()}, norm, lr)
+
+    def finish_round(self, round: int) -> None:
+        """Let the extra adapters follow the student, and let go of the round's inputs."""
+        with torch.no_grad():
+            for name in self.algorithm.adapters:
+                keep = self.algorithm.follow(name, round)
+                for key, parameter in self.family.adapter_parameters(name).items():
+                    parameter.lerp_(self.student[key], 1 - keep)
+        self._items, self._experience = (), {}
+
+    def owner(self, item: WorkItem) -> int:
+        """The rank that trains on an item."""
+        return item.position % self.engine.ranks
+
+    def weights(self, *, average: bool = False) -> dict[str, Tensor]:
+        """The behaviour policy's raw weights, or the student's moving average (raw where there is none)."""
+        if average:
+            return dict(self.ema) if self.ema is not None else {k: p.detach() for k, p in self.student.items()}
+        parameters = self.family.adapter_parameters(self.algorithm.behaviour)
+        return {name: parameter.detach() for name, parameter in parameters.items()}
+
+    def probe(self) -> Tensor:
+        """The behaviour policy's velocity at the fixed probe input [1, C, H, W]."""
+        with self.family.adapter(self.algorithm.behaviour):
+            return probe_velocity(self.family, self.training.guidance, self.training.seed)
+
+    def hashes(self) -> dict[str, str | None]:
+        """Identity of the raw student and of its moving average."""
+        return {"student_sha256": digest(self.student), "ema_sha256": digest(self.ema) if self.ema else None}
+
+    def export(self, folder: Path) -> None:
+        """Write the LoRA that users load: the moving average where it is on."""
+        self.family.save_lora("student", folder, weights=self.weights(average=True))
+
+    def state(self) -> LearnerState:
+        """Everything, by parameter name."""
+        tensors = {"student": {name: p.detach() for name, p in self.student.items()}, "optimizer": dict[str, Tensor]()}
+        for name in self.algorithm.adapters:
+            tensors[f"adapter.{name}"] = {k: p.detach() for k, p in self.family.adapter_parameters(name).items()}
+        if self.ema is not None:
+            tensors["ema"] = dict(self.ema)
+        for name, parameter in self.student.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors["optimizer"][f"{name}:{key}"] = value
+        return LearnerState(tensors, {"updates": self.updates, "algorithm": self.algorithm.state_dict()})
+
+    def load_state(self, state: LearnerState) -> None:
+        """Take back what ``state`` gave.
+
+        Raises:
+            RunFolderError: it holds other tensors than this learner has.
+        """
+        groups = {"student": self.student}
+        groups |= {f"adapter.{name}": self.family.adapter_parameters(name) for name in self.algorithm.adapters}
+        own: dict[str, Mapping[str, Tensor]] = {**groups, **({"ema": self.ema} if self.ema is not None else {})}
+        with torch.no_grad():
+            for group, parameters in own.items():
+                saved = state.tensors.get(group, {})
+                if saved.keys() != parameters.keys():
+                    raise RunFolderError(f"the checkpoint's {group} has {len(saved)} tensors, not {len(parameters)}")
+                for name, parameter in parameters.items():
+                    parameter.copy_(saved[name])
+        self.optimizer.state.clear()
+        for key, value in state.tensors["optimizer"].items():
+            name, _, slot = key.rpartition(":")
+            self.optimizer.state[self.student[name]][slot] = value.clone()
+        self.updates = int(state.values["updates"])
+        self.algorithm.load_state_dict(state.values["algorithm"])
+
+    def _velocities(self, forward: Forward) -> dict[str, Tensor]:
+        """Guided velocities [B, C, H, W] of the student (with gradient) and of the policies the loss compares with."""
+        guidance, velocities = self.training.guidance, {}
+        for name in self.algorithm.velocities:
+            adapter = None if name == "reference" else name
+            with torch.no_grad(), self.family.adapter(adapter):
+                velocities[name] = self.family.velocity(forward.x, forward.t, forward.cond, forward.uncond, guidance)
+        velocities["student"] = self.family.velocity(forward.x, forward.t, forward.cond, forward.uncond, guidance)
+        return velocities
+
+    def _set_lr(self) -> float:
+        chosen, total = self.training.optimizer, self.training.rounds * self.algorithm.updates_per_round
+        lr = chosen.lr
+        if chosen.schedule == "cosine":
+            lr *= 0.5 * (1 + math.cos(math.pi * min(self.updates / total, 1.0)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _average(self) -> None:
+        """EMA once an optimizer step, at its interval; the decay warms up, since the start is the base."""
+        if self.ema is None or self.training.ema is None or self.updates % self.training.ema.every:
+            return
+        decay = min(self.training.ema.decay, (1 + self.updates) / (10 + self.updates))
+        with torch.no_grad():
+            for name, average in self.ema.items():
+                average.lerp_(self.student[name], 1 - decay)

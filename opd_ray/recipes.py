@@ -1,0 +1,87 @@
+"""Recipes: a name or a YAML path, plus ``-o key=value`` overrides, become one ``Config``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opd_ray.config import Config, parse
+from opd_ray.errors import ConfigError
+
+__all__ = ["find", "load", "recipes"]
+
+
+def _places(kind: str) -> list[Path]:
+    """Where recipes lie: the checkout's `configs`, or the copy inside an installed package."""
+    package = Path(__file__).parent
+    return [package.parent / kind, package / kind]
+
+
+def recipes(kind: str = "configs") -> dict[str, Path]:
+    """The recipes that `CONFIG` may name, by name."""
+    for place in _places(kind):
+        if place.is_dir():
+            return {path.stem: path for path in sorted(place.glob("*.yaml"))}
+    return {}
+
+
+def find(name: str, kind: str = "configs") -> Path:
+    """A recipe by path or by name."""
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        if path.is_file():
+            return path
+        raise ConfigError(f"{name}: no such file")
+    known = recipes(kind)
+    if name not in known:
+        raise ConfigError(f"no recipe {name!r}; known: {', '.join(known) or 'none'}. Or give the path of a YAML file")
+    return known[name]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
+    return data
+
+
+def _override(data: dict[str, Any], assignment: str) -> None:
+    key, separator, text = assignment.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"-o {assignment}: expected key=value, for instance -o rounds=6")
+    *parents, last = key.split(".")
+    section = data
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"-o {assignment}: {parent} is a value, not a section")
+    try:
+        section[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"-o {assignment}: {text!r} is not a YAML value") from None
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that a recipe name or YAML path stands for.
+
+    Raises:
+        ConfigError: in one line, where it is wrong, what was seen and what is allowed.
+    """
+    path = find(name)
+    data = _read(path)
+    cluster = data.get("cluster", "local")
+    for assignment in [a for a in overrides if a.startswith("cluster=")]:
+        cluster = assignment.partition("=")[2]
+    if isinstance(cluster, str):
+        beside = path.parent / cluster
+        data["cluster"] = _read(beside if beside.is_file() else find(cluster, "configs/cluster"))
+    for assignment in overrides:
+        if not assignment.startswith("cluster="):
+            _override(data, assignment)
+    return parse(data, str(path))

@@ -1,0 +1,233 @@
+"""A run's own business around the loop: waiting, metrics, checkpoints, evaluation, result."""
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opd_ray.algorithms import Algorithm
+from opd_ray.config import Config
+from opd_ray.errors import NotFiniteError, RunFolderError, Stopped
+from opd_ray.evaluation import Evaluation
+from opd_ray.experience import ExperienceSource, Round
+from opd_ray.learners import UpdateReport
+from opd_ray.metrics import MetricsLog
+from opd_ray.report.html import write_report
+from opd_ray.report.live import Live
+from opd_ray.runtime.dispatch import Dispatcher
+from opd_ray.runtime.group import LearnerGroup
+from opd_ray.runtime.handle import Weights
+from opd_ray.storage.run_folder import write_json_atomic
+
+__all__ = ["Run"]
+
+
+@dataclass(slots=True)
+class Run:
+    """What ``train`` drives."""
+
+    config: Config
+    folder: Path
+    attempt: int
+    algorithm: Algorithm
+    dispatcher: Dispatcher
+    source: ExperienceSource
+    learner: LearnerGroup
+    evaluation: Evaluation | None
+    log: MetricsLog
+    live: Live
+    facts: dict[str, Any]
+    """What is known of teachers and packages, for run.json and result.json."""
+    round: int = 0
+    stopping: bool = False
+    """Set by Ctrl-C or SIGTERM: finish this round, write a checkpoint, stop."""
+    totals: dict[str, dict[str, float]] = field(default_factory=lambda: {"seconds": {}, "forwards": {}})
+    _seconds: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.perf_counter)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds in the whole run."""
+        return self.config.rounds
+
+    @property
+    def max_staleness(self) -> int:
+        """Rounds that may be drawn ahead."""
+        return self.config.cluster.max_staleness
+
+    def wait(self, batch: Round) -> None:
+        """Everything of a round is there.
+
+        Raises:
+            NotFiniteError: a reward or another answer is not a number.
+        """
+        start = self._since = time.perf_counter()
+        self.dispatcher.wait(batch.jobs)
+        self._seconds["wait"] = time.perf_counter() - start
+
+    def resume(self) -> None:
+        """Go on from the newest valid checkpoint, or from the beginning where there is none."""
+        round, driver, notes = self.learner.restore(self.folder)
+        for note in notes:
+            self.live.note(note)
+        if driver is None:
+            self.live.note("no checkpoint to resume from: starting at round 0")
+        else:
+            if driver["cursors"] != self.source.cursors(round):
+                raise RunFolderError(
+                    f"{self.folder}: checkpoint of round {round} consumed prompts {driver['cursors']}, this "
+                    f"configuration would have consumed {self.source.cursors(round)}; the prompt files changed"
+                )
+            if driver["teachers"] != self.facts["teachers"]:
+                raise RunFolderError(
+                    f"{self.folder}: the teachers' files are not those of round {round}; put them back"
+                )
+            self.totals = driver["totals"]
+        self.round = round
+        self.log.truncate_from(round)
+
+    def finish_round(self, batch: Round, updates: Sequence[Sequence[UpdateReport]], weights: Weights) -> None:
+        """Write the round's row, and what is due after it."""
+        now = time.perf_counter()
+        staleness = weights.version.version - 1 - batch.version.version
+        row = self._row(batch, updates, staleness, weights)
+        self._seconds["round"] = now - self._since
+        self._seconds["update"] = max(self._seconds["round"] - self._seconds["wait"], 0.0)
+        row["seconds"] = dict(self._seconds)
+        for kind in ("seconds", "forwards"):
+            used = self.dispatcher.seconds if kind == "seconds" else self.dispatcher.forwards
+            for role, amount in used.items():
+                self.totals[kind][role] = self.totals[kind].get(role, 0) + amount
+        self.dispatcher.seconds.clear()
+        self.dispatcher.forwards.clear()
+        self.round = batch.number + 1
+        every = self.config.evaluation.every
+        if self.evaluation is not None and every and self.round % every == 0 and self.round < self.rounds:
+            row["evaluation"] = self.evaluation.student_means(self.learner.average())
+        self.log.append(row)
+        self.live.round(row)
+        self._seconds.clear()
+        if self.stopping or self.round % self.config.checkpoint.every == 0 or self.round == self.rounds:
+            self.save()
+        if self.stopping and self.round < self.rounds:
+            raise Stopped(f"stopped after round {self.round} of {self.rounds}; --resume goes on from there")
+
+    def save(self) -> None:
+        """A checkpoint that resumes at the current round."""
+        start = time.perf_counter()
+        driver = {
+            "cursors": self.source.cursors(self.round),
+            "teachers": self.facts["teachers"],
+            "totals": self.totals,
+        }
+        self.learner.save(self.folder, self.round, driver, attempt=self.attempt, keep=self.config.checkpoint.keep)
+        self._seconds["checkpoint"] = time.perf_counter() - start
+
+    def finish(self) -> dict[str, Any]:
+        """The LoRA, the scores, the result and the report."""
+        self.learner.export(self.folder / "lora")
+        result = self.result("done")
+        if self.evaluation is not None:
+            self.live.phase("evaluating base, teachers and student")
+            result |= self.evaluation.final(self.learner.average())
+        write_json_atomic(self.folder / "result.json", result)
+        self.status("done")
+        write_report(self.folder)
+        return result
+
+    def stop(self, why: str) -> None:
+        """Note an early end; the last checkpoint stays."""
+        write_json_atomic(self.folder / "result.json", {"status": "stopped", "rounds": self.round, "why": why})
+        self.status("stopped")
+
+    def status(self, status: str = "running") -> None:
+        """The heartbeat."""
+        beat = {"status": status, "round": self.round, "rounds": self.rounds, "attempt": self.attempt}
+        write_json_atomic(self.folder / "status.json", beat | {"time": time.time(), "pid": os.getpid()})
+
+    def result(self, status: str) -> dict[str, Any]:
+        """Identity and cost of what was trained; scores are added to it."""
+        return {
+            "status": status,
+            "rounds": self.round,
+            "weight_version": str(self.learner.version),
+            **self.learner.hashes(),
+            "scores": {},
+            "gap_closed": {},
+            "seconds": self.totals["seconds"],
+            "forwards": self.totals["forwards"],
+            "teachers": {
+                name: {"tasks": list(teacher.tasks or (name,)), "guidance": teacher.guidance}
+                for name, teacher in self.config.teachers.items()
+            },
+        }
+
+    def _row(
+        self, batch: Round, updates: Sequence[Sequence[UpdateReport]], staleness: int, weights: Weights
+    ) -> dict[str, Any]:
+        last = updates[-1]
+        tasks = _merge([report.tasks for report in last])
+        loss = {"total": sum(report.loss for report in last)} | {task: s / n for task, (s, n) in tasks.items()}
+        row: dict[str, Any] = {
+            "round": batch.number,
+            "time": time.time(),
+            "loss": loss,
+            "grad_norm": last[0].grad_norm,
+            "lr": last[0].lr,
+            "staleness": staleness,
+            "weight_version": str(weights.version),
+            "busy": dict(self.dispatcher.seconds),
+            "forwards": dict(self.dispatcher.forwards),
+        }
+        for metric in ("gap", "kl"):
+            by_step = _steps(last, metric)
+            if by_step:
+                row[metric] = by_step
+        scores = _scores(batch)
+        if scores:
+            row["scores"] = scores
+        return row
+
+
+def _merge(parts: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:
+    """Sums and counts over ranks."""
+    merged: dict[str, tuple[float, int]] = {}
+    for part in parts:
+        for name, (total, count) in part.items():
+            before = merged.get(name, (0.0, 0))
+            merged[name] = (before[0] + total, before[1] + count)
+    return merged
+
+
+def _steps(reports: Sequence[UpdateReport], metric: str) -> dict[str, dict[str, float]]:
+    """Task -> step -> mean of a metric."""
+    tasks = {task: None for report in reports for task in report.steps}
+    means: dict[str, dict[str, float]] = {}
+    for task in tasks:
+        found = _merge(
+            [
+                {
+                    str(step): metrics[metric]
+                    for step, metrics in report.steps.get(task, {}).items()
+                    if metric in metrics
+                }
+                for report in reports
+            ]
+        )
+        if found:
+            means[task] = {step: found[step][0] / found[step][1] for step in sorted(found, key=int)}
+    return means
+
+
+def _scores(batch: Round) -> dict[str, float]:
+    """Mean of each reward over the pictures it applies to."""
+    values: dict[str, list[float]] = {}
+    for one in batch.collected:
+        for name, scores in (one.share().scores or {}).items():
+            values.setdefault(name, []).extend(score for score in scores if not math.isnan(score))
+    if any(math.isinf(score) for scores in values.values() for score in scores):
+        raise NotFiniteError(f"a reward of round {batch.number} is infinite")
+    return {name: sum(scores) / len(scores) for name, scores in values.items() if scores}

@@ -1,0 +1,11 @@
+"""Makes plain classes remote. The only package that knows Ray.
+
+handle    what a backend offers: start a worker, call it, wait, tell errors apart
+local     the same process, one call after the other, for debugging
+cluster   Ray actors
+hosts     what a worker process holds: a plain actor, with its tensors packed and unpacked
+health    a worker's life as a pure state machine
+pool      workers of one role: bounded work in flight, replacement of the dead
+dispatch  work items through the pools, and again where a worker or an input was lost
+group     the learner ranks
+"""

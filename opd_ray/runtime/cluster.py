@@ -1,0 +1,209 @@
+"""Workers as plain Ray actors. Ray never restarts or retries anything here: the pool alone does."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from opd_ray.errors import InputLostError, PlacementError, WorkerLostError
+from opd_ray.runtime.handle import Call, Done, Handle, Ref, WorkerSpec
+
+__all__ = ["RayBackend", "classify"]
+
+RECORD_TIMEOUT_S = 120
+"""A finished record is small; fetching it takes no longer than this."""
+
+ENVIRONMENT = {
+    # Returns under 100 KB would otherwise travel inside the reply, into the driver.
+    "RAY_max_direct_call_object_size": "0",
+    # Roles share cores on small machines: a spinning thread slows its neighbours 20 to 50 times.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "KMP_BLOCKTIME": "0",
+}
+
+
+class Process:
+    """What runs in a Ray worker process: the host of one role, made at the first call."""
+
+    def __init__(self, spec: WorkerSpec, name: str) -> None:
+        if spec.logs is not None:
+            spec.logs.mkdir(parents=True, exist_ok=True)
+            log = os.open(spec.logs / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(log, 1)  # also what native code prints when it dies
+            os.dup2(log, 2)
+        torch.set_num_threads(spec.threads)
+        self._spec = spec
+        self._host: Any = None
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Run a method of the host; its own errors travel to whoever waits."""
+        if self._host is None:
+            self._host = self._spec.factory()
+        return getattr(self._host, method)(*args)
+
+
+class RayHandle:
+    """One actor incarnation."""
+
+    def __init__(self, actor: Any, name: str) -> None:
+        self.name = name
+        self._actor = actor
+
+    def call(self, method: str, *args: Any, bulk: int) -> Call:
+        """Start the method; nothing is fetched."""
+        results = self._actor.call.options(num_returns=bulk + 1).remote(method, *args)
+        return Call((), results) if bulk == 0 else Call(tuple(results[:-1]), results[-1])
+
+    def kill(self) -> None:
+        """End the process at once."""
+        ray.kill(self._actor, no_restart=True)
+
+
+def classify(error: BaseException) -> Exception | None:
+    """Which of the three kinds a Ray error is: InputLostError, WorkerLostError, or None for the work's own.
+
+    A lost input arrives alone, or as the cause of a task error that names the reader.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ObjectLostError | OwnerDiedError):
+            return InputLostError(_first_line(seen))
+        seen = seen.cause if isinstance(seen, RayTaskError) else seen.__cause__
+    if isinstance(error, RayActorError):
+        return WorkerLostError(_first_line(error))
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+class RayBackend:
+    """A Ray that is already there (a job, RAY_ADDRESS), or one of our own on this machine."""
+
+    def __init__(self, *, object_store_mb: int) -> None:
+        self._mine = not ray.is_initialized()
+        self._groups: list[PlacementGroup] = []
+        self._handles: list[RayHandle] = []
+        if self._mine:
+            self._connect(object_store_mb)
+        self._actor = ray.remote(Process)
+
+    def _connect(self, object_store_mb: int) -> None:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False)
+            return
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=object_store_mb * 2**20,
+        )
+
+    def start(self, spec: WorkerSpec, name: str) -> Handle:
+        """Ask Ray for an actor; an actor that cannot be placed raises nothing, so its first call has a timeout."""
+        handle = RayHandle(self._actor.options(**self._options(spec)).remote(spec, name), name)
+        self._handles.append(handle)
+        return handle
+
+    def start_group(self, specs: Sequence[WorkerSpec], timeout_s: float) -> list[Handle]:
+        """Learner ranks in one anonymous placement group, as close together as it goes."""
+        group = placement_group([_demand(spec) for spec in specs], strategy="PACK")
+        self._groups.append(group)
+        if not group.wait(timeout_seconds=timeout_s):
+            raise PlacementError(self.shortage(specs) or f"the learner group was not placed in {timeout_s:.0f} s")
+        handles: list[Handle] = []
+        for rank, spec in enumerate(specs):
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+            options = self._options(spec) | {"scheduling_strategy": strategy}
+            name = f"{spec.role}-{rank}"
+            handle = RayHandle(self._actor.options(**options).remote(spec, name), name)
+            self._handles.append(handle)
+            handles.append(handle)
+        return handles
+
+    def shortage(self, specs: Sequence[WorkerSpec]) -> str | None:
+        """Compare what these workers ask with what the whole cluster has."""
+        total = ray.cluster_resources()
+        asked: dict[str, float] = {}
+        for spec in specs:
+            for name, amount in _demand(spec).items():
+                asked[name] = asked.get(name, 0.0) + amount
+        missing = {name: amount - total.get(name, 0.0) for name, amount in asked.items()}
+        missing = {name: amount for name, amount in missing.items() if amount > 1e-6}
+        if not missing:
+            return None
+        nodes = [{k: v for k, v in node["Resources"].items() if k in asked} for node in ray.nodes() if node["Alive"]]
+        return (
+            f"no room for {len(specs)} workers: asked {_amounts(asked)}; free per node "
+            f"{', '.join(_amounts(node) for node in nodes)}; missing {_amounts(missing)}. "
+            "Lower workers or their cpu, gpu, resources in the cluster file, or add nodes"
+        )
+
+    def wait(self, refs: Sequence[Ref], timeout_s: float) -> list[Ref]:
+        """Sleep until one is done, then take all that are."""
+        if not refs:
+            time.sleep(timeout_s)
+            return []
+        ready, _ = ray.wait(list(refs), num_returns=1, timeout=timeout_s, fetch_local=False)
+        if not ready:
+            return []
+        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0, fetch_local=False)
+        return list(ready)
+
+    def result(self, ref: Ref) -> Done:
+        """The record; a bulk result is never asked for here."""
+        try:
+            done = ray.get(ref, timeout=RECORD_TIMEOUT_S)
+        except ray.exceptions.RayError as error:
+            known = classify(error)
+            if known is not None:
+                raise known from None
+            if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+                raise error.cause from error
+            raise
+        assert isinstance(done, Done)
+        return done
+
+    def close(self) -> None:
+        """End our workers by handle, then our own Ray."""
+        for handle in self._handles:
+            handle.kill()
+        for group in self._groups:
+            remove_placement_group(group)
+        self._handles, self._groups = [], []
+        if self._mine and ray.is_initialized():
+            ray.shutdown()
+
+    def _options(self, spec: WorkerSpec) -> dict[str, Any]:
+        environment = ENVIRONMENT | {"OMP_NUM_THREADS": str(spec.threads)} | spec.environment
+        if not spec.resources.get("gpu"):
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray 2.60 no longer hides the cards from it
+        return {
+            "num_cpus": spec.resources.get("cpu", 0),
+            "num_gpus": spec.resources.get("gpu", 0),
+            "resources": {k: v for k, v in spec.resources.items() if k not in {"cpu", "gpu"}},
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "runtime_env": {"env_vars": environment},
+        }
+
+
+def _demand(spec: WorkerSpec) -> dict[str, float]:
+    names = {"cpu": "CPU", "gpu": "GPU"}
+    return {names.get(name, name): amount for name, amount in spec.resources.items() if amount > 0}
+
+
+def _amounts(amounts: dict[str, float]) -> str:
+    return "{" + ", ".join(f"{name}: {amount:g}" for name, amount in sorted(amounts.items())) + "}"

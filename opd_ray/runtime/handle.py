@@ -1,0 +1,113 @@
+"""What a backend offers, and the small records that cross it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from opd_ray.storage.packing import Manifest
+from opd_ray.types import WeightVersion
+
+__all__ = ["Backend", "Call", "Done", "Handle", "Ref", "Weights", "WorkerSpec"]
+
+Ref = Any
+"""A stored result: the array itself (local) or a ``ray.ObjectRef``. The driver never looks inside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The small record that every method of a host returns, beside its bulk results."""
+
+    value: Any
+    seconds: float
+    forwards: int
+    """Rows that went through a denoiser; a guided row counts twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request under way: references to its bulk results and to its record."""
+
+    bulk: tuple[Ref, ...]
+    done: Ref
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Published weights: a reference to the bytes, and their identity."""
+
+    version: WeightVersion
+    sha256: str
+    manifest: Manifest
+    flat: Ref
+
+    @property
+    def identity(self) -> tuple[WeightVersion, str]:
+        """What a worker has to have proven before it draws with them."""
+        return self.version, self.sha256
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """How to make a worker of one role."""
+
+    role: str
+    factory: Callable[[], Any]
+    """Makes the host inside the worker."""
+    threads: int
+    resources: dict[str, float]
+    """Of Ray: cpu, gpu, custom ones."""
+    logs: Path | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Handle(Protocol):
+    """One incarnation of a worker."""
+
+    name: str
+
+    def call(self, method: str, *args: Any, bulk: int) -> Call:
+        """Start a method that returns ``bulk`` arrays and a ``Done``."""
+        ...
+
+    def kill(self) -> None:
+        """End the worker at once."""
+        ...
+
+
+class Backend(Protocol):
+    """Where workers live."""
+
+    def start(self, spec: WorkerSpec, name: str) -> Handle:
+        """Begin to start a worker; whether it came up shows in its first call."""
+        ...
+
+    def start_group(self, specs: Sequence[WorkerSpec], timeout_s: float) -> list[Handle]:
+        """Start workers that are placed together or not at all.
+
+        Raises:
+            PlacementError: asked, free and missing.
+        """
+        ...
+
+    def shortage(self, specs: Sequence[WorkerSpec]) -> str | None:
+        """What the cluster lacks for these workers (asked, free, missing), or None."""
+        ...
+
+    def wait(self, refs: Sequence[Ref], timeout_s: float) -> list[Ref]:
+        """Those that are done, after at most ``timeout_s``."""
+        ...
+
+    def result(self, ref: Ref) -> Done:
+        """The record of a finished call.
+
+        Raises:
+            WorkerLostError: the worker died.
+            InputLostError: an argument is gone from the object store.
+            Exception: the method's own error.
+        """
+        ...
+
+    def close(self) -> None:
+        """End every worker that this backend started."""
+        ...
