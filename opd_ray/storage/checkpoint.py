@@ -115,8 +115,7 @@ def _serialise(checkpoint: Checkpoint) -> dict[str, bytes]:
             raise ValueError(f"group {group!r} is no file name; expected {GROUP.pattern}")
         # Clones: safetensors refuses tensors that share memory or have strides.
         plain = {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
         }
         contents[f"{group}.safetensors"] = safetensors.torch.save(plain)
         names[group] = list(plain)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from opd_ray.digest import as_bytes
 from opd_ray.digest import digest as content_digest
 from opd_ray.types import TeacherAnswer, Trajectory, WeightVersion, WorkItem
 
@@ -87,14 +88,12 @@ def pack(tensors: Mapping[str, Tensor], *, digest: bool = False) -> tuple[Flat, 
     for name, tensor in tensors.items():
         offset = -(-end // ALIGNMENT) * ALIGNMENT
         end = offset + tensor.numel() * tensor.element_size()
-        entries.append(
-            Entry(name, _dtype_name(tensor), tuple(tensor.shape), offset, nbytes=end - offset)
-        )
+        entries.append(Entry(name, _dtype_name(tensor), tuple(tensor.shape), offset, nbytes=end - offset))
     flat = np.zeros(end, dtype=np.uint8)  # zeros: equal tensors give equal bytes, padding included
     target = torch.from_numpy(flat)
     for entry in entries:
         part = target[entry.offset : entry.offset + entry.nbytes]
-        part.copy_(_as_bytes(tensors[entry.name]))
+        part.copy_(as_bytes(tensors[entry.name]))
     sha256 = content_digest(tensors) if digest else None
     return flat, Manifest(tuple(entries), end, sha256)
 
@@ -115,7 +114,7 @@ def unpack(flat: Flat, manifest: Manifest) -> dict[str, Tensor]:
         tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
         if tensor.numel() * tensor.element_size() != entry.nbytes:
             raise ValueError(f"{entry.name}: {entry.nbytes} bytes for {entry.dtype} {entry.shape}")
-        _as_bytes(tensor).numpy()[:] = _part(flat, entry)
+        as_bytes(tensor).numpy()[:] = _part(flat, entry)
         tensors[entry.name] = tensor
     if manifest.sha256 is not None and (seen := content_digest(tensors)) != manifest.sha256:
         raise ValueError(f"packed array has sha256 {seen}, its manifest says {manifest.sha256}")
@@ -161,20 +160,11 @@ def unpack_answer(flat: Flat, record: AnswerRecord) -> TeacherAnswer:
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """The tensor's bytes, a view wherever it is contiguous. 0-d tensors have no byte view."""
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _part(flat: Flat, entry: Entry) -> Flat:

@@ -52,14 +52,10 @@ def claim(run_dir: Path, identity: Mapping[str, Any], *, resume: bool = False) -
     with locked(run_dir):
         if not path.exists():
             if any(not entry.name.startswith(".") for entry in run_dir.iterdir()):
-                raise RunFolderError(
-                    f"{run_dir} is not empty and has no run.json; choose another name"
-                )
+                raise RunFolderError(f"{run_dir} is not empty and has no run.json; choose another name")
             run: dict[str, Any] = {"attempt": 0}
         elif not resume:
-            raise RunFolderError(
-                f"{run_dir} has a run already; go on with it by --resume or choose another name"
-            )
+            raise RunFolderError(f"{run_dir} has a run already; go on with it by --resume or choose another name")
         else:
             run = _run(path)
             run["attempt"] += 1
@@ -103,8 +99,7 @@ def locked(run_dir: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise RunFolderError(
-                        f"{run_dir} is locked by another process for more than {timeout_s:g} s; "
-                        "stop the other one"
+                        f"{run_dir} is locked by another process for more than {timeout_s:g} s; stop the other one"
                     ) from None
                 time.sleep(0.05)
             except OSError as error:

@@ -138,9 +138,7 @@ def test_a_damaged_one_is_skipped_by_name_and_the_one_before_is_used(run, damage
     found, notes = newest(run)
     assert same(found, example(10))
     (note,) = notes
-    assert (
-        note.startswith("checkpoints/step-000020 is damaged and was skipped: ") and "\n" not in note
-    )
+    assert note.startswith("checkpoints/step-000020 is damaged and was skipped: ") and "\n" not in note
     assert re.search(why, note)
 
 
@@ -171,6 +169,13 @@ def test_a_folder_under_another_name_is_no_other_round(run):
     shutil.copytree(path, path.with_name("step-000030"))
     found, notes = newest(run)
     assert found.round == 10 and "round 30" in notes[0]
+
+
+def test_a_format_of_the_future_is_not_guessed_at(run):
+    path = save(run, example(10), attempt=0, keep=1) / "manifest.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    found, notes = newest(run)
+    assert found is None and "is not of format 1" in notes[0]
 
 
 class Crash(BaseException):
@@ -213,11 +218,13 @@ def test_a_crash_at_any_point_leaves_a_checkpoint(run, monkeypatch, after, again
     assert folders(run) == ["step-000020"] and same(newest(run)[0], new)
 
 
-def test_an_old_attempt_cannot_write(run):
+def test_an_old_attempt_cannot_write(run, monkeypatch):
     save(run, example(10), attempt=0, keep=3)
     assert run_folder.claim(run, {"seed": 0}, resume=True) == 1
-    with pytest.raises(RunFolderError, match="attempt 1 has taken over; attempt 0 must not write"):
-        save(run, example(20), attempt=0, keep=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write", lambda *_: pytest.fail("it wrote before it looked"))
+        with pytest.raises(RunFolderError, match="attempt 1 has taken over; attempt 0 must not"):
+            save(run, example(20), attempt=0, keep=3)
     assert folders(run) == ["step-000010"]
     save(run, example(20), attempt=1, keep=3)
 
@@ -264,9 +271,7 @@ def test_a_full_disk_leaves_the_previous_one_and_no_rubbish(run, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_write", full)
-    with pytest.raises(
-        RunFolderError, match=r"step-000020: cannot be written \(No space left on device\)"
-    ):
+    with pytest.raises(RunFolderError, match=r"step-000020: cannot be written \(No space left on device\)"):
         save(run, example(20), attempt=0, keep=1)
     assert folders(run) == ["step-000010"] and same(newest(run)[0], example(10))
 
@@ -290,9 +295,7 @@ def test_the_manifest_is_written_last_and_everything_is_synced_first(run, monkey
     )
     written = []
     write = checkpoint._write
-    monkeypatch.setattr(
-        checkpoint, "_write", lambda path, data: (written.append(path.name), write(path, data))
-    )
+    monkeypatch.setattr(checkpoint, "_write", lambda path, data: (written.append(path.name), write(path, data)))
     save(run, example(10), attempt=0, keep=1)
     assert written[-1] == "manifest.json"
     assert synced == [False] * len(written) + [True, True]  # the files, their folder, its parent

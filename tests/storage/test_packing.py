@@ -20,7 +20,7 @@ DTYPES = [
 
 @st.composite
 def tensors(draw):
-    """Random bits (NaN payloads and -0.0 among them) in any shape, some of them transposed."""
+    """Random bits (NaN payloads and -0.0 among them) in any shape, transposed or strided."""
     dtype = draw(st.sampled_from(DTYPES))
     shape = draw(st.lists(st.integers(0, 4), max_size=4))
     count = int(np.prod(shape)) * torch.empty((), dtype=dtype).element_size()
@@ -28,7 +28,9 @@ def tensors(draw):
     if dtype == torch.bool:
         data = bytes(byte & 1 for byte in data)
     content = torch.tensor(list(data), dtype=torch.uint8).view(dtype).reshape(shape)
-    return content.transpose(0, -1) if draw(st.booleans()) and shape else content
+    if not content.numel() or not shape:  # torch calls every empty tensor contiguous
+        return content
+    return draw(st.sampled_from([content, content.transpose(0, -1), content[..., ::2]]))
 
 
 named = st.dictionaries(st.text(max_size=8), tensors(), max_size=5)
@@ -55,9 +57,7 @@ def test_any_tensors_survive_bit_for_bit(original, with_digest):
     flat, manifest = frozen(packing.pack(original, digest=with_digest))
     result = packing.unpack(flat, manifest)
     assert list(result) == list(original)
-    assert {k: content(v) for k, v in result.items()} == {
-        k: content(v) for k, v in original.items()
-    }
+    assert {k: content(v) for k, v in result.items()} == {k: content(v) for k, v in original.items()}
     assert flat.dtype == np.uint8 and flat.shape == (manifest.nbytes,)
     assert all(entry.offset % 64 == 0 for entry in manifest.entries)
     assert manifest.sha256 == (digest(original) if with_digest else None)
@@ -79,9 +79,7 @@ def test_entries_do_not_overlap_and_equal_tensors_give_equal_bytes(original):
 
 def test_unpacked_tensors_share_memory_with_nothing():
     """``torch.from_numpy`` on a read-only array would write through it without an error."""
-    flat, manifest = frozen(
-        packing.pack({"a": torch.ones(3), "b": torch.ones(2, 2), "c": torch.tensor(1.0)})
-    )
+    flat, manifest = frozen(packing.pack({"a": torch.ones(3), "b": torch.ones(2, 2), "c": torch.tensor(1.0)}))
     before = flat.tobytes()
     first, second = packing.unpack(flat, manifest), packing.unpack(flat, manifest)
     for tensor in first.values():
@@ -112,7 +110,7 @@ def test_an_array_that_is_not_the_manifests_is_refused():
     with pytest.raises(ValueError, match="its manifest describes"):
         packing.unpack(np.zeros(17, np.uint8), manifest)
     with pytest.raises(ValueError, match="float32"):
-        packing.unpack(flat.view(np.float32), manifest)
+        packing.unpack(np.zeros(16, np.float32), manifest)
     entry = dataclasses.replace(manifest.entries[0], shape=(2, 3))
     with pytest.raises(ValueError, match="a: 16 bytes for float32"):
         packing.unpack(flat, dataclasses.replace(manifest, entries=(entry,)))

@@ -67,9 +67,7 @@ def test_somebody_elses_folder_is_refused(tmp_path, resume):
     assert (tmp_path / "thesis.tex").read_text() == "dear"
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"attempt": 1}', '{"attempt": "x", "identity": {}}']
-)
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"attempt": 1}', '{"attempt": "x", "identity": {}}'])
 def test_a_broken_run_json_is_named(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     for action in (
@@ -89,8 +87,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_claims_at_the_same_time_get_different_attempts(tmp_path):
     attempts = []
     threads = [
-        threading.Thread(target=lambda: attempts.append(claim(tmp_path, IDENTITY, resume=True)))
-        for _ in range(8)
+        threading.Thread(target=lambda: attempts.append(claim(tmp_path, IDENTITY, resume=True))) for _ in range(8)
     ]
     for thread in threads:
         thread.start()
@@ -104,9 +101,7 @@ def test_a_held_lock_is_an_error_not_a_hang_and_a_dead_holder_frees_it(tmp_path)
         "import fcntl, sys, time; f = open(sys.argv[1], 'ab'); fcntl.flock(f, fcntl.LOCK_EX);"
         "print('held', flush=True); time.sleep(60)"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path / ".lock"], stdout=subprocess.PIPE
-    ) as holder:
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / ".lock"], stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         with (
             pytest.raises(RunFolderError, match="locked by another process"),
