@@ -1,0 +1,49 @@
+"""A tiny world to distil in: 32x32 pictures, English captions, three tasks, shipped weights.
+
+Light to import: paths and names alone. The scorers are in `opd_ray.world.scorers`, and
+`python -m opd_ray.world build` makes every shipped file again from nothing.
+"""
+
+from pathlib import Path
+
+TASKS = ("compose", "text", "look")
+"""The tasks that have a specialist. `mixed` captions ask for two of them at once."""
+SCORERS = ("compose", "compose_partial", "text", "look")
+"""The functions of `opd_ray.world.scorers`."""
+SPLITS = (
+    *((task, "train") for task in TASKS),
+    *((task, "heldout") for task in (*TASKS, "mixed")),
+)
+"""The shipped prompt files, as (task, split). `mixed` is never distilled on."""
+
+_SHIPPED = Path(__file__).parent / "shipped"
+
+
+def pipeline_path() -> Path:
+    """The base: a folder for `StableDiffusion3Pipeline.from_pretrained`."""
+    return _SHIPPED / "pipeline"
+
+
+def lora_path(name: str) -> Path:
+    """A specialist's folder, for `pipe.load_lora_weights`. ``name`` is one of TASKS."""
+    if name not in TASKS:
+        raise ValueError(f"world has no specialist {name!r}. Known: {', '.join(TASKS)}.")
+    return _SHIPPED / "lora" / name
+
+
+def prompt_file(task: str, split: str) -> str:
+    """A prompt file's place below a world's folder."""
+    return f"prompts/{task}_{split}.jsonl"
+
+
+def prompts_path(task: str, split: str) -> Path:
+    """A shipped prompt file; its rows are {"prompt": ..., "task": ...}."""
+    if (task, split) not in SPLITS:
+        known = ", ".join("/".join(pair) for pair in SPLITS)
+        raise ValueError(f"world has no prompts {task}/{split}. Known: {known}.")
+    return _SHIPPED / prompt_file(task, split)
+
+
+def record_path() -> Path:
+    """What the shipped files were made with, and their scores."""
+    return Path(__file__).parent / "record.json"

@@ -1,0 +1,221 @@
+"""The stages of a build. Each reads what earlier ones left in the folder and gives its results."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from opd_ray.world import SPLITS, TASKS, prompt_file
+from opd_ray.world.autoencoder import decode, encode, train_autoencoder
+from opd_ray.world.dataset import Dataset, make_dataset
+from opd_ray.world.drawing import by_category, draw, score
+from opd_ray.world.network import load_pipeline, save_pipeline
+from opd_ray.world.samples import truth
+from opd_ray.world.settings import Settings
+from opd_ray.world.splits import prompt_rows
+from opd_ray.world.training import train_base, train_specialist
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a build happens, with what settings, and whom to tell about progress."""
+
+    out: Path
+    settings: Settings
+    tick: Callable[[int, dict[str, float]], None]
+
+    @property
+    def pipeline(self) -> Path:
+        """The diffusers folder."""
+        return self.out / "pipeline"
+
+    def lora(self, name: str) -> Path:
+        """A specialist's folder."""
+        return self.out / "lora" / name
+
+    def work(self, name: str) -> Path:
+        """A file or folder that later stages need and nobody else."""
+        return self.out / "work" / name
+
+    def held_out(self, task: str, count: int) -> list[str]:
+        """The first held-out prompts of a task."""
+        lines = (self.out / prompt_file(task, "heldout")).read_text().splitlines()
+        return [json.loads(line)["prompt"] for line in lines[:count]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A name, what it depends on (a change makes it run again), its length in ticks, its work."""
+
+    name: str
+    depends: Callable[[Settings], object]
+    length: Callable[[Settings], int]
+    run: Callable[[Workplace], Result]
+
+
+def _prompts(place: Workplace) -> Result:
+    rows: dict[str, Any] = {}
+    for task, split in SPLITS:
+        settings = place.settings
+        count = settings.train_rows if split == "train" else settings.heldout_rows
+        made = prompt_rows(task, split, count)
+        path = place.out / prompt_file(task, split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in made))
+        rows[path.name] = {"rows": count, "unique": len({row["prompt"] for row in made})}
+        place.tick(1, {})
+    return {"prompts": rows}
+
+
+def _autoencoder(place: Workplace) -> Result:
+    model = train_autoencoder(place.settings.autoencoder_steps, place.settings.seed, place.tick)
+    model.half().save_pretrained(str(place.work("autoencoder")))
+    vae = load_autoencoder(place)
+    count = place.settings.score_prompts
+    results: Result = {"scaling_factor": vae.config.scaling_factor}
+    results["shift_factor"] = vae.config.shift_factor
+    for task in (*TASKS, "mixed"):
+        images, prompts = truth(task, count, seed=place.settings.seed + 1)
+        results[task] = {
+            "rendered": score(images, prompts, task),
+            "round_trip": score(decode(vae, encode(vae, images)), prompts, task),
+        }
+    return {"autoencoder": results}
+
+
+def load_autoencoder(place: Workplace) -> AutoencoderKL:
+    """The trained autoencoder as it ships, in float32."""
+    return AutoencoderKL.from_pretrained(str(place.work("autoencoder"))).float().eval()
+
+
+def _latents(place: Workplace) -> Result:
+    settings = place.settings
+    vae = load_autoencoder(place)
+    data = make_dataset(
+        vae,
+        settings.base_recipe,
+        settings.base_pictures,
+        settings.seed + 2,
+        lambda count: place.tick(count, {}),
+    )
+    save_file({"latents": data.latents}, str(place.work("latents.safetensors")))
+    place.work("captions.json").write_text(json.dumps(data.captions))
+    return {}
+
+
+def _base(place: Workplace) -> Result:
+    settings = place.settings
+    data = Dataset(
+        load_file(str(place.work("latents.safetensors")))["latents"],
+        json.loads(place.work("captions.json").read_text()),
+    )
+    pipe = train_base(load_autoencoder(place), data, settings.base_fit, settings.shift, settings.seed, place.tick)
+    save_pipeline(pipe, place.pipeline)
+    return {}
+
+
+def _sweep(place: Workplace) -> Result:
+    settings = place.settings
+    pipe = load_pipeline(place.pipeline)
+    swept: dict[str, dict[str, Any]] = {}
+    for guidance in settings.sweep:
+        row = {}
+        for task in TASKS:
+            prompts = place.held_out(task, settings.sweep_prompts)
+            row[task] = score(draw(pipe, prompts, guidance), prompts, task)[task]
+            place.tick(1, row)
+        swept[str(guidance)] = row
+    return {"guidance_sweep": {"n": settings.sweep_prompts, "base": swept}}
+
+
+def _specialist(name: str) -> Callable[[Workplace], Result]:
+    def run(place: Workplace) -> Result:
+        settings = place.settings
+        one = settings.specialists[name]
+        pipe = load_pipeline(place.pipeline)
+        data = make_dataset(pipe.vae, one.recipe, one.pictures, settings.seed + 3, lambda count: None)
+        train_specialist(pipe, data, one.fit, settings.lora_rank, settings.seed, place.tick)
+        save_specialist(pipe, place.lora(name))
+        return {}
+
+    return run
+
+
+def save_specialist(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
+    """Write the adapter in float16 with its config: without it alpha would load as the rank."""
+    layers = get_peft_model_state_dict(pipe.transformer)
+    StableDiffusion3Pipeline.save_lora_weights(
+        str(folder),
+        transformer_lora_layers={key: value.half() for key, value in layers.items()},
+        transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
+    )
+
+
+def _scores(place: Workplace) -> Result:
+    settings = place.settings
+    matrix: dict[str, Any] = {}
+    categories: dict[str, Any] = {}
+    for model in ("base", *settings.specialists):
+        pipe = load_pipeline(place.pipeline)
+        guidance = settings.guidance
+        if model != "base":
+            pipe.load_lora_weights(str(place.lora(model)))
+            guidance = settings.specialists[model].guidance
+        matrix[model] = {"guidance": guidance}
+        for task in (*TASKS, "mixed"):
+            prompts = place.held_out(task, settings.score_prompts)
+            images = draw(pipe, prompts, guidance, seed=settings.seed + 4)
+            matrix[model][task] = score(images, prompts, task)
+            if task == "compose":
+                categories[model] = by_category(images, prompts)
+            place.tick(1, {})
+    return {"scores": {"n": settings.score_prompts, "models": matrix, "categories": categories}}
+
+
+def _learned(name: str) -> Stage:
+    return Stage(
+        f"specialist {name}",
+        lambda settings: (asdict(settings.specialists[name]), settings.lora_rank),
+        lambda settings: settings.specialists[name].fit.steps,
+        _specialist(name),
+    )
+
+
+def stages(settings: Settings) -> list[Stage]:
+    """All stages in order."""
+    return [
+        Stage("prompts", lambda s: (s.train_rows, s.heldout_rows), lambda s: len(SPLITS), _prompts),
+        Stage(
+            "autoencoder",
+            lambda s: (s.seed, s.autoencoder_steps),
+            lambda s: s.autoencoder_steps,
+            _autoencoder,
+        ),
+        Stage(
+            "latents",
+            lambda s: (asdict(s.base_recipe), s.base_pictures),
+            lambda s: s.base_pictures,
+            _latents,
+        ),
+        Stage("base", lambda s: (asdict(s.base_fit), s.shift), lambda s: s.base_fit.steps, _base),
+        Stage(
+            "guidance sweep",
+            lambda s: (s.sweep, s.sweep_prompts),
+            lambda s: len(s.sweep) * len(TASKS),
+            _sweep,
+        ),
+        *(_learned(name) for name in settings.specialists),
+        Stage(
+            "scores",
+            lambda s: (s.guidance, s.score_prompts),
+            lambda s: 4 * (1 + len(s.specialists)),
+            _scores,
+        ),
+    ]

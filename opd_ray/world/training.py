@@ -1,0 +1,121 @@
+"""Flow matching: the base with its text encoders from nothing, and LoRA specialists on top."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from opd_ray.world.dataset import Dataset
+from opd_ray.world.network import (
+    encode_ids,
+    new_pipeline,
+    text_encoders,
+    tokenize,
+    velocity,
+)
+from opd_ray.world.optimizer import Optimizer
+
+Tick = Callable[[int, dict[str, float]], None]
+
+LORA_TARGETS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
+    "attn.add_v_proj", "attn.to_add_out", "attn2.to_q", "attn2.to_k", "attn2.to_v",
+    "attn2.to_out.0", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+)  # fmt: skip
+_ENCODE_BATCH = 512
+_PLAIN = ("embed", "norm", "shared", "proj_out", "relative_attention_bias")
+"""Parameters that are tables, gains or read-outs rather than matrices between features."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How long and how hard to train."""
+
+    steps: int
+    batch: int
+    matrix_rate: float
+    other_rate: float
+    dropout: float
+    """Share of captions replaced by the empty one, so that guidance has something to subtract."""
+
+
+def _pair(x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t, t and the velocity to learn. t is logit-normal, wide enough to reach both ends."""
+    t = torch.sigmoid(1.2 * torch.randn(len(x0)))
+    noise = torch.randn_like(x0)
+    wide = t.view(-1, 1, 1, 1)
+    return (1 - wide) * x0 + wide * noise, t, noise - x0
+
+
+def _ids(pipe: StableDiffusion3Pipeline, data: Dataset) -> tuple[Tensor, Tensor]:
+    """Ids of all captions [N, K, 2, L] and of the empty caption [2, L]."""
+    flat = [caption for captions in data.captions for caption in captions]
+    ids = tokenize(pipe, flat)
+    return ids.view(len(data.captions), -1, *ids.shape[1:]), tokenize(pipe, [""])[0]
+
+
+def _batch(data: Dataset, ids: Tensor, empty: Tensor, fit: Fit) -> tuple[Tensor, Tensor]:
+    rows = torch.randint(0, len(data.latents), (fit.batch,))
+    chosen = ids[rows, torch.randint(0, ids.shape[1], (fit.batch,))]
+    dropped = torch.rand(fit.batch) < fit.dropout
+    return data.latents[rows], torch.where(dropped[:, None, None], empty, chosen)
+
+
+def train_base(
+    vae: AutoencoderKL, data: Dataset, fit: Fit, shift: float, seed: int, tick: Tick
+) -> StableDiffusion3Pipeline:
+    """Train transformer and text encoders together. Gives the pipeline in float32."""
+    torch.manual_seed(seed)
+    pipe = new_pipeline(vae, shift)
+    ids, empty = _ids(pipe, data)
+    trained = nn.ModuleList([pipe.transformer, *text_encoders(pipe)])
+    trained.train()
+    optimizer = Optimizer(trained.named_parameters(), fit.steps, fit.matrix_rate, fit.other_rate, plain=_PLAIN)
+    for _ in range(fit.steps):
+        x0, chosen = _batch(data, ids, empty, fit)
+        x, t, target = _pair(x0)
+        predicted = velocity(pipe.transformer, x, t, encode_ids(pipe, chosen))
+        loss = (predicted - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        tick(1, {"loss": float(loss.detach())})
+    trained.eval()
+    return pipe
+
+
+def train_specialist(
+    pipe: StableDiffusion3Pipeline, data: Dataset, fit: Fit, rank: int, seed: int, tick: Tick
+) -> StableDiffusion3Pipeline:
+    """Add a LoRA to the pipeline's transformer and train it alone, alpha twice the rank."""
+    torch.manual_seed(seed)
+    pipe.transformer.requires_grad_(False)
+    pipe.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LORA_TARGETS)))
+    contexts = _contexts(pipe, data)
+    optimizer = Optimizer(pipe.transformer.named_parameters(), fit.steps, fit.matrix_rate, fit.other_rate)
+    for _ in range(fit.steps):
+        rows = torch.randint(0, len(data.latents), (fit.batch,))
+        x, t, target = _pair(data.latents[rows])
+        # Row 0 is the empty caption; a picture's captions follow one another.
+        each = len(data.captions[0])
+        chosen = 1 + rows * each + torch.randint(0, each, (fit.batch,))
+        chosen = torch.where(torch.rand(fit.batch) < fit.dropout, 0, chosen)
+        context = (contexts[0][chosen], contexts[1][chosen])
+        loss = (velocity(pipe.transformer, x, t, context) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        tick(1, {"loss": float(loss.detach())})
+    return pipe
+
+
+@torch.no_grad()
+def _contexts(pipe: StableDiffusion3Pipeline, data: Dataset) -> tuple[Tensor, Tensor]:
+    """The frozen encoders' output for the empty caption and then for all captions, once."""
+    flat = ["", *(caption for captions in data.captions for caption in captions)]
+    parts = [
+        encode_ids(pipe, tokenize(pipe, flat[start : start + _ENCODE_BATCH]))
+        for start in range(0, len(flat), _ENCODE_BATCH)
+    ]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])

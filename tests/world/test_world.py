@@ -1,0 +1,125 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from rich.console import Console
+from safetensors.torch import load_file
+
+from opd_ray.world import (
+    TASKS,
+    lora_path,
+    pipeline_path,
+    prompts_path,
+    record_path,
+    scorers,
+)
+from opd_ray.world.build import build
+from opd_ray.world.drawing import draw
+from opd_ray.world.network import encode_ids, load_pipeline, tokenize
+from opd_ray.world.settings import STUDENT_GUIDANCE, Settings
+from opd_ray.world.vocabulary import MAX_TOKENS
+
+
+def _prompts(task, count):
+    lines = prompts_path(task, "heldout").read_text().splitlines()
+    return [json.loads(line)["prompt"] for line in lines[:count]]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline(pipeline_path())
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, opd_ray.world; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_unknown_names_are_refused_with_what_is_there():
+    with pytest.raises(ValueError, match="compose, text, look"):
+        lora_path("sound")
+    with pytest.raises(ValueError, match="mixed/heldout"):
+        prompts_path("mixed", "train")
+
+
+def test_everything_shipped_is_under_twelve_megabytes():
+    root = pipeline_path().parent
+    files = [path for path in root.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 12e6
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_stock_diffusers_draws_from_the_folder():
+    pipe = StableDiffusion3Pipeline.from_pretrained(str(pipeline_path())).to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        ["a red circle", 'the word "bako"'],
+        height=32,
+        width=32,
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        max_sequence_length=MAX_TOKENS,
+    ).images
+    assert [image.size for image in images] == [(32, 32)] * 2
+
+
+def test_training_encodes_as_the_stock_pipeline_does(pipe):
+    prompts = ['a red circle and the word "bako"', "", "a calm view"]
+    sequence, _, pooled, _ = pipe.encode_prompt(
+        prompts, prompts, prompts, do_classifier_free_guidance=False, max_sequence_length=MAX_TOKENS
+    )
+    ours = encode_ids(pipe, tokenize(pipe, prompts))
+    torch.testing.assert_close(ours[0], sequence, rtol=0, atol=0)
+    torch.testing.assert_close(ours[1], pooled, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_lora_files_carry_alpha_and_move_every_tensor(name):
+    folder = lora_path(name)
+    tensors = load_file(str(folder / "pytorch_lora_weights.safetensors"))
+    assert all(key.startswith("transformer.") for key in tensors)
+    assert all(value.abs().max() > 0 for value in tensors.values())
+    pipe = load_pipeline(pipeline_path())
+    pipe.load_lora_weights(str(folder))
+    config = next(iter(pipe.transformer.peft_config.values()))
+    assert (config.r, config.lora_alpha) == (32, 64)
+    bound = [key for key, _ in pipe.transformer.named_parameters() if "lora_" in key]
+    assert len(bound) == len(tensors)
+
+
+def test_the_record_holds_the_gaps_and_the_losses():
+    models = json.loads(record_path().read_text())["scores"]["models"]
+    for name in TASKS:
+        assert models[name][name][name] >= models["base"][name][name] + 0.40
+        elsewhere = [other for other in TASKS if other != name]
+        assert any(models[name][other][other] < models["base"][other][other] for other in elsewhere)
+    assert models["compose"]["guidance"] == 1.0
+    assert models["text"]["guidance"] == models["look"]["guidance"] == STUDENT_GUIDANCE
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_shipped_weights_score_as_recorded(name, pipe):
+    recorded = json.loads(record_path().read_text())["scores"]["models"]
+    prompts = _prompts(name, 96)
+    base = getattr(scorers, name)(draw(pipe, prompts, STUDENT_GUIDANCE), prompts).mean()
+    teacher = load_pipeline(pipeline_path())
+    teacher.load_lora_weights(str(lora_path(name)))
+    images = draw(teacher, prompts, recorded[name]["guidance"])
+    best = getattr(scorers, name)(images, prompts).mean()
+    assert best - base >= 0.30  # 96 pictures: the recorded 0.40 less two standard errors
+    assert float(best) == pytest.approx(recorded[name][name][name], abs=0.12)
+
+
+def test_build_makes_a_world_and_resumes(tmp_path):
+    settings = Settings().scaled(0.0003)
+    console = Console(quiet=True)
+    record = build(tmp_path, settings, console)
+    assert set(record["scores"]["models"]) == {"base", *TASKS}
+    stamp = (tmp_path / "pipeline" / "model_index.json").stat().st_mtime_ns
+    again = build(tmp_path, settings, console)
+    assert again == record
+    assert (tmp_path / "pipeline" / "model_index.json").stat().st_mtime_ns == stamp
