@@ -72,6 +72,8 @@ def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
     held_out = read_prompts(_located(prompts.eval), "prompts.eval") if prompts and prompts.eval else {}
     if train:
         config.check_tasks(tuple(train))
+    if config.recorded is not None:
+        recordings(config.recorded)
     check_rewards(config.rewards, config.evaluation.rewards, tuple(held_out))
     algorithm.check(sigmas_of(config.model, config.sampling.steps))
     check_adapters(config.model, config.student.lora, config.teachers)

@@ -45,7 +45,7 @@ ATTENTION = tuple(
 class Frozen(BaseModel):
     """Base of every section: unknown keys are refused, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -112,7 +112,7 @@ class OpdConfig(Frozen):
     """The first int(fraction * steps) steps are trained on (paper: 0.99, so that the last is left out)."""
     steps_per_item: int | None = Field(None, ge=1)
     """How many of the trained steps each work item uses, drawn at random from the item's seed; null: all."""
-    task_weights: dict[str, float] = {}
+    task_weights: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Relative weight of each task's loss; 1 where not given."""
 
 
@@ -124,7 +124,10 @@ class PluginAlgorithmConfig(Frozen):
 
 
 def _algorithm_tag(value: Any) -> str:
-    name = value.get("name", "opd") if isinstance(value, dict) else value.name
+    if isinstance(value, dict):
+        name = value.get("name", "opd")
+    else:  # `algorithm: opd` is text, not a section
+        name = value.name if isinstance(value, OpdConfig | PluginAlgorithmConfig) else ""
     return "plugin" if ":" in str(name) else str(name)
 
 
@@ -138,11 +141,14 @@ AlgorithmConfig = Annotated[
 ]
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Frozen):
     """AdamW. Defaults are the reference's."""
 
     lr: float = Field(3e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     clip: float = Field(1.0, gt=0)
@@ -306,10 +312,9 @@ class Config(Frozen):
                 raise ValueError(f"teacher name {name!r} is not free; roles are {', '.join(ROLES)}. Choose another")
         if self.cluster.runtime == "local" and self.cluster.learner.ranks > 1:
             raise ValueError("cluster.learner.ranks: runtime local has one rank; use runtime: ray")
-        if (
-            len(self.teachers or [0]) * (self.batch.images_per_task // self.batch.item_size)
-            < self.cluster.learner.ranks
-        ):
+        tasks = self.teacher_of_task or self._own_files()
+        items = len(tasks) * (self.batch.images_per_task // self.batch.item_size)
+        if tasks and items < self.cluster.learner.ranks:
             raise ValueError("cluster.learner.ranks: a round has fewer work items than ranks; lower batch.item_size")
         for name in self.cluster.teachers:
             if name != "default" and name not in self.teachers:
@@ -318,12 +323,16 @@ class Config(Frozen):
                 )
             if name != "default" and self.cluster.share_teachers:
                 raise ValueError(f"cluster.teachers.{name}: teachers are shared, so only `default` applies")
-        self.teacher_of_task  # noqa: B018  (raises where two teachers claim one task)
         if (self.prompts is None) == (self.recorded is None):
             raise ValueError("give either prompts (rollouts draw on them) or recorded (experience to read)")
-        if self.prompts is not None and isinstance(self.prompts.train, dict):
-            self.check_tasks(tuple(self.prompts.train))
+        if self._own_files():
+            self.check_tasks(self._own_files())
         return self
+
+    def _own_files(self) -> tuple[str, ...]:
+        """The tasks that have a prompt file of their own; the others are known once their file is read."""
+        train = self.prompts.train if self.prompts else {}
+        return tuple(train) if isinstance(train, dict) else ()
 
     def _check_opd(self, opd: OpdConfig) -> None:
         if not self.teachers:
@@ -391,5 +400,8 @@ def _problem(item: Any) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "missing":
         return f"{where} is missing"
-    seen = "" if item["type"] == "value_error" else f", got {item['input']!r}"
+    value = item["input"]
+    if item["type"] == "unknown_algorithm" and isinstance(value, dict):
+        value = value["name"]
+    seen = "" if item["type"] == "value_error" else f", got {value!r}"
     return f"{where}: {message}{seen}" if where else message

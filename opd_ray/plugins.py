@@ -7,7 +7,7 @@ from typing import Any
 
 from opd_ray.errors import ConfigError
 
-__all__ = ["check_arguments", "load"]
+__all__ = ["check_arguments", "check_construction", "load"]
 
 
 def load(name: str, builtins: Mapping[str, str], kind: str) -> Any:
@@ -59,3 +59,21 @@ def check_arguments(target: Callable[..., Any], args: Mapping[str, Any], where: 
         if name not in taken:
             title = getattr(target, "__qualname__", repr(target))
             raise ConfigError(f"{where}: {title} takes no argument {name!r}; it takes {', '.join(taken) or 'none'}")
+
+
+def check_construction(kind: type, args: Mapping[str, Any], where: str) -> None:
+    """Refuse keyword arguments with which a class cannot be made: unknown ones, and missing ones.
+
+    Raises:
+        ConfigError: names the argument, and what the class takes.
+    """
+    check_arguments(kind, args, where)
+    parameters = inspect.signature(kind).parameters.values()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    missing = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty and parameter.kind not in variable and parameter.name not in args
+    ]
+    if missing:
+        raise ConfigError(f"{where}: {kind.__qualname__} needs {', '.join(missing)}")

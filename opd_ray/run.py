@@ -182,10 +182,9 @@ class Run:
             "busy": dict(self.dispatcher.seconds),
             "forwards": dict(self.dispatcher.forwards),
         }
-        for metric in ("gap", "kl"):
-            by_step = _steps(last, metric)
-            if by_step:
-                row[metric] = by_step
+        found = [metrics for report in last for steps in report.steps.values() for metrics in steps.values()]
+        for metric in dict.fromkeys(name for metrics in found for name in metrics):
+            row.setdefault(metric, _steps(last, metric))
         scores = _scores(batch)
         if scores:
             row["scores"] = scores

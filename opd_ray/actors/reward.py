@@ -29,10 +29,16 @@ class RewardActor:
         """
         scores = {}
         for name, reward in self.rewards.items():
-            score = torch.as_tensor(reward(images, list(prompts)), dtype=torch.float32)
-            if score.shape != (len(prompts),) or score.isinf().any():
+            answer = reward(images, list(prompts))
+            try:
+                score = torch.as_tensor(answer, dtype=torch.float32)
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(f"reward {name} answered {answer!r}, expected [{len(prompts)}] numbers") from None
+            if score.shape != (len(prompts),):
                 raise ValueError(
-                    f"reward {name} answered {tuple(score.shape)} for {len(prompts)} pictures, or infinity"
+                    f"reward {name} answered {list(score.shape)}, expected [{len(prompts)}], a number a picture"
                 )
+            if score.isinf().any():
+                raise ValueError(f"reward {name} answered infinity; NaN is for pictures that it does not apply to")
             scores[name] = score
         return scores

@@ -105,8 +105,12 @@ class RolloutActor:
         """
         self.bound = None
         parameters = self.family.adapter_parameters(self.policy.adapter)
-        if parameters.keys() != weights.keys():
-            raise StaleWeightsError(f"weights {version} hold {len(weights)} tensors, the adapter {len(parameters)}")
+        own, sent = ({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (parameters, weights))
+        if own != sent:
+            name = min(name for name in own.keys() | sent.keys() if own.get(name) != sent.get(name))
+            raise StaleWeightsError(
+                f"weights {version} do not fit: {name} is {sent.get(name, 'missing')}, here {own.get(name, 'missing')}"
+            )
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
@@ -150,7 +154,13 @@ class RolloutActor:
         return self.family.decode(trajectory.latents[:, -1])
 
     def sample(self, request: SampleRequest) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1] of any model of the run, at seeds that all models share."""
+        """Pictures [B, 3, H, W] in [0, 1] of any model of the run, at seeds that all models share.
+
+        Raises:
+            StaleWeightsError: the student's, and no weights were bound and proven here.
+        """
+        if request.model == "student" and self.bound is None:
+            raise StaleWeightsError("pictures of the student were asked for before any weights were bound")
         with self.family.adapter(self._adapter_of(request)):
             return draw_pictures(self.family, request)
 

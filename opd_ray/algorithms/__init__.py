@@ -1,8 +1,12 @@
 """Losses over a batch. Built-in by short name, yours by package.module:Class."""
 
+from typing import Any
+
 from opd_ray.algorithms.base import Algorithm, Forward, Loss
 from opd_ray.config import Config, OpdConfig
-from opd_ray.plugins import check_arguments, load
+from opd_ray.diffusion import KERNELS
+from opd_ray.errors import ConfigError
+from opd_ray.plugins import check_construction, load
 
 __all__ = ["Algorithm", "Forward", "Loss", "make_algorithm"]
 
@@ -10,13 +14,41 @@ ALGORITHMS = {"opd": "opd_ray.algorithms.opd:Opd"}
 
 
 def make_algorithm(config: Config) -> Algorithm:
-    """The algorithm that a configuration names."""
+    """The algorithm that a configuration names, with all that it needs in the configuration.
+
+    Raises:
+        ConfigError: it is unknown, no Algorithm, takes other arguments, or what it needs is not there.
+    """
     chosen = config.algorithm
-    kind = load(chosen.name, ALGORITHMS, "algorithm")
+    kind: Any = load(chosen.name, ALGORITHMS, "algorithm")
+    known = isinstance(kind, type) and issubclass(kind, Algorithm)
+    if not known:
+        raise ConfigError(f"algorithm {chosen.name!r} is {kind!r}, not a subclass of opd_ray.algorithms.Algorithm")
     if isinstance(chosen, OpdConfig):
         algorithm = kind(chosen)
     else:
-        check_arguments(kind, chosen.args, "algorithm.args")
+        check_construction(kind, chosen.args, "algorithm.args")
         algorithm = kind(**chosen.args)
     assert isinstance(algorithm, Algorithm)
+    _check_needs(config, algorithm)
     return algorithm
+
+
+def _check_needs(config: Config, algorithm: Algorithm) -> None:
+    name = config.algorithm.name
+    if algorithm.needs_rollouts and config.prompts is None:
+        raise ConfigError(f"algorithm {name} learns from rollouts; give prompts in place of recorded")
+    if not algorithm.needs_rollouts and config.recorded is None:
+        raise ConfigError(f"algorithm {name} learns from recorded experience; give recorded in place of prompts")
+    if algorithm.needs_teachers and not config.teachers:
+        raise ConfigError(f"algorithm {name} learns from teachers; teachers is empty, add at least one")
+    if algorithm.needs_rewards and not config.rewards:
+        raise ConfigError(f"algorithm {name} learns from rewards; rewards is empty, add at least one")
+    if algorithm.kernel not in KERNELS:
+        raise ConfigError(f"algorithm {name} draws with kernel {algorithm.kernel!r}; known: {', '.join(KERNELS)}")
+    known = ("student", *algorithm.adapters)
+    for policy in (algorithm.behaviour, *algorithm.velocities):
+        if policy not in known and (policy != "reference" or policy == algorithm.behaviour):
+            raise ConfigError(
+                f"algorithm {name} uses policy {policy!r}, which is not among its adapters {', '.join(known)}"
+            )

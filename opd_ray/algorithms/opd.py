@@ -42,13 +42,14 @@ class Opd(Algorithm):
         return trained_steps(num_steps, self.config.timestep_fraction)
 
     def check(self, sigmas: Tensor) -> None:
-        """Objective `kl` needs a positive transition std at every trained step."""
-        if self.config.objective != "kl":
-            return
+        """The kernel takes the noise level, and objective `kl` finds a positive std at every trained step."""
         point = torch.zeros(1, 1, 1, 1)
         for j in self.trained_steps(len(sigmas) - 1):
-            step = KERNELS[self.kernel](point, point, float(sigmas[j]), float(sigmas[j + 1]), self.noise_level)
-            if not bool((torch.as_tensor(step.std) > 0).all()):
+            try:
+                step = KERNELS[self.kernel](point, point, float(sigmas[j]), float(sigmas[j + 1]), self.noise_level)
+            except ValueError as error:
+                raise ConfigError(f"algorithm.noise_level with kernel {self.kernel}: {error}") from None
+            if self.config.objective == "kl" and not bool((step.std > 0).all()):
                 raise ConfigError(
                     f"algorithm.objective kl divides by the variance of kernel {self.kernel}, which is 0 at trained "
                     f"step {j}; lower algorithm.timestep_fraction, raise noise_level, or use objective: mean"

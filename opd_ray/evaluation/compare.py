@@ -77,7 +77,7 @@ class Evaluation:
         chosen = self.config.evaluation
         closed = {}
         for task, name in self.config.teacher_of_task.items():
-            for key in self.keys(task)[:1]:
+            for key in self.keys(task)[:1] if task in self.prompts else ():
                 value = gap_closed(scores["base"][key], scores[f"teacher:{name}"][key], scores["student"][key])
                 if value is not None:
                     closed[task] = value
@@ -128,8 +128,8 @@ class Evaluation:
             part,
             (0,) * len(part),
         )
-        count = PICTURES_PER_TASK if pictures and start == 0 else 0
-        files = [str(self.folder / self._file(model, task, index)) for index in range(min(count, len(part)))]
+        shown = range(start, min(start + len(part), PICTURES_PER_TASK)) if pictures else ()
+        files = [str(self.folder / self._file(model, task, index)) for index in shown]
         bound = weights if model.label == "student" else None
         draw = Job(self.rollout, "sample", (request, files), 1, f"pictures of {model.label}", weights=bound)
         texts = [prompt.text for prompt in part]

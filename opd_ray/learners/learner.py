@@ -2,7 +2,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ class Learner:
         self.updates = 0
         self._items: tuple[WorkItem, ...] = ()
         self._experience: dict[int, Experience] = {}
+        self._scores: Sequence[tuple[WorkItem, Mapping[str, Tensor]]] | None = None
 
     def stage(
         self,
@@ -83,7 +85,7 @@ class Learner:
         experience: Sequence[Experience],
         scores: Sequence[tuple[WorkItem, Mapping[str, Tensor]]],
     ) -> None:
-        """Take a round's inputs. No weight changes before every rank has taken its own.
+        """Take a round's inputs; again where another rank lacked one of its own. Nothing changes by it.
 
         Args:
             items: all of the round, the same on every rank.
@@ -92,7 +94,7 @@ class Learner:
         """
         self._items = tuple(items)
         self._experience = {one.item.position: one for one in experience}
-        self.algorithm.observe(scores)
+        self._scores = scores
 
     def update(self, update: int) -> UpdateReport:
         """One optimizer step over the selected items: gradients in (task, item, step) order, one reduction.
@@ -100,6 +102,9 @@ class Learner:
         Raises:
             NotFiniteError: on every rank alike, before any weight changed.
         """
+        if self._scores is not None:  # once a round, when every rank has its inputs
+            self.algorithm.observe(self._scores)
+            self._scores = None
         selected = self.algorithm.select(self._items, update)
         by_rank = [[item for item in selected if self.owner(item) == rank] for rank in range(self.engine.ranks)]
         if not all(by_rank):
@@ -116,9 +121,11 @@ class Learner:
         for number, (item, forward, count) in enumerate(work, start=1):
             with self.engine.accumulate(last=number == len(work)):
                 loss = self.algorithm.loss(forward, self._velocities(forward))
-                share = loss.value * (self.algorithm.item_weight(item, selected) / count)
+                value = float(loss.value.detach())
+                # An infinite loss may have a finite gradient: NaN travels to the other ranks as well.
+                weight = self.algorithm.item_weight(item, selected) / count if math.isfinite(value) else math.nan
+                share = loss.value * weight
                 self.engine.backward(share)
-            value = float(loss.value.detach())
             if not math.isfinite(value) and not broken:
                 broken = f"; first in {item} step {forward.step}, prompt {item.prompts[0].text!r}"
             total += float(share.detach())
@@ -144,7 +151,7 @@ class Learner:
                 keep = self.algorithm.follow(name, round)
                 for key, parameter in self.family.adapter_parameters(name).items():
                     parameter.lerp_(self.student[key], 1 - keep)
-        self._items, self._experience = (), {}
+        self._items, self._experience, self._scores = (), {}, None
 
     def owner(self, item: WorkItem) -> int:
         """The rank that trains on an item."""
@@ -157,10 +164,26 @@ class Learner:
         parameters = self.family.adapter_parameters(self.algorithm.behaviour)
         return {name: parameter.detach() for name, parameter in parameters.items()}
 
-    def probe(self) -> Tensor:
-        """The behaviour policy's velocity at the fixed probe input [1, C, H, W]."""
-        with self.family.adapter(self.algorithm.behaviour):
+    def probe(self, *, average: bool = False) -> Tensor:
+        """The velocity of what ``weights`` gives, at the fixed probe input [1, C, H, W]."""
+        with self.family.adapter("student" if average else self.algorithm.behaviour), self._averaged(average):
             return probe_velocity(self.family, self.training.guidance, self.training.seed)
+
+    @contextmanager
+    def _averaged(self, average: bool) -> Iterator[None]:
+        """The moving average in the student's place, where there is one."""
+        raw = {name: parameter.detach().clone() for name, parameter in self.student.items()}
+        chosen = self.ema if average and self.ema is not None else raw
+        try:
+            self._copy(self.student, chosen)
+            yield
+        finally:
+            self._copy(self.student, raw)
+
+    @torch.no_grad()
+    def _copy(self, parameters: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+        for name, parameter in parameters.items():
+            parameter.copy_(source[name])
 
     def hashes(self) -> dict[str, str | None]:
         """Identity of the raw student and of its moving average."""
@@ -171,39 +194,50 @@ class Learner:
         self.family.save_lora("student", folder, weights=self.weights(average=True))
 
     def state(self) -> LearnerState:
-        """Everything, by parameter name."""
-        tensors = {"student": {name: p.detach() for name, p in self.student.items()}, "optimizer": dict[str, Tensor]()}
-        for name in self.algorithm.adapters:
-            tensors[f"adapter.{name}"] = {k: p.detach() for k, p in self.family.adapter_parameters(name).items()}
-        if self.ema is not None:
-            tensors["ema"] = dict(self.ema)
-        for name, parameter in self.student.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors["optimizer"][f"{name}:{key}"] = value
+        """Everything, by parameter name: the live tensors, so write or copy them before the next update."""
+        tensors = {group: {k: p.detach() for k, p in own.items()} for group, own in self._groups().items()}
+        tensors["optimizer"] = {
+            f"{name}:{slot}": value
+            for name, parameter in self.student.items()
+            for slot, value in self.optimizer.state.get(parameter, {}).items()
+        }
         return LearnerState(tensors, {"updates": self.updates, "algorithm": self.algorithm.state_dict()})
 
     def load_state(self, state: LearnerState) -> None:
         """Take back what ``state`` gave.
 
         Raises:
-            RunFolderError: it holds other tensors than this learner has.
+            RunFolderError: it holds other tensors than this learner has; nothing was taken.
         """
-        groups = {"student": self.student}
-        groups |= {f"adapter.{name}": self.family.adapter_parameters(name) for name in self.algorithm.adapters}
-        own: dict[str, Mapping[str, Tensor]] = {**groups, **({"ema": self.ema} if self.ema is not None else {})}
-        with torch.no_grad():
-            for group, parameters in own.items():
-                saved = state.tensors.get(group, {})
-                if saved.keys() != parameters.keys():
-                    raise RunFolderError(f"the checkpoint's {group} has {len(saved)} tensors, not {len(parameters)}")
-                for name, parameter in parameters.items():
-                    parameter.copy_(saved[name])
+        own, saved = self._groups(), dict(state.tensors)
+        moments = saved.pop("optimizer", {})
+        for group in own.keys() | saved.keys():
+            mine, theirs = _shapes(own.get(group, {})), _shapes(saved.get(group, {}))
+            if mine != theirs:
+                other = min(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+                raise RunFolderError(
+                    f"the checkpoint's {group} is not this run's: {other} is {theirs.get(other, 'missing')} there and "
+                    f"{mine.get(other, 'missing')} here"
+                )
+        shapes = _shapes(self.student)
+        for key, value in moments.items():
+            name = key.rpartition(":")[0]
+            if name not in shapes or tuple(value.shape) not in {(), shapes[name]}:
+                raise RunFolderError(f"the checkpoint's optimizer has {key}, which belongs to no trained parameter")
+        for group, parameters in own.items():
+            self._copy(parameters, saved[group])
         self.optimizer.state.clear()
-        for key, value in state.tensors["optimizer"].items():
+        for key, value in moments.items():
             name, _, slot = key.rpartition(":")
             self.optimizer.state[self.student[name]][slot] = value.clone()
         self.updates = int(state.values["updates"])
         self.algorithm.load_state_dict(state.values["algorithm"])
+
+    def _groups(self) -> dict[str, Mapping[str, Tensor]]:
+        """What is saved beside the optimizer: the live tensors by group and name."""
+        groups: dict[str, Mapping[str, Tensor]] = {"student": self.student}
+        groups |= {f"adapter.{name}": self.family.adapter_parameters(name) for name in self.algorithm.adapters}
+        return groups if self.ema is None else groups | {"ema": self.ema}
 
     def _velocities(self, forward: Forward) -> dict[str, Tensor]:
         """Guided velocities [B, C, H, W] of the student (with gradient) and of the policies the loss compares with."""
@@ -232,3 +266,7 @@ class Learner:
         with torch.no_grad():
             for name, average in self.ema.items():
                 average.lerp_(self.student[name], 1 - decay)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -214,7 +214,7 @@ class LearnerHost:
         """The weights and the probe that proves them, as one array; the record lacks only the reference."""
         clock = _Clock(None)
         weights = self.learner.weights(average=average)
-        tensors: dict[str, Tensor] = {**weights, "probe": self.learner.probe()}
+        tensors: dict[str, Tensor] = {**weights, "probe": self.learner.probe(average=average)}
         flat, manifest = pack(tensors)
         return flat, clock.done(Weights(version, digest(weights), manifest, None))
 
