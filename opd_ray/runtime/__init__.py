@@ -9,3 +9,10 @@ pool      workers of one role: bounded work in flight, replacement of the dead
 dispatch  work items through the pools, and again where a worker or an input was lost
 group     the learner ranks
 """
+
+import os
+
+if not os.environ.get("RAY_ADDRESS"):
+    # Ray reads this when it is imported. A Ray that we start for one machine then listens on the loopback address
+    # alone; otherwise every one of its processes listens on all of them, whatever address it is given.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

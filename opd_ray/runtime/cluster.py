@@ -8,7 +8,17 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayTaskError
+from ray._private.state import available_resources_per_node  # no public name without the dashboard
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -78,7 +88,8 @@ def classify(error: BaseException) -> Exception | None:
         if isinstance(seen, ObjectLostError | OwnerDiedError):
             return InputLostError(_first_line(seen))
         seen = seen.cause if isinstance(seen, RayTaskError) else seen.__cause__
-    if isinstance(error, RayActorError):
+    # A record that does not arrive was on a node that Ray does not know to be gone yet.
+    if isinstance(error, RayActorError | WorkerCrashedError | NodeDiedError | OutOfMemoryError | GetTimeoutError):
         return WorkerLostError(_first_line(error))
     return None
 
@@ -118,11 +129,12 @@ class RayBackend:
         return handle
 
     def start_group(self, specs: Sequence[WorkerSpec], timeout_s: float) -> list[Handle]:
-        """Learner ranks in one anonymous placement group, as close together as it goes."""
-        group = placement_group([_demand(spec) for spec in specs], strategy="PACK")
+        """Learner ranks in one anonymous placement group on one node, since they meet on its loopback address."""
+        group = placement_group([_demand(spec) for spec in specs], strategy="STRICT_PACK")
         self._groups.append(group)
         if not group.wait(timeout_seconds=timeout_s):
-            raise PlacementError(self.shortage(specs) or f"the learner group was not placed in {timeout_s:.0f} s")
+            lack = self.shortage(specs, free=True) or "no single node has room for all of its ranks"
+            raise PlacementError(f"the learner was not placed in {timeout_s:.0f} s; {lack}")
         handles: list[Handle] = []
         for rank, spec in enumerate(specs):
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
@@ -133,21 +145,23 @@ class RayBackend:
             handles.append(handle)
         return handles
 
-    def shortage(self, specs: Sequence[WorkerSpec]) -> str | None:
-        """Compare what these workers ask with what the whole cluster has."""
-        total = ray.cluster_resources()
-        asked: dict[str, float] = {}
+    def shortage(self, specs: Sequence[WorkerSpec], *, free: bool = False) -> str | None:
+        """Asked, free per node, missing. A worker needs all that it asks for on one node."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if free:
+            nodes = list(available_resources_per_node().values())
+        asked, missing, left = dict[str, float](), dict[str, float](), [dict(node) for node in nodes]
         for spec in specs:
-            for name, amount in _demand(spec).items():
-                asked[name] = asked.get(name, 0.0) + amount
-        missing = {name: amount - total.get(name, 0.0) for name, amount in asked.items()}
-        missing = {name: amount for name, amount in missing.items() if amount > 1e-6}
+            demand = _demand(spec)
+            _add(asked, demand)
+            room = next((node for node in left if all(node.get(k, 0.0) >= v - 1e-6 for k, v in demand.items())), None)
+            _add(*((missing, demand) if room is None else (room, {name: -amount for name, amount in demand.items()})))
         if not missing:
             return None
-        nodes = [{k: v for k, v in node["Resources"].items() if k in asked} for node in ray.nodes() if node["Alive"]]
+        seen = [{name: amount for name, amount in node.items() if name in asked} for node in nodes]
         return (
-            f"no room for {len(specs)} workers: asked {_amounts(asked)}; free per node "
-            f"{', '.join(_amounts(node) for node in nodes)}; missing {_amounts(missing)}. "
+            f"no room for {len(specs)} workers: asked {_amounts(asked)}; {'free' if free else 'there is'} per node "
+            f"{', '.join(_amounts(node) for node in seen)}; missing {_amounts(missing)}. "
             "Lower workers or their cpu, gpu, resources in the cluster file, or add nodes"
         )
 
@@ -203,6 +217,11 @@ class RayBackend:
 def _demand(spec: WorkerSpec) -> dict[str, float]:
     names = {"cpu": "CPU", "gpu": "GPU"}
     return {names.get(name, name): amount for name, amount in spec.resources.items() if amount > 0}
+
+
+def _add(total: dict[str, float], amounts: dict[str, float]) -> None:
+    for name, amount in amounts.items():
+        total[name] = total.get(name, 0.0) + amount
 
 
 def _amounts(amounts: dict[str, float]) -> str:

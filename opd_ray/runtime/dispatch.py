@@ -7,14 +7,15 @@ run again, same seed, same weights; the work's own error goes to whoever waits.
 import time
 from collections.abc import Callable, Sequence
 
-from opd_ray.errors import InputLostError, StaleWeightsError, Stopped, WorkerLostError
+from opd_ray.errors import InputLostError, RuntimeFault, StaleWeightsError, Stopped, WorkerLostError
 from opd_ray.runtime.handle import Backend, Call, Done, Ref
-from opd_ray.runtime.pool import Job, Output, Pool
+from opd_ray.runtime.pool import Job, Pool
 
 __all__ = ["Dispatcher"]
 
-MAX_ATTEMPTS = 4
 TICK_S = 0.5
+LAST_WORDS_S = 10.0
+"""Where a learner rank dies, its peers fail in the middle of a reduction and are often heard of first."""
 
 
 class Dispatcher:
@@ -58,32 +59,36 @@ class Dispatcher:
         Raises:
             Stopped: one of them was lost, or did not answer in time.
         """
-        pending = {call.done for call in calls}
-        results: dict[Ref, Done] = {}
-        deadline = self._clock() + (timeout_s or self._call_timeout)
-
-        def finished(ready: Sequence[Ref]) -> None:
-            for ref in pending.intersection(ready):
-                results[ref] = self.backend.result(ref)  # a lost input or the work's own error goes to the caller
+        ranks = {call.done: rank for rank, call in enumerate(calls)}
+        pending, results = set(ranks), dict[Ref, Done]()
+        limit = timeout_s or self._call_timeout
+        deadline, broken = self._clock() + limit, None
+        while pending and self._clock() <= deadline:
+            for ref in pending.intersection(self._pump(list(pending))):
                 pending.discard(ref)
-
-        while pending:
-            if self._clock() > deadline:
-                raise Stopped(f"{what} did not answer in {timeout_s or self._call_timeout:.0f} s; --resume goes on")
-            try:
-                finished(self._pump(list(pending)))
-            except WorkerLostError as error:
-                raise Stopped(f"{what}: a learner rank was lost ({error}); --resume goes on") from None
+                try:
+                    results[ref] = self.backend.result(ref)
+                except WorkerLostError as error:
+                    raise Stopped(f"{what}: learner rank {ranks[ref]} was lost ({error}); --resume goes on") from None
+                except RuntimeError as error:
+                    broken = broken or error
+                    deadline = min(deadline, self._clock() + LAST_WORDS_S)
+        if broken is not None:
+            raise broken
+        if pending:
+            late = ", ".join(str(ranks[ref]) for ref in sorted(pending, key=ranks.__getitem__))
+            raise Stopped(f"{what}: learner rank {late} did not answer in {limit:.0f} s; --resume goes on")
         return [results[call.done] for call in calls]
 
     def again(self, jobs: Sequence[Job]) -> None:
-        """Their stored results are gone: run them once more."""
+        """Their stored results are gone: run them once more.
+
+        Raises:
+            Stopped: one of them was run often enough.
+        """
         for job in jobs:
             if job.done:
-                job.result = job.call = None
-                if job.attempts >= MAX_ATTEMPTS:
-                    raise Stopped(f"{job.label} was lost {job.attempts} times; --resume goes on")
-                job.pool.queue.appendleft(job)
+                job.pool.retry(job)
 
     def account(self, role: str, done: Done) -> None:
         """Add one answer to the books."""
@@ -97,13 +102,21 @@ class Dispatcher:
     def _pump(self, others: list[Ref]) -> list[Ref]:
         """One turn; returns those of ``others`` that are done."""
         for pool in self.pools:
-            pool.check_time()
             pool.assign()
         owned = {ref: pool for pool in self.pools for ref in pool.refs()}
+        if not owned and not others:
+            queued = [job.label for pool in self.pools for job in pool.queue]
+            raise RuntimeFault(f"nothing is under way, and yet {len(queued)} jobs wait: {queued[:3]}")
         ready = self.backend.wait([*owned, *others], TICK_S)
         for ref in ready:
             if ref in owned:
                 self._settle(owned[ref], ref)
+        # After the answers were taken: a driver that slept must not blame its workers.
+        for pool in self.pools:
+            pool.check_time()
+            for text in pool.lost[pool.noted :]:
+                self.note(text)
+            pool.noted = len(pool.lost)
         if self._clock() - self._ticked >= 1:
             self._ticked = self._clock()
             self.tick()
@@ -112,23 +125,17 @@ class Dispatcher:
     def _settle(self, pool: Pool, ref: Ref) -> None:
         try:
             result = self.backend.result(ref)
+            job = pool.finish(ref, result)
         except InputLostError as error:
             job = pool.release(ref)
             if job is None:
                 raise Stopped(f"the published weights are gone ({error}); --resume goes on") from None
             self.note(f"an input of {job.label} is gone ({error}); the item that made it runs again")
-            job.call = None
-            self.again([output.job for output in _inputs(job)])
-            pool.queue.appendleft(job)
+            pool.retry(job)
+            # Another reader may have had its producer run again by now.
+            self.again([other for other, given in zip(job.after, job.given, strict=True) if other.call is given])
         except (WorkerLostError, StaleWeightsError) as error:
             pool.lose(ref, str(error))
-            self.note(pool.lost[-1])
         else:
-            job = pool.finish(ref, result)
             if job is not None:
                 self.account(pool.spec.role.partition(".")[0], result)
-
-
-def _inputs(job: Job) -> list[Output]:
-    args = job.args() if callable(job.args) else job.args
-    return [arg for arg in args if isinstance(arg, Output)]

@@ -90,8 +90,13 @@ class Backend(Protocol):
         """
         ...
 
-    def shortage(self, specs: Sequence[WorkerSpec]) -> str | None:
-        """What the cluster lacks for these workers (asked, free, missing), or None."""
+    def shortage(self, specs: Sequence[WorkerSpec], *, free: bool = False) -> str | None:
+        """What the cluster lacks for these workers, or None.
+
+        Args:
+            specs: a worker each.
+            free: compare with what is not in use, rather than with all there is.
+        """
         ...
 
     def wait(self, refs: Sequence[Ref], timeout_s: float) -> list[Ref]:

@@ -54,7 +54,7 @@ class LocalBackend:
         """Handles in order; local runs have one learner rank."""
         return [LocalHandle(spec, f"{spec.role}-{rank}") for rank, spec in enumerate(specs)]
 
-    def shortage(self, specs: Sequence[WorkerSpec]) -> str | None:
+    def shortage(self, specs: Sequence[WorkerSpec], *, free: bool = False) -> str | None:
         """There is always room."""
         return None
 

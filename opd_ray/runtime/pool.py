@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from opd_ray.errors import PlacementError, Stopped
+from opd_ray.errors import PlacementError, StaleWeightsError, Stopped
 from opd_ray.runtime.handle import Backend, Call, Done, Handle, Ref, Weights, WorkerSpec
 from opd_ray.runtime.health import Event, Health, State
 from opd_ray.types import WeightVersion
@@ -15,6 +15,8 @@ __all__ = ["Job", "Output", "Pool", "Worker"]
 
 MAX_LOSSES = 3
 """Workers of one pool lost one after the other without a single answer, before the run stops."""
+MAX_ATTEMPTS = 4
+"""Times that one job is run, before the run stops: it may be what kills its workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class Job:
     call: Call | None = None
     result: Done | None = None
     attempts: int = 0
+    given: tuple[Call | None, ...] = ()
+    """What ``after`` had answered when the arguments were taken."""
 
     @property
     def done(self) -> bool:
@@ -68,8 +72,10 @@ class Worker:
     facts: Any = None
     bound: tuple[WeightVersion, str] | None = None
     """Identity of the weights it has proven."""
-    flying: dict[Ref, tuple[Job | None, float]] = field(default_factory=dict)
-    """Record reference -> (job, start); None: a bind."""
+    flying: dict[Ref, Job | None] = field(default_factory=dict)
+    """Record reference -> job, in the order in which it works through them; None: a bind."""
+    since: float = 0.0
+    """When it began with the first of them."""
     binding: tuple[WeightVersion, str] | None = None
 
 
@@ -91,10 +97,12 @@ class Pool:
         self.queue: deque[Job] = deque()
         self.workers: list[Worker] = []
         self.lost: list[str] = []
-        """One line for each worker that was lost, for the log."""
+        """One line for each worker that was lost."""
+        self.noted = 0
+        """How many of them the log has."""
         self._clock, self._in_flight = clock, in_flight
         self._start_timeout, self._call_timeout = start_timeout_s, call_timeout_s
-        self._losses = 0
+        self._losses, self._working = 0, False
         self._names = (f"{spec.role}-{number}" for number in itertools.count())
 
     def fill(self) -> None:
@@ -121,8 +129,20 @@ class Pool:
                 continue
             self.queue.remove(job)
             job.attempts += 1
+            job.given = tuple(other.call for other in job.after)
             job.call = worker.handle.call(job.method, *job.arguments(), bulk=job.bulk)
-            worker.flying[job.call.done] = (job, self._clock())
+            self._fly(worker, job.call.done, job)
+
+    def retry(self, job: Job) -> None:
+        """Put a job in front of the queue once more; whatever it answered is forgotten.
+
+        Raises:
+            Stopped: it was tried often enough.
+        """
+        job.call = job.result = None
+        if job.attempts >= MAX_ATTEMPTS:
+            raise Stopped(f"{job.label} was run {job.attempts} times and lost each time; --resume goes on")
+        self.queue.appendleft(job)
 
     def _choose(self, job: Job) -> Worker | None:
         free = [
@@ -141,33 +161,53 @@ class Pool:
         record = Weights(weights.version, weights.sha256, weights.manifest, None)
         call = worker.handle.call("bind", record, weights.flat, bulk=0)
         worker.binding = weights.identity
-        worker.flying[call.done] = (None, self._clock())
+        self._fly(worker, call.done, None)
+
+    def _fly(self, worker: Worker, ref: Ref, job: Job | None) -> None:
+        if not worker.flying:
+            worker.since = self._clock()
+        worker.flying[ref] = job
+
+    def _land(self, worker: Worker, ref: Ref) -> Job | None:
+        """It answered: it begins with the next one now, and may have new work."""
+        job = worker.flying.pop(ref)
+        worker.since = self._clock()
+        worker.health.apply(Event.PROVEN if job is None else Event.ANSWERED)
+        return job
 
     def finish(self, ref: Ref, result: Done) -> Job | None:
-        """Note an answer; returns the job it belongs to, if it is one."""
+        """Note an answer; returns the job it belongs to, if it is one.
+
+        Raises:
+            StaleWeightsError: a worker acknowledged other weights than it was given.
+        """
         for worker in self.workers:
             if ref == worker.ready.done and worker.health.state is State.STARTING:
                 worker.facts = result.value
                 worker.health.apply(Event.READY)
                 return None
             if ref in worker.flying:
-                job, _ = worker.flying.pop(ref)
-                self._losses = 0
-                if job is None:
-                    worker.bound = worker.binding
-                    worker.health.apply(Event.PROVEN)
-                    return None
-                worker.health.apply(Event.ANSWERED)
-                job.result = result
+                if worker.flying[ref] is None:
+                    self._check_proof(worker, result)
+                job = self._land(worker, ref)
+                if job is not None:
+                    # Not after a bind: where a job kills every worker, each of them binds first.
+                    self._losses, self._working = 0, True
+                    job.result = result
                 return job
         return None
+
+    def _check_proof(self, worker: Worker, result: Done) -> None:
+        ack = result.value
+        if (ack.version, ack.sha256) != worker.binding:
+            raise StaleWeightsError(f"{worker.handle.name} acknowledged weights {ack.version}, not what it was given")
+        worker.bound = worker.binding
 
     def release(self, ref: Ref) -> Job | None:
         """Forget a call that failed for want of an input; returns its job. The worker is not to blame."""
         for worker in self.workers:
             if ref in worker.flying:
-                job, _ = worker.flying.pop(ref)
-                return job
+                return self._land(worker, ref)
         return None
 
     def lose(self, ref: Ref, why: str) -> None:
@@ -182,40 +222,47 @@ class Pool:
         self.workers.remove(worker)
         worker.health.apply(Event.LOST)
         worker.handle.kill()
-        jobs = [job for job, _ in worker.flying.values() if job is not None]
-        for job in reversed(jobs):
-            job.call = None
-            self.queue.appendleft(job)
-        self.lost.append(f"{worker.handle.name} was lost ({why}); {len(jobs)} work items run again")
+        jobs = [job for job in worker.flying.values() if job is not None]
+        held = f" while {jobs[0].label}" if jobs and jobs[0].label else ""
+        self.lost.append(f"{worker.handle.name} was lost{held} ({why}); {len(jobs)} work items run again")
         self._losses += 1
         if self._losses > MAX_LOSSES:
             where = f"; see {self.spec.logs}/{worker.handle.name}.log" if self.spec.logs else ""
             raise Stopped(
-                f"{self._losses} {self.spec.role} workers were lost one after the other, last {why}{where}. "
+                f"{self._losses} {self.spec.role} workers were lost one after the other, last{held} {why}{where}. "
                 "Mend the cause, then go on with --resume"
             )
+        for job in jobs[1:]:
+            job.attempts -= 1  # it had not begun with these
+        for job in reversed(jobs):
+            self.retry(job)
         self.fill()
 
     def check_time(self) -> None:
         """Find workers that do not start or do not answer, and end those that drained.
 
         Raises:
-            PlacementError: a worker did not come up in time.
+            PlacementError: a worker did not come up in time, before there was any work.
+            Stopped: a successor did not come up in time.
         """
         now = self._clock()
         for worker in list(self.workers):
             if worker.health.state is State.STARTING and worker.health.seconds > self._start_timeout:
-                lack = self.backend.shortage([self.spec] * self.size)
-                raise PlacementError(
-                    f"{worker.handle.name} did not start in {self._start_timeout:.0f} s; "
-                    + (lack or f"the cluster has room, so see its log under {self.spec.logs}")
-                )
-            oldest = min((start for _, start in worker.flying.values()), default=now)
-            if now - oldest > self._call_timeout:
+                self._give_up(worker)
+            waited = now - worker.since if worker.flying else 0.0
+            if waited > self._call_timeout:
                 self.lose(next(iter(worker.flying)), f"no answer in {self._call_timeout:.0f} s")
-            elif now - oldest > self._call_timeout / 2:
+            elif waited > self._call_timeout / 2:
                 worker.health.apply(Event.LATE)
-            if worker.health.state is State.DRAINING and not worker.flying:
+            elif worker.health.state is State.DRAINING and not worker.flying:
                 worker.health.apply(Event.LOST)
                 worker.handle.kill()
                 self.workers.remove(worker)
+
+    def _give_up(self, worker: Worker) -> None:
+        starting = sum(other.health.state is State.STARTING for other in self.workers)
+        lack = self.backend.shortage([self.spec] * starting, free=True)
+        text = f"{worker.handle.name} did not start in {self._start_timeout:.0f} s; " + (
+            lack or f"the cluster has room, so see its log under {self.spec.logs}"
+        )
+        raise Stopped(f"{text}. Then go on with --resume") if self._working else PlacementError(text)

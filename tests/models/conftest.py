@@ -1,18 +1,10 @@
-from pathlib import Path
-
 import pytest
 import torch
 
 from opd_ray.config import LoraConfig, ModelConfig
 from opd_ray.models import Family, load_family
-from tests.models.tiny_sd3 import make_tiny_sd3
 
 PROMPTS = ["a red cat", "two blue dogs, reading"]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
-    return make_tiny_sd3(tmp_path_factory.mktemp("tiny") / "sd3")
 
 
 @pytest.fixture(scope="session")
