@@ -24,7 +24,7 @@ ROWS = [
 def write(path, rows=ROWS):
     """The same rows in the format of the path's ending."""
     if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     elif path.suffix == ".csv":
         with path.open("w", newline="", encoding="utf-8-sig") as file:
             writer = csv.DictWriter(file, list(rows[0]))

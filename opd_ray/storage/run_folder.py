@@ -44,7 +44,7 @@ def claim(run_dir: Path, identity: Mapping[str, Any], *, resume: bool = False) -
             identity, the folder is no run's, or it cannot be written.
     """
     path = run_dir / "run.json"
-    plain: dict[str, Any] = json.loads(json.dumps(identity))
+    plain = dict(identity)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
