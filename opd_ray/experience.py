@@ -3,11 +3,11 @@
 A source cuts a round into work items from the configuration and the round's number alone, and turns them into jobs.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from opd_ray.actors.rollout import rows_of
 from opd_ray.algorithms import Algorithm
 from opd_ray.config import Config
 from opd_ray.prompts import PromptStream
@@ -54,12 +54,21 @@ def cut(config: Config, algorithm: Algorithm, stream: PromptStream, round: int) 
     batch, items = config.batch, list[WorkItem]()
     each = batch.item_size // batch.images_per_prompt
     for task in stream.tasks:
+        drawn = Counter[str]()  # a prompt that comes twice in a round is drawn at another noise
         for index in range(batch.images_per_task // batch.item_size):
             cursor = _cursor(config, round) + index * each
-            prompts, samples = rows_of(stream.take(task, cursor, each)[0], batch.images_per_prompt)
+            chosen, _ = stream.take(task, cursor, each)
+            prompts = tuple(prompt for prompt in chosen for _ in range(batch.images_per_prompt))
+            samples = tuple(_count(drawn, prompt.id) for prompt in prompts)
             steps = algorithm.steps(config.sampling.steps, config.seed, round, task, index)
             items.append(WorkItem(round, task, index, len(items), prompts, samples, steps))
     return tuple(items)
+
+
+def _count(drawn: Counter[str], name: str) -> int:
+    """How often a name was drawn before."""
+    drawn[name] += 1
+    return drawn[name] - 1
 
 
 def _cursor(config: Config, round: int) -> int:

@@ -1,0 +1,178 @@
+"""The rollout actor against a loop written by hand, and the names of its noise."""
+
+import pytest
+import torch
+
+from opd_ray.actors import SampleRequest
+from opd_ray.diffusion import flow, flow_sigmas
+from opd_ray.digest import digest
+from opd_ray.errors import ModelError, StaleWeightsError
+from opd_ray.seeds import fold, noise
+from opd_ray.types import Prompt, WeightVersion, WorkItem
+from tests.algorithms.parts import LORA, TEXTS, VERSION, bind, item, load, prompt, rollout_actor, write_loras
+
+
+@pytest.fixture(scope="module")
+def whole(tiny):
+    """One loaded model; each actor of this module puts its own adapter on it."""
+    return load(tiny, whole=True)
+
+
+@pytest.fixture
+def actor(tiny, whole):
+    def make(**changes):
+        made = rollout_actor(tiny, family=whole, **changes)
+        made.sha256 = bind(made)
+        return made
+
+    yield make
+    whole.use(None)
+    for name in whole.adapters:
+        whole.remove_adapter(name)
+
+
+def draw(actor, work):
+    return actor.draw(work, VERSION, actor.sha256)
+
+
+def by_hand(whole, work, *, noise_level, guidance=1.5, seed=7, num_steps=4):
+    """Equations 5-9 over the same model: x_{t'} = mu + std eps with named noise."""
+    ids = [(one.id, sample) for one, sample in zip(work.prompts, work.samples, strict=True)]
+    cond, uncond = whole.encode([one.text for one in work.prompts]), whole.encode([""])
+    sigmas = flow_sigmas(num_steps, 3.0)
+    x = noise([fold(seed, "init_noise", work.round, *one) for one in ids], whole.latent_shape)
+    states = [x]
+    for j in range(num_steps):
+        t, t_next = float(sigmas[j]), float(sigmas[j + 1])
+        with torch.no_grad():
+            step = flow(x, whole.velocity(x, t, cond, uncond, guidance), t, t_next, noise_level)
+        eps = noise([fold(seed, "step_noise", work.round, *one, j) for one in ids], whole.latent_shape)
+        x = step.mean + step.std * eps if noise_level else step.mean
+        states.append(x)
+    return torch.stack(states, 1)
+
+
+@pytest.mark.parametrize("noise_level", [0.0, 0.7])
+def test_a_path_is_that_of_the_loop_written_by_hand(actor, whole, noise_level):
+    one = actor(noise_level=noise_level)
+    work = item(round=3)
+    path = draw(one, work)
+    assert torch.equal(path.latents, by_hand(whole, work, noise_level=noise_level))
+    assert path.latents.shape == (2, 5, 16, 8, 8) and not path.latents.requires_grad
+    assert path.weights == VERSION and path.item is work
+    assert torch.equal(path.sigmas, flow_sigmas(4, 3.0))
+    for name, expected in whole.encode(TEXTS[:2]).items():
+        assert torch.equal(path.cond[name], expected)
+        assert path.uncond[name].shape == (1, *expected.shape[1:])
+
+
+def test_a_row_does_not_depend_on_its_place_or_its_neighbours(actor):
+    one = actor(noise_level=0.7)
+    first = draw(one, item(TEXTS[:3]))
+    other = draw(one, item([TEXTS[3], TEXTS[0], TEXTS[2]]))
+    assert torch.equal(first.latents[0], other.latents[1])
+    assert torch.equal(first.latents[2], other.latents[2])
+    assert not torch.equal(first.latents[1], other.latents[0])
+
+
+def test_noise_is_named_by_seed_round_prompt_and_sample_alone(tiny, actor):
+    one = actor(noise_level=0.7)
+    work = item(round=2)
+    base = draw(one, work)
+
+    def changed(**fields):
+        names = ("round", "task", "index", "position", "prompts", "samples", "steps")
+        return draw(one, WorkItem(**({name: getattr(work, name) for name in names} | fields)))
+
+    for same in ({"index": 5}, {"position": 7}, {"steps": (2,)}, {"task": "b"}):
+        assert torch.equal(changed(**same).latents, base.latents), same
+    renamed = tuple(Prompt("x" + p.id, p.text, p.task) for p in work.prompts)
+    for other in ({"round": 3}, {"samples": (1, 1)}, {"prompts": renamed}):
+        path = changed(**other)
+        assert not (path.latents[:, 0] == base.latents[:, 0]).all(dim=(1, 2, 3)).any(), other
+    one.policy = type(one.policy)(**{n: getattr(one.policy, n) for n in one.policy.__slots__} | {"seed": 8})
+    assert not torch.equal(draw(one, work).latents[:, 0], base.latents[:, 0])
+
+
+def test_negatives_travel_only_if_somebody_needs_them(actor):
+    path = draw(actor(guidance=1.0, negatives=False), item())
+    assert path.uncond == {}
+
+
+def test_pictures_are_the_decoded_last_states(actor, whole):
+    one = actor()
+    path = draw(one, item())
+    images = one.decode(path)
+    assert images.shape == (2, 3, 16, 16)
+    assert torch.equal(images, whole.decode(path.latents[:, -1]))
+
+
+def request(model, lora=None, guidance=1.5):
+    return SampleRequest(model, lora, guidance, 4, 7, (prompt(TEXTS[0]), prompt(TEXTS[1])), (0, 0))
+
+
+def test_pictures_of_all_models_begin_at_the_same_noise(tiny, actor, whole, tmp_path):
+    paths = write_loras(tiny, tmp_path, ["one"])
+    one = actor()
+    drawn = {}
+    for name, lora in [("base", None), ("student", None), ("one", (paths["one"], None, None))]:
+        starts = []
+        predict = whole.predict
+        whole.predict = lambda x, *rest, starts=starts, predict=predict: (starts.append(x), predict(x, *rest))[1]
+        drawn[name] = one.sample(request(name, lora))
+        del whole.predict
+        first = noise([fold(7, "eval", p.id, 0) for p in request(name).prompts], whole.latent_shape)
+        assert torch.equal(starts[0], torch.cat([first, first])), name
+    assert not torch.equal(drawn["base"], drawn["student"])
+    assert not torch.equal(drawn["base"], drawn["one"])
+    assert not torch.equal(drawn["student"], drawn["one"])
+    assert whole.active == "student"
+    assert torch.equal(one.sample(request("student")), drawn["student"])
+
+
+def test_pictures_of_the_base_are_those_of_a_model_without_adapters(actor, tiny):
+    from opd_ray.actors.rollout import draw_pictures
+
+    drawn = actor().sample(request("base"))
+    assert torch.equal(drawn, draw_pictures(load(tiny, whole=True), request("base")))
+
+
+def test_only_weights_that_were_proven_are_drawn_with(actor):
+    one = actor()
+    weights = {name: p.detach().clone() for name, p in one.family.adapter_parameters("student").items()}
+    newer, name = WeightVersion(0, 0, 1), min(weights)
+    with pytest.raises(StaleWeightsError, match=r"round 0 a\[0\] asks for weights 0.0.1, bound is Ack"):
+        one.draw(item(), newer, one.sha256)
+    with pytest.raises(StaleWeightsError, match=r"asks for weights 0\.0\.0"):
+        one.draw(item(), VERSION, "0" * 64)
+    for bad, message in [
+        ({n: w for n, w in weights.items() if n != name}, rf"{name} is missing, here \(4, 32\)"),
+        (weights | {name: torch.ones(1, 32)}, rf"{name} is \(1, 32\), here \(4, 32\)"),
+        (weights | {name: weights[name].double() + 1e-12}, "read back as"),
+    ]:
+        with pytest.raises(StaleWeightsError, match=message):
+            one.bind(bad, newer, digest(bad))
+        for late in (lambda: one.draw(item(), VERSION, one.sha256), lambda: one.sample(request("student"))):
+            with pytest.raises(StaleWeightsError):
+                late()
+    ack = one.bind(weights, newer, digest(weights))
+    assert (ack.version, ack.tensors, ack.sha256) == (newer, len(weights), digest(weights))
+    assert one.draw(item(), newer, ack.sha256).weights == newer
+
+
+def test_bound_weights_are_copies(actor):
+    one = actor()
+    weights = {name: p.detach().clone() for name, p in one.family.adapter_parameters("student").items()}
+    one.bind(weights, VERSION, digest(weights))
+    before = draw(one, item()).latents
+    for tensor in weights.values():
+        tensor.zero_()
+    assert torch.equal(draw(one, item()).latents, before)
+
+
+def test_another_schedule_than_the_models_own_is_refused(tiny, whole):
+    from opd_ray.actors import Policy, RolloutActor
+
+    policy = Policy(LORA, "student", 1.5, "flow", 0.0, 7, True)
+    with pytest.raises(ModelError, match=r"schedule .* is not the run's \[1.0"):
+        RolloutActor(whole, policy, flow_sigmas(4, 2.0))

@@ -1,0 +1,106 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from opd_ray.actors import RewardActor, TeacherActor
+from opd_ray.config import TeacherConfig
+from opd_ray.errors import ModelError, NotFiniteError
+from opd_ray.rewards import make_rewards
+from tests.algorithms.parts import TEXTS, flat, item, load, random_experience, write_loras
+
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny, tmp_path_factory):
+    paths = write_loras(tiny, tmp_path_factory.mktemp("loras"), ["one", "two"])
+    configs = {
+        name: TeacherConfig(lora=path, guidance=g) for (name, path), g in zip(paths.items(), (1, 2), strict=True)
+    }
+    return TeacherActor(load(tiny), configs)
+
+
+@pytest.fixture(scope="module")
+def path(teacher):
+    return random_experience(teacher.family, item(TEXTS[:3], round=6, steps=(1, 3))).trajectory
+
+
+def test_teachers_that_share_a_base_answer_as_they_would_alone(teacher, path):
+    one, two, again = (teacher.score(path, name) for name in ("one", "two", "one"))
+    assert torch.equal(one.velocity, again.velocity)
+    assert not torch.equal(one.velocity, two.velocity)
+    assert (one.teacher, one.steps, two.teacher) == ("one", (1, 3), "two")
+    assert teacher.family.active is None  # as before the question
+
+
+def test_facts_hold_guidance_and_the_bound_file(teacher):
+    facts = teacher.facts["two"]
+    assert facts.guidance == 2
+    assert (facts.lora.rank, facts.lora.alpha) == (4, 8)
+    assert facts.lora.tensors == len(teacher.family.adapter_parameters("two"))
+    assert facts.lora.sha256 != teacher.facts["one"].lora.sha256
+
+
+def test_an_answer_that_is_not_finite_names_teacher_round_and_prompt(teacher, path):
+    bad = replace(path, latents=path.latents.clone())
+    bad.latents[1, 3] = NAN
+    with pytest.raises(NotFiniteError, match=r"teacher two .* in round 6 for 1 prompts, first 'two blue dogs'; check"):
+        teacher.score(bad, "two")
+    bad.latents[0, 0] = NAN  # a step that is not asked for
+    with pytest.raises(NotFiniteError, match="for 1 prompts"):
+        teacher.score(bad, "two")
+
+
+def test_another_schedule_is_refused(teacher, path):
+    bad = replace(path, sigmas=path.sigmas * 0.99)
+    with pytest.raises(ModelError, match="teacher one's sigma schedule is not the trajectory's"):
+        teacher.score(bad, "one")
+
+
+def test_a_teacher_carries_no_gradient(teacher, path):
+    assert not teacher.score(path, "one").velocity.requires_grad
+    assert not any(p.requires_grad for p in teacher.family.network.parameters())
+    assert flat(teacher.family.adapter_parameters("one")).abs().max() > 0
+
+
+IMAGES = torch.stack([torch.full((3, 4, 4), value) for value in (0.25, 0.75)])
+
+
+def brightness(images, prompts, *, power=1.0):
+    return images.mean(dim=(1, 2, 3)) ** power
+
+
+class Prompted:
+    def __init__(self, word):
+        self.word = word
+
+    def __call__(self, images, prompts):
+        return [1.0 if self.word in prompt else NAN for prompt in prompts]
+
+
+def test_rewards_are_functions_or_objects_each_with_its_arguments():
+    made = make_rewards(
+        {f"{__name__}:brightness": {"power": 2}, f"{__name__}:Prompted": {"word": "cat"}},
+    )
+    scores = RewardActor(made).score(IMAGES, ["a cat", "a dog"])
+    torch.testing.assert_close(scores[f"{__name__}:brightness"], torch.tensor([0.0625, 0.5625]))
+    prompted = scores[f"{__name__}:Prompted"]
+    assert prompted[0] == 1 and prompted[1].isnan()  # NaN: it does not apply
+    assert prompted.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (torch.ones(2, 1), r"reward mine answered \[2, 1\], expected \[2\], a number a picture"),
+        (torch.ones(3), r"reward mine answered \[3\]"),
+        (1.0, r"reward mine answered \[\]"),
+        (["a", "b"], r"reward mine answered \['a', 'b'\], expected \[2\] numbers"),
+        (None, r"reward mine answered None, expected"),
+        ([1.0, float("inf")], "reward mine answered infinity; NaN is for"),
+    ],
+)
+def test_answers_that_are_no_scores_are_refused_by_name(answer, message):
+    with pytest.raises(ValueError, match=message):
+        RewardActor({"mine": lambda images, prompts: answer}).score(IMAGES, ["a", "b"])

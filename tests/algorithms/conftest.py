@@ -1,0 +1,3 @@
+from tests.algorithms.parts import tiny
+
+__all__ = ["tiny"]

@@ -1,0 +1,124 @@
+"""How a round is cut into work items, and to whom each goes."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from opd_ray.algorithms.opd import Opd
+from opd_ray.config import OpdConfig, parse
+from opd_ray.experience import RecordedSource, RolloutSource, cut
+from opd_ray.prompts import PromptStream
+from opd_ray.runtime.handle import Weights
+from opd_ray.storage.packing import Manifest
+from opd_ray.types import Prompt, WeightVersion
+
+WEIGHTS = Weights(WeightVersion(0, 0, 4), "abc", Manifest((), 0), None)
+TASKS = {"left": "one", "right": "two", "both": "one"}
+
+
+@dataclass
+class Recorder:
+    """Takes jobs and starts none."""
+
+    jobs: list = field(default_factory=list)
+
+    def submit(self, job):
+        self.jobs.append(job)
+        return job
+
+
+def config_of(**batch):
+    return parse(
+        {
+            "name": "x",
+            "rounds": 9,
+            "model": {"path": "nowhere"},
+            "prompts": {"train": "rows.csv"},
+            "batch": {"images_per_task": 4, "item_size": 2} | batch,
+            "teachers": {"two": {"lora": "b", "tasks": ["right"]}, "one": {"lora": "a", "tasks": ["left", "both"]}},
+        },
+        "test",
+    )
+
+
+def stream_of(count=10):
+    return PromptStream({task: [Prompt(f"{task}{n}", f"{task} {n}", task) for n in range(count)] for task in TASKS}, 0)
+
+
+def names(items):
+    return [(one.task, one.index, one.position) for one in items]
+
+
+def test_a_round_is_cut_in_task_and_item_order():
+    items = cut(config_of(), Opd(OpdConfig()), stream_of(), 5)
+    assert names(items) == [
+        *(("left", 0, 0), ("left", 1, 1)),
+        *(("right", 0, 2), ("right", 1, 3)),
+        *(("both", 0, 4), ("both", 1, 5)),
+    ]
+    assert all(one.round == 5 and len(one.prompts) == 2 and one.steps == tuple(range(9)) for one in items)
+    assert {prompt.task for one in items for prompt in one.prompts if one.task == "left"} == {"left"}
+
+
+def test_rounds_go_through_the_prompts_once_an_epoch():
+    taken = [
+        p.id for n in range(5) for one in cut(config_of(), Opd(OpdConfig()), stream_of(20), n) for p in one.prompts
+    ]
+    assert len(taken) == len(set(taken)) == 60
+    assert cut(config_of(), Opd(OpdConfig()), stream_of(), 3) == cut(config_of(), Opd(OpdConfig()), stream_of(), 3)
+
+
+def test_images_of_a_prompt_stay_together_and_are_numbered():
+    items = cut(config_of(images_per_prompt=2), Opd(OpdConfig()), stream_of(), 0)
+    assert all(one.prompts[0] == one.prompts[1] and one.samples == (0, 1) for one in items)
+    assert len({one.prompts[0].id for one in items}) == 6
+
+
+def test_a_prompt_that_comes_twice_in_a_round_gets_another_number():
+    for one in cut(config_of(item_size=4), Opd(OpdConfig()), stream_of(2), 0):
+        assert len(set(zip(one.prompts, one.samples, strict=True))) == 4
+    pairs = [
+        pair
+        for one in cut(config_of(), Opd(OpdConfig()), stream_of(2), 0)
+        for pair in zip(one.prompts, one.samples, strict=True)
+    ]
+    assert len(set(pairs)) == len(pairs) == 12
+
+
+def test_steps_are_the_items_own():
+    items = [one for n in range(4) for one in cut(config_of(), Opd(OpdConfig(steps_per_item=2)), stream_of(), n)]
+    assert all(len(one.steps) == 2 for one in items)
+    assert len({one.steps for one in items}) > 6
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 7])
+def test_every_item_goes_to_its_own_teacher_whatever_the_round(first):
+    """A counter that starts at 0 in a resumed run sends prompts to another task's teacher."""
+    recorder, algorithm = Recorder(), Opd(OpdConfig())
+    pools = {"one": "pool one", "two": "pool two"}
+    source = RolloutSource(
+        config_of(), algorithm, stream_of(), recorder, rollout="rollout", teachers=pools, reward="reward"
+    )
+    for number in range(first, first + 2):
+        batch = source.collect(number, WEIGHTS)
+        assert batch.version == WEIGHTS.version and len(batch.jobs) == 2 * len(batch.items)
+        for one, collected in zip(batch.items, batch.collected, strict=True):
+            draw, mark = collected.jobs  # no scores: distillation needs no rewards
+            teacher = TASKS[one.task]
+            assert draw.pool == "rollout" and draw.args == (one, WEIGHTS.version, "abc", False)
+            assert draw.weights is WEIGHTS
+            assert mark.pool == pools[teacher] and mark.label == f"{teacher} marking {one}" and mark.after == (draw,)
+    assert source.cursors(3) == dict.fromkeys(TASKS, 12)
+
+
+def test_recordings_are_items_of_their_own_and_each_is_read_once_an_epoch():
+    recorder = Recorder()
+    recordings = {"left": ("a", "b", "c", "d"), "right": ("e", "f")}
+    source = RecordedSource(config_of(), Opd(OpdConfig()), recordings, recorder, "reader")
+    rounds = [source.collect(number, WEIGHTS) for number in range(2)]
+    assert names(rounds[0].items) == [("left", 0, 0), ("left", 1, 1), ("right", 0, 2), ("right", 1, 3)]
+    read = [job.args for job in recorder.jobs]
+    assert all(job.pool == "reader" and job.method == "read" for job in recorder.jobs)
+    assert sorted(name for task, name in read if task == "left") == ["a", "b", "c", "d"]
+    assert sorted(name for task, name in read if task == "right") == ["e", "e", "f", "f"]
+    assert source.cursors(2) == {"left": 4, "right": 4}
