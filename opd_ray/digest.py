@@ -23,5 +23,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The tensor's bytes [n] uint8, a view wherever it is contiguous. 0-d tensors have no byte view."""
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    """The tensor's bytes [n] uint8, a view wherever it is contiguous."""
+    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    # A tensor of one element may be contiguous and have any stride, and 0-d tensors have no byte view.
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from opd_ray.digest import as_bytes
 from opd_ray.digest import digest as content_digest
 from opd_ray.types import TeacherAnswer, Trajectory, WeightVersion, WorkItem
 
@@ -92,7 +93,7 @@ def pack(tensors: Mapping[str, Tensor], *, digest: bool = False) -> tuple[Flat, 
     target = torch.from_numpy(flat)
     for entry in entries:
         part = target[entry.offset : entry.offset + entry.nbytes]
-        part.copy_(_as_bytes(tensors[entry.name]))
+        part.copy_(as_bytes(tensors[entry.name]))
     manifest = Manifest(tuple(entries), end)
     if digest:  # of what was packed, so that a mistake in packing shows too
         manifest = replace(manifest, sha256=content_digest(unpack(flat, manifest)))
@@ -115,7 +116,7 @@ def unpack(flat: Flat, manifest: Manifest) -> dict[str, Tensor]:
         tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
         if tensor.numel() * tensor.element_size() != entry.nbytes:
             raise ValueError(f"{entry.name}: {entry.nbytes} bytes for {entry.dtype} {entry.shape}")
-        _as_bytes(tensor).numpy()[:] = _part(flat, entry)
+        as_bytes(tensor).numpy()[:] = _part(flat, entry)
         tensors[entry.name] = tensor
     if manifest.sha256 is not None and (seen := content_digest(tensors)) != manifest.sha256:
         raise ValueError(f"packed array has sha256 {seen}, its manifest says {manifest.sha256}")
@@ -166,13 +167,6 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """The tensor's bytes [n] uint8, a view wherever it is contiguous."""
-    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    # Not reshape(-1): one element of a strided tensor counts as contiguous and keeps its stride.
-    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
 
 
 def _part(flat: Flat, entry: Entry) -> Flat:
