@@ -61,9 +61,7 @@ class Adapters:
 
         linear = [key for key, module in self._hosts() if isinstance(module, nn.Linear)]
         idle = [
-            target
-            for target in lora.targets
-            if not any(key == target or key.endswith(f".{target}") for key in linear)
+            target for target in lora.targets if not any(key == target or key.endswith(f".{target}") for key in linear)
         ]
         if idle or not lora.targets:
             raise ModelError(
@@ -108,9 +106,7 @@ class Adapters:
         check_fits(file, self.network)
         config = {**file.config, "target_modules": file.modules}
         with refusing(str(file)), self._new_slot(name) as slot:
-            self.network.load_lora_adapter(
-                dict(file.tensors), prefix=None, adapter_name=slot, metadata=config
-            )
+            self.network.load_lora_adapter(dict(file.tensors), prefix=None, adapter_name=slot, metadata=config)
             self._require_bound(name, file)
         return file.info()
 
@@ -124,8 +120,7 @@ class Adapters:
         ]
         if len(bound) != len(file.tensors) or len(parameters) != len(file.tensors):
             raise ModelError(
-                f"{file} has {len(file.tensors)} tensors; {len(bound)} are bound to the model's "
-                f"{len(parameters)}"
+                f"{file} has {len(file.tensors)} tensors; {len(bound)} are bound to the model's {len(parameters)}"
             )
 
     def remove_adapter(self, name: str) -> None:
@@ -135,7 +130,6 @@ class Adapters:
         self._slot(name)  # it has to be there
         with self._keeping_trainability():
             self._delete(name)
-            self._activate(self._active)
 
     @contextmanager
     def adapter(self, name: str | None) -> Iterator[None]:
@@ -166,16 +160,10 @@ class Adapters:
         ``transformer_blocks.0.attn.to_q.lora_A.weight``.
         """
         part = f".{self._slot(name)}."
-        found = {
-            key.replace(part, "."): parameter
-            for key, parameter in self.network.named_parameters()
-            if part in key
-        }
+        found = {key.replace(part, "."): parameter for key, parameter in self.network.named_parameters() if part in key}
         return dict(sorted(found.items()))
 
-    def save_lora(
-        self, name: str, folder: Path, *, weights: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def save_lora(self, name: str, folder: Path, *, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write an adapter so that stock diffusers, and stock PEFT, load it at its full strength.
 
         Args:
@@ -188,9 +176,7 @@ class Adapters:
         """
         live: Mapping[str, Tensor] = self.adapter_parameters(name)
         chosen = live if weights is None else weights
-        wrong = live.keys() ^ chosen.keys() or {
-            key for key in live if live[key].shape != chosen[key].shape
-        }
+        wrong = live.keys() ^ chosen.keys() or {key for key in live if live[key].shape != chosen[key].shape}
         if wrong:
             raise ValueError(f"weights of {name!r} differ in name or shape: {min(wrong)}")
         write_lora(Path(folder), chosen, self.network.peft_config[self._slot(name)])

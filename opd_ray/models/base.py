@@ -182,8 +182,7 @@ class Family(Adapters, ABC):
                 f"{', '.join(sorted(uncond)) or 'nothing'}"
             )
         both = {
-            name: torch.cat([uncond[name].expand(rows, *tensor.shape[1:]), tensor])
-            for name, tensor in cond.items()
+            name: torch.cat([uncond[name].expand(rows, *tensor.shape[1:]), tensor]) for name, tensor in cond.items()
         }
         self.forwards += 2 * rows
         answer = self.predict(torch.cat([x, x]), timestep.repeat(2), both)
@@ -213,9 +212,7 @@ def read_shift(model: ModelConfig) -> float:
     return family_class(model.family).read_shift(model)
 
 
-def check_adapters(
-    model: ModelConfig, student: LoraConfig, teachers: Mapping[str, TeacherConfig]
-) -> None:
+def check_adapters(model: ModelConfig, student: LoraConfig, teachers: Mapping[str, TeacherConfig]) -> None:
     """Whether the student's targets exist and every teacher's LoRA fits, before anything is loaded.
 
     Raises:

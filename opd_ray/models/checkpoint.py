@@ -52,18 +52,14 @@ def read_config(model: ModelConfig, file: str) -> dict[str, Any]:
         else:
             from huggingface_hub import hf_hub_download
 
-            found = Path(
-                hf_hub_download(place, file, subfolder=model.subfolder, revision=model.revision)
-            )
+            found = Path(hf_hub_download(place, file, subfolder=model.subfolder, revision=model.revision))
         content = json.loads(found.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"expected a mapping, found {type(content).__name__}")
         return content
 
 
-def load_component(
-    kind: Any, model: ModelConfig, name: str, device: str, **options: Any
-) -> nn.Module:
+def load_component(kind: Any, model: ModelConfig, name: str, device: str, **options: Any) -> nn.Module:
     """One part of the checkpoint, float32, frozen, in eval mode, every weight from the file.
 
     Args:

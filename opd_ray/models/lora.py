@@ -84,11 +84,7 @@ def find(name: str, path: str, revision: str | None, subfolder: str | None) -> P
         files = [WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG]
         inside = f"{subfolder}/" if subfolder else ""
         with refusing(f"LoRA {name!r}: {path!r} is no file, no folder and cannot be downloaded"):
-            place = Path(
-                snapshot_download(
-                    path, revision=revision, allow_patterns=[inside + file for file in files]
-                )
-            )
+            place = Path(snapshot_download(path, revision=revision, allow_patterns=[inside + file for file in files]))
     folder = place / (subfolder or "")
     for candidate in (folder / WEIGHTS, folder / PEFT_WEIGHTS):
         if candidate.is_file():
@@ -97,14 +93,10 @@ def find(name: str, path: str, revision: str | None, subfolder: str | None) -> P
     if len(others) == 1:
         return others[0]
     seen = ", ".join(other.name for other in others) or "no .safetensors file"
-    raise ModelError(
-        f"LoRA {name!r}: {folder} has no {WEIGHTS} but {seen}; give the path of the file"
-    )
+    raise ModelError(f"LoRA {name!r}: {folder} has no {WEIGHTS} but {seen}; give the path of the file")
 
 
-def read_lora(
-    name: str, path: str, *, revision: str | None = None, subfolder: str | None = None
-) -> LoraFile:
+def read_lora(name: str, path: str, *, revision: str | None = None, subfolder: str | None = None) -> LoraFile:
     """Read a LoRA without a network.
 
     Raises:
@@ -130,11 +122,7 @@ def read_lora(
     alphas = {key: tensors.pop(key) for key in list(tensors) if key.endswith(ALPHA)}
     config = _scaling(what, written, tensors, alphas)
     _require_pairs(what, tensors)
-    if not any(
-        tensors[key].any() and tensors[key.removesuffix(A) + B].any()
-        for key in tensors
-        if key.endswith(A)
-    ):
+    if not any(tensors[key].any() and tensors[key.removesuffix(A) + B].any() for key in tensors if key.endswith(A)):
         raise ModelError(f"{what} changes nothing: its lora_B (or lora_A) are zero everywhere")
     return LoraFile(name, file, sha256, tensors, config)
 

@@ -21,9 +21,7 @@ __all__ = ["SD3"]
 class SD3(Family):
     """StableDiffusion3Pipeline's checkpoints, with or without the T5 encoder."""
 
-    def __init__(
-        self, model: ModelConfig, network: Any, *, text: Any, vae: Any, device: str = "cpu"
-    ) -> None:
+    def __init__(self, model: ModelConfig, network: Any, *, text: Any, vae: Any, device: str = "cpu") -> None:
         size = network.config.sample_size
         shape = (network.config.in_channels, size, size)
         super().__init__(model, network, latent_shape=shape, device=device)
@@ -78,9 +76,7 @@ class SD3(Family):
 
     def predict(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         """See ``Family.predict``."""
-        answer: Tensor = self.denoiser(
-            hidden_states=x, timestep=timestep, return_dict=False, **cond
-        )[0]
+        answer: Tensor = self.denoiser(hidden_states=x, timestep=timestep, return_dict=False, **cond)[0]
         return answer
 
     @torch.no_grad()
@@ -97,9 +93,7 @@ class SD3(Family):
         """See ``Family.random_conditioning``."""
         config = self.network.config
         return {
-            "encoder_hidden_states": torch.randn(
-                1, 4, config.joint_attention_dim, generator=generator
-            ),
+            "encoder_hidden_states": torch.randn(1, 4, config.joint_attention_dim, generator=generator),
             "pooled_projections": torch.randn(1, config.pooled_projection_dim, generator=generator),
         }
 
@@ -119,15 +113,12 @@ def _index(model: ModelConfig) -> dict[str, Any]:
     index = read_config(model, "model_index.json")
     if not str(index.get("_class_name")).startswith("StableDiffusion3"):
         raise ModelError(
-            f"model {model.path!r} is a {index.get('_class_name')}; family 'sd3' loads "
-            f"StableDiffusion3Pipeline"
+            f"model {model.path!r} is a {index.get('_class_name')}; family 'sd3' loads StableDiffusion3Pipeline"
         )
     return index
 
 
-def _text_pipeline(
-    model: ModelConfig, index: dict[str, Any], network: nn.Module, device: str
-) -> Any:
+def _text_pipeline(model: ModelConfig, index: dict[str, Any], network: nn.Module, device: str) -> Any:
     """The stock pipeline with nothing but what ``encode_prompt`` reads."""
     from diffusers import StableDiffusion3Pipeline
     from transformers import (

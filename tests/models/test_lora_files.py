@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import peft
 import pytest
@@ -258,6 +259,23 @@ def test_another_width_is_refused(tmp_path, saved):
     assert "add_k_proj is [64, 64] here, its pair is A [4, 32] and B [32, 4]" in message
 
 
+@pytest.mark.parametrize(
+    ("half", "rows", "columns", "pair"),
+    [
+        ("lora_A", 4, 31, r"A \[4, 31\] and B \[32, 4\]"),
+        ("lora_A", 3, 32, r"A \[3, 32\] and B \[32, 4\]"),
+        ("lora_B", 31, 4, r"A \[4, 32\] and B \[31, 4\]"),
+    ],
+)
+def test_one_side_of_another_shape_is_refused(family, saved, half, rows, columns, pair):
+    def cut(tensors):
+        small = {k: v[:rows, :columns].contiguous() for k, v in tensors.items() if half in k}
+        return {**tensors, **small}
+
+    rewrite(saved, cut)
+    assert re.search(pair, refused(family, saved))
+
+
 @pytest.mark.parametrize("half", ["lora_A", "lora_B"])
 def test_a_lora_that_changes_nothing_is_refused(family, saved, half):
     rewrite(saved, lambda tensors: {k: v * 0 if half in k else v for k, v in tensors.items()})
@@ -330,3 +348,7 @@ def test_adapters_are_checked_before_any_weights_are_there(tiny, tmp_path, saved
     rewrite(saved, lambda tensors: {k: v[:, :3].contiguous() for k, v in tensors.items()})
     with pytest.raises(ModelError, match=r"LoRA 'text' .* made for another architecture"):
         check_adapters(model, lora, {"text": TeacherConfig(lora=str(saved))})
+    index = tmp_path / "bare" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "FluxPipeline"}))
+    with pytest.raises(ModelError, match=r"is a FluxPipeline; family 'sd3' loads"):
+        check_adapters(model, lora, {})

@@ -44,9 +44,7 @@ def test_arguments_that_are_not_taken_are_named():
     plugins.check_arguments(score, {"sharpness": 2}, "rewards.score")
     plugins.check_arguments(Scorer, {"weights": "x"}, "rewards.scorer")
     plugins.check_arguments(lambda **anything: None, {"whatever": 1}, "rewards.mine")
-    with pytest.raises(
-        ConfigError, match=r"rewards.score: score takes no argument 'sharpnes'; it t"
-    ):
+    with pytest.raises(ConfigError, match=r"rewards.score: score takes no argument 'sharpnes'; it t"):
         plugins.check_arguments(score, {"mode": 1, "sharpnes": 2}, "rewards.score")
     with pytest.raises(ConfigError, match=r"Scorer takes no argument 'self'; it takes device, wei"):
         plugins.check_arguments(Scorer, {"self": 1}, "rewards.scorer")

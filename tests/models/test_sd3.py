@@ -61,9 +61,7 @@ def test_drawing_equals_the_stock_pipeline(tiny, full, batch, guidance):
 
 def test_without_t5_it_equals_the_stock_pipeline(tmp_path):
     folder = make_tiny_sd3(tmp_path / "no_t5", t5=False)
-    family = load_family(
-        ModelConfig(path=str(folder), max_sequence_length=20), text=True, image=False
-    )
+    family = load_family(ModelConfig(path=str(folder), max_sequence_length=20), text=True, image=False)
     pipeline = stock(folder, text_encoder_3=None, tokenizer_3=None)
     states, _, pooled, _ = pipeline.encode_prompt(PROMPTS, None, None, max_sequence_length=20)
     cond = family.encode(PROMPTS)
@@ -180,9 +178,7 @@ def test_everything_is_frozen_float32_and_in_eval_mode_whatever_the_file_holds(t
         for parameter in part.parameters():
             assert parameter.dtype == torch.float32
             assert not parameter.requires_grad
-    assert torch.equal(
-        family.encode(PROMPTS)["pooled_projections"], family.encode(PROMPTS)["pooled_projections"]
-    )
+    assert torch.equal(family.encode(PROMPTS)["pooled_projections"], family.encode(PROMPTS)["pooled_projections"])
 
 
 def test_only_what_was_asked_for_is_loaded(copy):

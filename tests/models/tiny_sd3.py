@@ -26,9 +26,7 @@ LETTERS = string.ascii_lowercase + string.digits + ",."
 
 def _clip_tokenizer() -> CLIPTokenizer:
     words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77
-    )
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
 
 
 def _t5_tokenizer() -> T5TokenizerFast:
@@ -103,9 +101,7 @@ def _vae() -> AutoencoderKL:
     )
 
 
-def make_tiny_sd3(
-    folder: Path, *, seed: int = 0, width: int = 32, t5: bool = True, shift: float = 3.0
-) -> Path:
+def make_tiny_sd3(folder: Path, *, seed: int = 0, width: int = 32, t5: bool = True, shift: float = 3.0) -> Path:
     """Save a StableDiffusion3Pipeline with random weights, and return its folder.
 
     Latents are 16 x 8 x 8 and images 3 x 16 x 16; the same seed makes the same weights.
