@@ -465,9 +465,9 @@ def test_whatever_dies_or_is_lost_the_values_are_the_same_or_the_run_stops(data)
         for _, what, which in (fault for fault in faults if fault[0] == now):
             alive = [handle for handle in studio.backend.handles.values() if not handle.dead]
             pictures = [ref for ref, value in studio.backend.store.items() if value.startswith("picture")]
-            if what == "die":
+            if what == "die" and alive:
                 alive[which % len(alive)].die()
-            elif pictures:
+            elif what == "lose" and pictures:
                 studio.backend.lose(pictures[which % len(pictures)])
 
     studio.backend.before_wait = strike

@@ -1,0 +1,236 @@
+"""What a worker process holds, called in this process: what goes in and out, and what is refused."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from opd_ray.actors import Policy, RewardActor, RolloutActor, TeacherActor
+from opd_ray.actors.recorded import RecordedActor
+from opd_ray.build import make_learner
+from opd_ray.config import LoraConfig, ModelConfig, TeacherConfig
+from opd_ray.digest import digest
+from opd_ray.errors import StaleWeightsError
+from opd_ray.models import load_family
+from opd_ray.runtime.handle import Weights
+from opd_ray.runtime.hosts import LearnerHost, RecordedHost, RewardHost, RolloutHost, Share, TeacherHost
+from opd_ray.storage.packing import pack, pack_trajectory, unpack, unpack_answer, unpack_trajectory
+from opd_ray.types import Prompt, WeightVersion, WorkItem
+from tests.models.tiny_sd3 import make_tiny_sd3
+
+VERSION = WeightVersion(0, 0, 0)
+ROWS = (Prompt("1", "red cat", "a"), Prompt("2", "two dogs", "a"))
+ITEM = WorkItem(0, "a", 0, 0, ROWS, (0, 0), (0, 2))
+
+
+def rollout(path, **changes):
+    family = load_family(ModelConfig(path=str(path)), text=True, image=True)
+    chosen = {
+        "lora": LoraConfig(rank=4, alpha=8),
+        "adapter": "student",
+        "guidance": 2.0,
+        "kernel": "flow",
+        "noise_level": 0.0,
+        "seed": 0,
+        "negatives": True,
+    }
+    return RolloutHost(lambda: RolloutActor(family, Policy(**chosen | changes), family.sigmas(4)))
+
+
+@pytest.fixture(scope="module")
+def learner(make_config):
+    """A learner whose student is not what it started as."""
+    host = LearnerHost(partial(make_learner, make_config(), 0))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in host.learner.student.values():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return host
+
+
+@pytest.fixture
+def published(learner):
+    """Weights as they arrive at a worker: the bytes are read-only."""
+    flat, done = learner.publish(VERSION, False)
+    flat.flags.writeable = False
+    return done.value, flat
+
+
+@pytest.fixture
+def painter(tiny):
+    return rollout(tiny)
+
+
+@pytest.fixture
+def drawn(painter, published):
+    painter.bind(*published)
+    weights, _ = published
+    return painter.draw(ITEM, VERSION, weights.sha256, True)
+
+
+def test_a_learners_weights_arrive_bit_by_bit(learner, painter, published) -> None:
+    weights, flat = published
+    ack = painter.bind(weights, flat).value
+    assert (ack.version, ack.sha256, ack.tensors) == (VERSION, weights.sha256, len(learner.learner.student))
+    bound = painter.actor.family.adapter_parameters("student")
+    assert digest(bound) == digest(learner.learner.student) == weights.sha256
+    assert torch.equal(painter.actor.probe(), learner.learner.probe())
+
+
+def test_bound_weights_share_nothing_with_what_was_stored(painter, published) -> None:
+    weights, flat = published
+    before = flat.copy()
+    painter.bind(weights, flat)
+    with torch.no_grad():
+        for parameter in painter.actor.family.adapter_parameters("student").values():
+            parameter.add_(1)
+    assert (flat == before).all()
+
+
+def repacked(weights, flat, change):
+    """The same weights with something changed on the way, under the same identity."""
+    tensors = unpack(flat, weights.manifest)
+    change(tensors)
+    flat, manifest = pack(tensors)
+    return Weights(weights.version, weights.sha256, manifest, None), flat
+
+
+def one_bit(tensors) -> None:
+    next(iter(tensors.values())).view(torch.int32).flatten()[0] ^= 1
+
+
+@pytest.mark.parametrize("change", [one_bit, lambda tensors: tensors.pop(next(iter(tensors)))])
+def test_weights_that_changed_on_the_way_are_refused(painter, published, change) -> None:
+    weights, flat = repacked(*published, change)
+    with pytest.raises(StaleWeightsError):
+        painter.bind(weights, flat)
+    with pytest.raises(StaleWeightsError):
+        painter.draw(ITEM, VERSION, weights.sha256, False)
+
+
+def test_weights_over_another_base_are_refused_by_the_probe(published, tmp_path) -> None:
+    other = rollout(make_tiny_sd3(tmp_path / "other", seed=1))
+    with pytest.raises(StaleWeightsError, match="base model or adapter differ"):
+        other.bind(*published)
+
+
+def test_another_alpha_is_refused_by_the_probe(tiny, published) -> None:
+    with pytest.raises(StaleWeightsError, match="the probe of weights"):
+        rollout(tiny, lora=LoraConfig(rank=4, alpha=16)).bind(*published)
+
+
+def test_a_refused_probe_is_tried_again_at_the_next_bind(published, tmp_path) -> None:
+    other = rollout(make_tiny_sd3(tmp_path / "other", seed=1))
+    for _ in range(2):
+        with pytest.raises(StaleWeightsError):
+            other.bind(*published)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_draw_for_weights_that_were_not_proven_is_refused(painter, published, bound) -> None:
+    weights, _ = published
+    if bound:
+        painter.bind(*published)
+    version = WeightVersion(0, 0, 1) if bound else VERSION
+    with pytest.raises(StaleWeightsError, match="asks for weights"):
+        painter.draw(ITEM, version, weights.sha256, False)
+
+
+def test_a_fresh_worker_proves_the_average_as_well_as_the_raw_weights(tiny, make_config) -> None:
+    host = LearnerHost(partial(make_learner, make_config(), 0))
+    with torch.no_grad():
+        for parameter in host.learner.student.values():
+            parameter.add_(0.1)
+    flat, done = host.publish(VERSION, True)
+    assert done.value.sha256 != digest(host.learner.student)
+    assert rollout(tiny).bind(done.value, flat).value.sha256 == done.value.sha256
+
+
+def test_a_drawing_comes_back_as_it_was_made(painter, drawn) -> None:
+    flat, pictures, done = drawn
+    weights = painter.actor.bound
+    direct = painter.actor.draw(ITEM, weights.version, weights.sha256)
+    back = unpack_trajectory(flat, done.value.trajectory)
+    assert back.item == ITEM and back.weights == VERSION
+    assert torch.equal(back.latents, direct.latents)
+    assert all(torch.equal(back.cond[name], direct.cond[name]) for name in direct.cond)
+    assert all(torch.equal(back.uncond[name], direct.uncond[name]) for name in direct.uncond)
+    assert torch.equal(unpack(pictures, done.value.images)["images"], painter.actor.decode(direct))
+    assert done.forwards == 4 * 2 * 2, "steps, rows, guidance"
+
+
+def test_pictures_are_left_out_unless_asked_for(painter, published) -> None:
+    painter.bind(*published)
+    _, pictures, done = painter.draw(ITEM, VERSION, published[0].sha256, False)
+    assert pictures.nbytes == 0 and done.value.images is None
+
+
+def test_a_mark_comes_back_as_it_was_made_and_changes_no_stored_byte(tiny, tiny_teachers, drawn) -> None:
+    flat, _, done = drawn
+    flat.flags.writeable = False
+    family = load_family(ModelConfig(path=str(tiny)), text=False, image=False)
+    config = TeacherConfig(lora=str(tiny_teachers["a"]), guidance=2.0)
+    host = TeacherHost(lambda: TeacherActor(family, {"a": config}))
+    before = flat.copy()
+    answer, marked = host.score(done.value.trajectory, "a", flat)
+    back = unpack_answer(answer, marked.value)
+    direct = host.actor.score(unpack_trajectory(flat, done.value.trajectory), "a")
+    assert (back.teacher, back.steps) == ("a", (0, 2))
+    assert torch.equal(back.velocity, direct.velocity)
+    assert marked.forwards == 2 * 2 * 2, "trained steps, rows, guidance"
+    assert (flat == before).all()
+    assert host.ready().value["a"].guidance == 2.0
+
+
+def test_a_share_takes_its_arrays_in_order(tiny, tiny_teachers, drawn) -> None:
+    flat, _, done = drawn
+    family = load_family(ModelConfig(path=str(tiny)), text=False, image=False)
+    host = TeacherHost(lambda: TeacherActor(family, {"a": TeacherConfig(lora=str(tiny_teachers["a"]))}))
+    answer, marked = host.score(done.value.trajectory, "a", flat)
+    recorded, manifest = pack({"x": torch.ones(3)})
+    share = Share(ITEM, done.value.trajectory, marked.value, manifest, {"ocr": [0.5, 1.0]})
+    flats = [flat, answer, recorded, "of the next item"]
+    experience = share.unpack(flats)
+    assert flats == ["of the next item"]
+    assert torch.equal(experience.answer.velocity, unpack_answer(answer, marked.value).velocity)
+    assert torch.equal(experience.recorded["x"], torch.ones(3))
+    assert experience.scores["ocr"].tolist() == [0.5, 1.0]
+
+
+def test_scores_are_records(drawn) -> None:
+    _, pictures, done = drawn
+    host = RewardHost(lambda: RewardActor({"mean": lambda images, prompts: images.mean((1, 2, 3))}))
+    scored = host.score(["x", "y"], done.value.images, pictures)
+    expected = unpack(pictures, done.value.images)["images"].mean((1, 2, 3)).tolist()
+    assert scored.value == {"mean": expected} and host.ready().value == ["mean"]
+
+
+def test_a_recording_comes_back_as_it_was_saved(tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    (tmp_path / "a").mkdir()
+    save_file({"x": torch.arange(5)}, tmp_path / "a" / "one.safetensors")
+    flat, done = RecordedHost(lambda: RecordedActor(str(tmp_path))).read("a", "one.safetensors")
+    assert torch.equal(unpack(flat, done.value)["x"], torch.arange(5))
+
+
+def test_staged_work_is_a_copy(learner, drawn, tiny, tiny_teachers) -> None:
+    flat, _, done = drawn
+    family = load_family(ModelConfig(path=str(tiny)), text=False, image=False)
+    host = TeacherHost(lambda: TeacherActor(family, {"a": TeacherConfig(lora=str(tiny_teachers["a"]))}))
+    answer, marked = host.score(done.value.trajectory, "a", flat)
+    flat.flags.writeable = answer.flags.writeable = False
+    before = flat.copy(), answer.copy()
+    learner.stage([ITEM], [{}], [Share(ITEM, done.value.trajectory, marked.value)], flat, answer)
+    experience = learner.learner._experience[0]
+    experience.trajectory.latents.add_(1)
+    experience.answer.velocity.add_(1)
+    assert (flat == before[0]).all() and (answer == before[1]).all()
+    learner.finish_round(0)
+
+
+def test_trajectories_pack_without_loss(painter, published) -> None:
+    painter.bind(*published)
+    trajectory = painter.actor.draw(ITEM, VERSION, published[0].sha256)
+    again, _ = pack_trajectory(trajectory)
+    assert (again == painter.draw(ITEM, VERSION, published[0].sha256, False)[0]).all()
