@@ -1,0 +1,122 @@
+"""Whole runs for tests, with something done to them on the way."""
+
+import io
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from rich.console import Console
+
+from opd_ray.build import build
+from opd_ray.config import Config
+from opd_ray.errors import Stopped
+from opd_ray.loop import train
+from opd_ray.metrics import rows
+from opd_ray.report.live import Live
+from opd_ray.run import Run
+
+
+class Watcher(Live):
+    """A live view that says nothing to anybody, and calls back after each round."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__(total, "test", console=Console(file=io.StringIO()))
+        self.notes: list[str] = []
+        self.after_round: Callable[[], None] = lambda: None
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def round(self, row: Mapping[str, Any]) -> None:
+        self.after_round()
+
+
+@dataclass
+class Outcome:
+    """What a run left."""
+
+    rows: list[dict[str, Any]]
+    notes: list[str]
+    pids: list[int]
+    result: dict[str, Any] = field(default_factory=dict)
+    error: Stopped | None = None
+
+
+def go(
+    config: Config, folder: Path, *, resume: bool = False, watch: Callable[[Run, Watcher], None] | None = None
+) -> Outcome:
+    """Train to the end or to a stop, as the command does."""
+    live = Watcher(config.rounds)
+    outcome = Outcome([], live.notes, [])
+    with build(config, folder, live, resume=resume) as run:
+        if config.cluster.runtime == "ray":
+            outcome.pids += map(pid_of, handles(run))
+        if watch is not None:
+            watch(run, live)
+        try:
+            train(run)
+            outcome.result = run.finish()
+        except Stopped as error:
+            run.stop(str(error))
+            outcome.error = error
+    outcome.rows += rows(folder / "metrics.jsonl")
+    return outcome
+
+
+def handles(run: Run) -> list[Any]:
+    """Of every worker that lives now."""
+    return [*run.learner.ranks, *(worker.handle for pool in run.dispatcher.pools for worker in pool.workers)]
+
+
+def pid_of(handle: Any) -> int:
+    """The process behind a Ray handle."""
+    return ray.get(handle._actor.__ray_call__.remote(lambda process: os.getpid()), timeout=60)
+
+
+def alive(pids: Sequence[int], within_s: float = 30.0) -> list[int]:
+    """Those that have not ended after a while."""
+    deadline = time.monotonic() + within_s
+    while (left := [pid for pid in pids if os.path.exists(f"/proc/{pid}")]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+class Killer:
+    """Kills one worker of each named role, in a given round, while that worker has work."""
+
+    def __init__(self, run: Run, rounds: Mapping[str, int]) -> None:
+        self.run, self.rounds, self.killed = run, dict(rounds), list[str]()
+        self.pids = {
+            worker.handle.name: pid_of(worker.handle) for pool in run.dispatcher.pools for worker in pool.workers
+        }
+        backend = run.dispatcher.backend
+        self.wait, backend.wait = backend.wait, self.strike  # type: ignore[method-assign]
+
+    def strike(self, refs: Sequence[Any], timeout_s: float) -> list[Any]:
+        for pool in self.run.dispatcher.pools:
+            busy = [worker for worker in pool.workers if any(job is not None for job in worker.flying.values())]
+            if busy and self.rounds.get(pool.spec.role) == self.run.round:
+                del self.rounds[pool.spec.role]
+                os.kill(self.pids[busy[0].handle.name], signal.SIGKILL)
+                self.killed.append(busy[0].handle.name)
+        return self.wait(refs, timeout_s)
+
+
+def tensors_in(value: Any) -> list[str]:
+    """Where a record holds a tensor or an array."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return [type(value).__name__]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [found for part in fields(value) for found in tensors_in(getattr(value, part.name))]
+    if isinstance(value, Mapping):
+        return [found for part in value.values() for found in tensors_in(part)]
+    if isinstance(value, list | tuple | set):
+        return [found for part in value for found in tensors_in(part)]
+    return []

@@ -1,0 +1,121 @@
+"""Whole runs in this process: what is counted, and what a stop leaves."""
+
+import math
+
+import pytest
+import torch
+
+from opd_ray.actors import TeacherActor
+from opd_ray.errors import NotFiniteError, UserError
+from opd_ray.storage import checkpoint
+from opd_ray.storage.run_folder import read_json
+from tests.runtime.runs import go
+
+
+@pytest.fixture(scope="module")
+def whole(make_config, tmp_path_factory):
+    return go(make_config(), tmp_path_factory.mktemp("whole") / "run")
+
+
+def test_two_runs_are_one(make_config, whole, tmp_path) -> None:
+    again = go(make_config(), tmp_path / "run")
+    assert again.result["student_sha256"] == whole.result["student_sha256"]
+    assert again.result["ema_sha256"] == whole.result["ema_sha256"]
+    assert [row["loss"] for row in again.rows] == [row["loss"] for row in whole.rows]
+
+
+def test_another_seed_is_another_student(make_config, whole, tmp_path) -> None:
+    other = go(make_config(seed=1), tmp_path / "run")
+    assert other.result["student_sha256"] != whole.result["student_sha256"]
+
+
+def test_no_forward_is_wasted(whole) -> None:
+    """Rows: 4 images of each of 2 tasks, 4 drawing steps, 2 trained steps; guidance other than 1 doubles them."""
+    assert [row["forwards"] for row in whole.rows] == [
+        {
+            "rollout": 2 * 4 * 4 * 2,
+            "teacher": 4 * 2 * 1 + 4 * 2 * 2,
+            "learner": 2 * 4 * 2 * 2,
+        }
+    ] * 3
+    assert whole.result["forwards"] == {"rollout": 192, "teacher": 72, "learner": 96}
+
+
+def test_strictly_on_policy_unless_asked_otherwise(whole) -> None:
+    assert [row["staleness"] for row in whole.rows] == [0, 0, 0]
+    assert [row["weight_version"] for row in whole.rows] == ["0.0.1", "0.0.2", "0.0.3"]
+
+
+@pytest.mark.parametrize("bound", [1, 2])
+def test_staleness_grows_to_its_bound_and_no_further(make_config, bound, tmp_path) -> None:
+    seen = []
+
+    def watch(run, live) -> None:
+        stage = run.learner.stage
+
+        def staged(items, collected) -> None:
+            drawn = {one.share().trajectory.weights.version for one in collected}
+            seen.append([run.learner.version.version - version for version in drawn])
+            stage(items, collected)
+
+        run.learner.stage = staged
+
+    config = make_config(cluster={"max_staleness": bound}, rounds=5)
+    done = go(config, tmp_path / "run", watch=watch)
+    expected = [min(round, bound) for round in range(5)]
+    assert [row["staleness"] for row in done.rows] == expected
+    assert seen == [[lag] for lag in expected], "also by what the trajectories themselves say"
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_run_that_was_stopped_and_resumed_is_the_same_run(make_config, whole, tmp_path, every) -> None:
+    """Stopped after the first round: with a checkpoint there, whenever the next one is due."""
+
+    def stop(run, live) -> None:
+        live.after_round = lambda: setattr(run, "stopping", True)
+
+    config = make_config(checkpoint={"every": every})
+    first = go(config, tmp_path / "run", watch=stop)
+    assert first.error.exit_code == 3 and len(first.rows) == 1
+    assert read_json(tmp_path / "run" / "result.json")["status"] == "stopped"
+    second = go(config, tmp_path / "run", resume=True)
+    assert second.result["student_sha256"] == whole.result["student_sha256"]
+    assert second.result["ema_sha256"] == whole.result["ema_sha256"]
+    assert [row["loss"] for row in second.rows] == [row["loss"] for row in whole.rows]
+    assert second.result["forwards"] == whole.result["forwards"]
+    assert second.rows[-1]["weight_version"].startswith("1.")
+
+
+def test_resuming_a_run_that_is_done_changes_nothing(make_config, tmp_path) -> None:
+    done = go(make_config(rounds=1), tmp_path / "run")
+    again = go(make_config(rounds=1), tmp_path / "run", resume=True)
+    assert again.result["student_sha256"] == done.result["student_sha256"]
+    assert len(again.rows) == 1
+
+
+def test_nan_of_a_teacher_stops_the_run_resumably_and_is_named(make_config, whole, tmp_path, monkeypatch) -> None:
+    score = TeacherActor.score
+
+    def broken(self, trajectory, teacher):
+        with monkeypatch.context() as patch:
+            if (trajectory.item.round, teacher) == (1, "b"):
+                patch.setattr(self.family, "velocity", lambda x, *rest: torch.full_like(x, math.nan))
+            return score(self, trajectory, teacher)
+
+    monkeypatch.setattr(TeacherActor, "score", broken)
+    stopped = go(make_config(), tmp_path / "run")
+    assert isinstance(stopped.error, NotFiniteError) and stopped.error.exit_code == 3
+    text = str(stopped.error)
+    assert "teacher b" in text and "round 1" in text and ", b'" in text, "teacher, round, prompt"
+    assert read_json(tmp_path / "run" / "result.json")["why"] == text
+    assert checkpoint.newest(tmp_path / "run")[0].round == 1
+    monkeypatch.undo()
+    resumed = go(make_config(), tmp_path / "run", resume=True)
+    assert resumed.result["student_sha256"] == whole.result["student_sha256"]
+
+
+def test_a_teacher_that_cannot_be_loaded_is_the_users_error(make_config, tmp_path) -> None:
+    teachers = {"a": {"lora": str(tmp_path / "none"), "guidance": 1.0}}
+    config = make_config(teachers=teachers | {"b": {"lora": str(tmp_path / "none"), "tasks": ["b"]}})
+    with pytest.raises(UserError):
+        go(config, tmp_path / "run")
