@@ -24,7 +24,8 @@ def resolve(path: str) -> str:
         return path
     from opd_ray import world
 
-    return str(world.lora_path(name) if name else world.pipeline_path())
+    with refusing(path):
+        return str(world.lora_path(name) if name else world.pipeline_path())
 
 
 @contextmanager

@@ -267,6 +267,11 @@ def test_world_stands_for_the_packaged_folders(monkeypatch, tmp_path):
     assert resolve("worlds/text") == "worlds/text"
 
 
+def test_a_specialist_that_the_world_lacks_is_refused(family):
+    with pytest.raises(ModelError, match=r"world/nothing: world has no specialist 'nothing'"):
+        family.load_lora("text", "world/nothing")
+
+
 def test_a_family_is_found_by_name_or_by_class():
     assert family_class("sd3") is family_class("opd_ray.models.sd3:SD3")
     with pytest.raises(ConfigError, match=r"family 'flux' is unknown. Known: sd3"):
