@@ -51,11 +51,7 @@ class _Axis:
             step = _nice_step((self.high - self.low) / 4)
             first = math.ceil(self.low / step - 1e-9)
             values = [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
-        return [
-            value
-            for value in values
-            if self.low <= value * (1 + 1e-9) and value <= self.high * (1 + 1e-9)
-        ]
+        return [value for value in values if self.low <= value * (1 + 1e-9) and value <= self.high * (1 + 1e-9)]
 
 
 def _nice_step(least: float) -> float:
@@ -112,9 +108,7 @@ def _lines(series: Series, x: _Axis, y: _Axis, dots: bool, smooth: bool) -> str:
     return f'<g class="c{series.color % 8}">{tip}{"".join(parts)}</g>'
 
 
-def line_chart(
-    series: Sequence[Series], *, label: str, dots: bool = False, smooth: bool = True
-) -> str:
+def line_chart(series: Sequence[Series], *, label: str, dots: bool = False, smooth: bool = True) -> str:
     """Values over rounds, empty where there are none; ``dots`` is for few values, as of scores."""
     series = [line for line in series if line.points]
     if not series:

@@ -76,9 +76,7 @@ class _Sheet:
         self.line = max(1, round(2 * unit))
         self.apart = round(10 * unit)
         """More room between tasks than between rows."""
-        self.breaks = [
-            sum(a.task != b.task for a, b in pairwise(rows[: i + 1])) for i in range(len(rows))
-        ]
+        self.breaks = [sum(a.task != b.task for a, b in pairwise(rows[: i + 1])) for i in range(len(rows))]
         width = self.left + len(models) * (side + self.gap) - self.gap + self.margin
         height = self._y(len(rows) - 1) + side + self.margin
         self.image = Image.new("RGB", (width, height), PAPER)
@@ -112,9 +110,7 @@ class _Sheet:
             image = _open(row.images[model]) if model in row.images else None
             if image is None:
                 self.pen.rectangle(box, EMPTY)
-                self.pen.text(
-                    (x + self.side / 2, y + self.side / 2), "no image", SOFT, self.small, "mm"
-                )
+                self.pen.text((x + self.side / 2, y + self.side / 2), "no image", SOFT, self.small, "mm")
                 continue
             kind = Image.Resampling.NEAREST if image.width <= SMALL else Image.Resampling.LANCZOS
             height = round(image.height * self.side / image.width)

@@ -96,9 +96,7 @@ def _header(run: RunFolder) -> str:
         digest = run.result.get(key)
         if digest:
             facts.append((f"{name} sha256", str(digest)[:12]))
-    items = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts
-    )
+    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
     return (
         f'<header><p class="eyebrow">opd_ray · run report</p><h1>{escape(run.name)}'
         f' <span class="status {escape(status) or "unfinished"}">{escape(label)}</span></h1>'
@@ -144,9 +142,7 @@ def _range(results: Results, task: str) -> str:
             size = f"{100 * (score.high - score.low) / width:.2f}%"
             drawn.append(f'<i class="{style}" style="left:{place(score.low)};width:{size}"></i>')
         if score.value is not None:
-            tip = (
-                f"{style.replace('own', 'teacher').replace('me', 'student')} {number(score.value)}"
-            )
+            tip = f"{style.replace('own', 'teacher').replace('me', 'student')} {number(score.value)}"
             drawn.append(f'<b class="{style}" style="left:{place(score.value)}" title="{tip}"></b>')
     gap = results.gap_closed.get(task)
     taught = f"taught by {own.removeprefix('teacher:')}" if own else "no teacher of its own"
@@ -171,18 +167,12 @@ def _table(results: Results) -> str:
             own = results.own.get(task) == model
             cells.append(_cell(results.scores.get((model, task)), "own" if own else ""))
         style = ' class="me"' if model == "student" else ""
-        rows.append(
-            f'<tr{style}><th scope="row">{escape(model_title(model))}</th>{"".join(cells)}</tr>'
-        )
+        rows.append(f'<tr{style}><th scope="row">{escape(model_title(model))}</th>{"".join(cells)}</tr>')
     if results.gap_closed:
         cells = []
         for task in results.tasks:
             gap = results.gap_closed.get(task)
-            shown = (
-                f"{percent(gap.value)}<small>{span(gap.low, gap.high, percent)}</small>"
-                if gap
-                else MISSING
-            )
+            shown = f"{percent(gap.value)}<small>{span(gap.low, gap.high, percent)}</small>" if gap else MISSING
             cells.append(f"<td>{shown}</td>")
         rows.append(f'<tr class="gap"><th scope="row">gap closed</th>{"".join(cells)}</tr>')
     return (
@@ -205,16 +195,12 @@ def _conditions(run: RunFolder) -> str:
     test = mapping(run.result.get("evaluation"))
     said = ["Outlined: a teacher on the task it teaches."]
     if "images_per_task" in test:
-        said.append(
-            f"{test['images_per_task']} images a task, the same prompts and seeds for every model."
-        )
+        said.append(f"{test['images_per_task']} images a task, the same prompts and seeds for every model.")
     if "steps" in test:
         said.append(f"{test['steps']} denoising steps, seed {test.get('seed', MISSING)}.")
     guidance = mapping(test.get("guidance"))
     if guidance:
-        said.append(
-            "Guidance: " + ", ".join(f"{model_title(m)} {g}" for m, g in guidance.items()) + "."
-        )
+        said.append("Guidance: " + ", ".join(f"{model_title(m)} {g}" for m, g in guidance.items()) + ".")
     return f'<p class="note">{escape(" ".join(said))}</p>'
 
 
@@ -222,15 +208,11 @@ def _provenance(run: RunFolder) -> str:
     parts = []
     if run.config_text:
         parts.append(
-            "<details><summary>config.yaml, as resolved</summary>"
-            f"<pre>{escape(run.config_text)}</pre></details>"
+            f"<details><summary>config.yaml, as resolved</summary><pre>{escape(run.config_text)}</pre></details>"
         )
     facts = list(_flat(run.facts))
     if facts:
-        rows = "".join(
-            f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>'
-            for key, value in facts
-        )
+        rows = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in facts)
         parts.append(
             f"<details><summary>run.json, {count(len(facts), 'fact')}</summary>"
             f'<div class="scroll"><table class="facts">{rows}</table></div></details>'

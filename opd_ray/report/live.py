@@ -77,15 +77,11 @@ class Live:
     def __enter__(self) -> "Live":
         with self._safely():
             if self.console.is_terminal and not self.console.is_dumb_terminal:
-                self._screen = RichLive(
-                    get_renderable=self._render, console=self.console, refresh_per_second=4
-                )
+                self._screen = RichLive(get_renderable=self._render, console=self.console, refresh_per_second=4)
                 self._screen.start()
             else:
                 rounds = f"rounds {self._done + 1} to {self._total}"
-                self._print(
-                    f"{self._title}: {rounds if self._done < self._total else 'no rounds left'}"
-                )
+                self._print(f"{self._title}: {rounds if self._done < self._total else 'no rounds left'}")
         return self
 
     def __exit__(
@@ -100,6 +96,13 @@ class Live:
                 self._screen.stop()
             elif self._unprinted:
                 self._print(self._line())
+
+    def begin(self, round: int) -> None:
+        """The rounds start, or go on, from here; whatever came before was preparation."""
+        with self._safely():
+            self._done, self._phase = round, ""
+            self._ends.clear()
+            self._started = self._clock()
 
     def phase(self, text: str) -> None:
         """What goes on outside the rounds: starting workers, evaluating, ending."""
@@ -163,9 +166,7 @@ class Live:
                 if self._screen is not None:
                     self._screen.stop()
             with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write(
-                    f"the live view is off ({type(error).__name__}); the run goes on\n"
-                )
+                sys.stderr.write(f"the live view is off ({type(error).__name__}); the run goes on\n")
 
     def _print(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=True)
@@ -189,15 +190,11 @@ class Live:
 
     def _shares(self) -> str:
         """Of all rounds so far; the parts that hardly count are left out."""
-        whole = max(
-            self._spent.get("round", 0.0), sum(self._spent.get(part, 0.0) for part in PARTS)
-        )
+        whole = max(self._spent.get("round", 0.0), sum(self._spent.get(part, 0.0) for part in PARTS))
         if not whole:
             return ""
         shares = {name: self._spent.get(part, 0.0) / whole for part, name in PARTS.items()}
-        return ", ".join(
-            f"{percent(share)} {name}" for name, share in shares.items() if share >= 0.005
-        )
+        return ", ".join(f"{percent(share)} {name}" for name, share in shares.items() if share >= 0.005)
 
     def _weights(self) -> str:
         if self._last is None:

@@ -57,9 +57,7 @@ def picture_grid(samples: Samples, teacher_of_task: dict[str, str]) -> str:
             parts.append(_row(row, samples.models, own, widths))
     width = max(widths)
     enlarged = width < PIXEL_ART
-    side, phone = (
-        (_enlarge(width, 128), _enlarge(width, 96)) if enlarged else (min(width, 184), 128)
-    )
+    side, phone = (_enlarge(width, 128), _enlarge(width, 96)) if enlarged else (min(width, 184), 128)
     more = f'<p class="note">{left_out} more rows are in samples/.</p>' if left_out else ""
     style = f"--models:{len(samples.models)};--side:{side}px;--phone:{phone}px"
     kind = " pixels" if enlarged else ""
@@ -77,10 +75,7 @@ def _enlarge(width: int, least: int) -> int:
 
 def _row(row: Sample, models: tuple[str, ...], own: str, widths: list[int]) -> str:
     seed = f'<span class="seed">seed {escape(row.seed)}</span>' if row.seed else ""
-    cells = [
-        f'<div class="prompt"><span class="task">{escape(row.task)}</span>'
-        f"<q>{escape(row.prompt)}</q>{seed}</div>"
-    ]
+    cells = [f'<div class="prompt"><span class="task">{escape(row.task)}</span><q>{escape(row.prompt)}</q>{seed}</div>']
     for model in models:
         embedded = data_uri(row.images[model]) if model in row.images else None
         style = "me" if model == "student" else "own" if model == own else ""

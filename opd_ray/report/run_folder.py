@@ -118,9 +118,7 @@ class RunFolder:
             RunFolderError: there is no such folder.
         """
         if not path.is_dir():
-            raise RunFolderError(
-                f"{path}: no such run folder. Give the folder that `train` wrote, runs/<name>"
-            )
+            raise RunFolderError(f"{path}: no such run folder. Give the folder that `train` wrote, runs/<name>")
         problems: list[str] = []
         text = _text(path / "config.yaml", problems)
         return cls(
@@ -209,9 +207,7 @@ def _rounds(path: Path, problems: list[str]) -> tuple[Round, ...]:
         except (ValueError, TypeError, KeyError, AttributeError):
             broken += 1
         else:
-            rows[row.index] = (
-                row  # a resumed run repeats the rounds after its checkpoint: the last counts
-            )
+            rows[row.index] = row  # a resumed run repeats the rounds after its checkpoint: the last counts
     if broken:
         problems.append(f"{path.name} has {broken} unreadable line{'s' * (broken > 1)}")
     return tuple(rows[index] for index in sorted(rows))
@@ -226,10 +222,7 @@ def _samples(folder: Path, problems: list[str]) -> Samples | None:
     rows = []
     for row in index.get("rows") or ():
         row = mapping(row)
-        images = {
-            model: (root / str(name)).resolve()
-            for model, name in mapping(row.get("images")).items()
-        }
+        images = {model: (root / str(name)).resolve() for model, name in mapping(row.get("images")).items()}
         inside = {model: image for model, image in images.items() if image.is_relative_to(root)}
         rows.append(
             Sample(

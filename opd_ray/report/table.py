@@ -55,9 +55,7 @@ class Results:
     @classmethod
     def read(cls, result: Mapping[str, Any]) -> "Results":
         """Base first, then the teachers as the run lists them, the student last."""
-        scores = {
-            model: mapping(by_task) for model, by_task in mapping(result.get("scores")).items()
-        }
+        scores = {model: mapping(by_task) for model, by_task in mapping(result.get("scores")).items()}
         teachers = mapping(result.get("teachers"))
         own = {
             str(task): f"teacher:{name}"
@@ -74,13 +72,9 @@ class Results:
             tasks=tuple(tasks),
             models=tuple(models),
             scores={
-                (model, task): Score.read(data)
-                for model, by_task in scores.items()
-                for task, data in by_task.items()
+                (model, task): Score.read(data) for model, by_task in scores.items() for task, data in by_task.items()
             },
-            gap_closed={
-                task: Score.read(data) for task, data in mapping(result.get("gap_closed")).items()
-            },
+            gap_closed={task: Score.read(data) for task, data in mapping(result.get("gap_closed")).items()},
             own=own,
         )
 
@@ -101,11 +95,7 @@ def summary(result: Mapping[str, Any], seconds: float | None = None) -> str:
         return f"{known} How close the student came is unknown: {why}."
     shares = join([f"{percent(gap.value)} ({task})" for task, gap in closed.items()])
     amount = len({results.own.get(task, task) for task in closed})
-    whose = (
-        f"{WORDS[amount] if amount < len(WORDS) else amount} teachers' gaps"
-        if amount > 1
-        else "its teacher's gap"
-    )
+    whose = f"{WORDS[amount] if amount < len(WORDS) else amount} teachers' gaps" if amount > 1 else "its teacher's gap"
     sentence = f"Closed {shares} of {whose} in {effort}."
     others = []
     for task in results.tasks:

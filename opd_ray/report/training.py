@@ -101,9 +101,7 @@ def _figure(
 def gap_heat(run: RunFolder) -> str:
     """Mean squared velocity gap by task, step and part of the run; one log scale."""
     tasks = list(dict.fromkeys(task for row in run.rounds for task in row.gap))
-    grids = {
-        task: _blocks([row for row in run.rounds if row.gap.get(task)], task) for task in tasks
-    }
+    grids = {task: _blocks([row for row in run.rounds if row.gap.get(task)], task) for task in tasks}
     values = [x for grid in grids.values() for _, cells in grid for x in cells.values() if x > 0]
     if not values:
         return ""
@@ -163,10 +161,7 @@ def _heat(
             heat, text = shade(cells[step]), _short(cells[step] / 10.0**power)
             dark = ' class="deep"' if heat > DEEP else ""
             tip = escape(f"step {step}, rounds {label}: {number(cells[step])}")
-            row.append(
-                f'<td{dark} style="--heat:{0.04 + 0.86 * heat:.2f}" title="{tip}">'
-                f"{'' if wide else text}</td>"
-            )
+            row.append(f'<td{dark} style="--heat:{0.04 + 0.86 * heat:.2f}" title="{tip}">{"" if wide else text}</td>')
         rows.append(f"<tr>{''.join(row)}</tr>")
     heads = "".join(f'<th scope="col">{escape(step)}</th>' for step in steps)
     return (
@@ -188,9 +183,7 @@ def time_spent(run: RunFolder) -> str:
     for place, (key, seconds) in enumerate(spent.items()):
         name, share = WAITS.get(key, "other"), seconds / whole
         text = percent(share) if share > 0.07 else ""
-        bars.append(
-            f'<span class="t{place}" style="width:{100 * share:.2f}%" title="{name}">{text}</span>'
-        )
+        bars.append(f'<span class="t{place}" style="width:{100 * share:.2f}%" title="{name}">{text}</span>')
         keys.append(f'<li class="t{place}"><i></i>{name} <b>{duration(seconds)}</b></li>')
     return (
         f'<p class="note">{duration(wall)} in {count(len(run.rounds), "round")}, '
@@ -225,7 +218,5 @@ def _roles(run: RunFolder, wall: float) -> str:
     )
 
 
-def _total(
-    rounds: Sequence[Round], read: Callable[[Round], Mapping[str, float]], key: str
-) -> float:
+def _total(rounds: Sequence[Round], read: Callable[[Round], Mapping[str, float]], key: str) -> float:
     return sum(read(row)[key] for row in rounds if key in read(row))

@@ -31,9 +31,7 @@ def percent(value: float | None) -> str:
     return f"{round(100 * value)} %".replace("-", "−")  # noqa: RUF001 (a minus sign)
 
 
-def span(
-    low: float | None, high: float | None, write: Callable[[float | None], str] = number
-) -> str:
+def span(low: float | None, high: float | None, write: Callable[[float | None], str] = number) -> str:
     """An interval, or nothing where a bound is missing."""
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         return ""

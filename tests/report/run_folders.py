@@ -31,8 +31,7 @@ def metrics_row(index: int, tasks=("compose", "text", "look")) -> dict:
     rng = random.Random(index)
     fall = 0.5 ** (index / 8)
     loss = {
-        task: (0.004 + 0.05 * (place + 1) * fall) * math.exp(rng.gauss(0, 0.15))
-        for place, task in enumerate(tasks)
+        task: (0.004 + 0.05 * (place + 1) * fall) * math.exp(rng.gauss(0, 0.15)) for place, task in enumerate(tasks)
     }
     row = {
         "round": index,
@@ -46,10 +45,7 @@ def metrics_row(index: int, tasks=("compose", "text", "look")) -> dict:
         },
         "busy": {"rollout": 1.1, "teacher": 1.9, "reward": 0.1, "learner": 0.7},
         "loss": {"total": sum(loss.values()) / len(loss), **loss},
-        "gap": {
-            task: {str(s): 2 * x * (1 + 0.25 * (s - 4) ** 2) / 3 for s in range(9)}
-            for task, x in loss.items()
-        },
+        "gap": {task: {str(s): 2 * x * (1 + 0.25 * (s - 4) ** 2) / 3 for s in range(9)} for task, x in loss.items()},
         "grad_norm": 0.02 + 0.6 * fall * math.exp(rng.gauss(0, 0.2)),
         "lr": 3e-4,
         "staleness": 0,
@@ -57,9 +53,7 @@ def metrics_row(index: int, tasks=("compose", "text", "look")) -> dict:
         "forwards": {"rollout": 720, "teacher": 648, "learner": 648},
     }
     if index % 10 == 9:
-        row["evaluation"] = {
-            task: SCORES["student"][place] - 0.6 * fall for place, task in enumerate(TASKS)
-        }
+        row["evaluation"] = {task: SCORES["student"][place] - 0.6 * fall for place, task in enumerate(TASKS)}
     return row
 
 
@@ -99,9 +93,7 @@ def result() -> dict:
 def config_yaml(rounds: int = 80) -> str:
     lines = ["name: demo", "seed: 0", f"rounds: {rounds}", "model: {family: sd3, path: world}"]
     lines += ["# </pre><script>alert(2)</script>", "teachers:"]
-    return "\n".join(
-        [*lines, *(f"  {n}: {{lora: world/{n}, guidance: 1.0}}" for n in TEACHERS), ""]
-    )
+    return "\n".join([*lines, *(f"  {n}: {{lora: world/{n}, guidance: 1.0}}" for n in TEACHERS), ""])
 
 
 def picture(path: Path, color: tuple[int, int, int], size: int = 32) -> None:

@@ -84,9 +84,7 @@ def test_names_are_other_peoples_text_too(run):
     (run / "result.json").write_text(json.dumps(data))
     row = json.loads(json.dumps(metrics_row(80)).replace("compose", name).replace("rollout", name))
     (run / "metrics.jsonl").write_text(json.dumps({**row, "scores": {name: 0.5}}))
-    index = (
-        (run / "samples/index.json").read_text().replace('"task": "compose"', f'"task": "{name}"')
-    )
+    index = (run / "samples/index.json").read_text().replace('"task": "compose"', f'"task": "{name}"')
     (run / "samples/index.json").write_text(index)
     text, _ = read(run)
     assert "<img src=x" not in text and "&lt;img src=x" in text
@@ -101,9 +99,7 @@ def test_the_table_says_what_result_json_says(run):
         title = f"{model.removeprefix('teacher:')} teacher" if ":" in model else model
         assert [float(cell) for cell in rows[title]] == [scores[task]["value"] for task in TASKS]
     assert rows["gap closed"] == ["94 %", "97 %", "91 %", "–"]  # noqa: RUF001
-    own = [
-        attrs["title"] for tag, attrs in page.tags if tag == "td" and attrs.get("class") == "own"
-    ]
+    own = [attrs["title"] for tag, attrs in page.tags if tag == "td" and attrs.get("class") == "own"]
     assert own == ["0.871", "0.914", "0.893"]
     assert "Closed 94 % (compose), 97 % (text) and 91 % (look) of three teachers' gaps" in page.text
 
