@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from opd_ray import recipes, world
 from opd_ray.build import build
 from opd_ray.experience import cut
 from opd_ray.loop import train
@@ -22,7 +23,7 @@ __all__ = ["tiny"]
 
 FILE = Path(__file__).parent.parent / "examples" / "one_file.py"
 GUIDANCE = {"compose": 1.0, "text": 1.5, "look": 2.5}
-ROUNDS = 3
+ROUNDS = 2
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +121,12 @@ def test_it_stands_alone_and_is_short():
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     assert all(node.returns for node in functions)
     assert len(FILE.read_text().splitlines()) < 200
+
+
+def test_its_defaults_are_the_packaged_world_and_the_demo(one_file):
+    assert f"{one_file.WORLD}/pipeline" == str(world.pipeline_path())
+    demo = recipes.load("demo")
+    assert dict(one_file.TASKS) == {name: teacher.guidance for name, teacher in demo.teachers.items()}
+    for task, _ in one_file.TASKS:
+        assert f"{one_file.WORLD}/lora/{task}" == str(world.lora_path(task))
+        assert f"{one_file.WORLD}/prompts/{task}_train.jsonl" == str(world.prompts_path(task, "train"))
