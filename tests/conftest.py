@@ -5,6 +5,8 @@ import os
 import hypothesis
 import pytest
 
+import opd_ray.runtime  # noqa: F401  (before Ray, whose own processes then keep to the loopback address)
+
 # Before torch is imported: processes that share two cores must not spin.
 for name, value in {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}.items():
     os.environ.setdefault(name, value)

@@ -1,15 +1,19 @@
 """The training engine behind a learner rank: who wraps the module, and when gradients are reduced."""
 
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-__all__ = ["DdpEngine", "Engine"]
+__all__ = ["MEETING", "DdpEngine", "Engine"]
+
+MEETING = "OPD_RAY_MEETING"
+"""Environment variable: the file in which ranks of one node meet. Otherwise they meet at torch's MASTER_ADDR."""
 
 
 class Engine(Protocol):
@@ -45,7 +49,10 @@ class DdpEngine:
     def __init__(self, rank: int, ranks: int, *, cpu: bool = True) -> None:
         # No buffer changes while training, and a broadcast would hang where one rank alone runs a forward (a probe).
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-        self.accelerator = Accelerator(cpu=cpu, kwargs_handlers=[ddp])
+        handlers: list[Any] = [ddp]
+        if ranks > 1 and (meeting := os.environ.get(MEETING)):
+            handlers.append(InitProcessGroupKwargs(init_method=f"file://{meeting}"))
+        self.accelerator = Accelerator(cpu=cpu, kwargs_handlers=handlers)
         self.rank, self.ranks = rank, ranks
         kind = self.accelerator.distributed_type
         expected = {DistributedType.NO} if ranks == 1 else {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}

@@ -90,6 +90,13 @@ class Dispatcher:
             if job.done:
                 job.pool.retry(job)
 
+    def abandon(self) -> None:
+        """Nobody will wait for what is queued or under way: the run ends."""
+        for pool in self.pools:
+            pool.queue.clear()
+            for worker in pool.workers:
+                worker.flying.clear()
+
     def account(self, role: str, done: Done) -> None:
         """Add one answer to the books."""
         self.seconds[role] = self.seconds.get(role, 0.0) + done.seconds
@@ -138,4 +145,4 @@ class Dispatcher:
             pool.lose(ref, str(error))
         else:
             if job is not None:
-                self.account(pool.spec.role.partition(".")[0], result)
+                self.account(job.books or pool.spec.role.partition(".")[0], result)

@@ -1,6 +1,9 @@
 """The learner ranks: all of them take a round's inputs before any of them changes a weight."""
 
-import socket
+import sys
+import tempfile
+import uuid
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +11,7 @@ from typing import Any
 
 from opd_ray.errors import InputLostError, Stopped
 from opd_ray.learners import UpdateReport
+from opd_ray.learners.engine import MEETING
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import Call, Done, Handle, Weights, WorkerSpec
 from opd_ray.runtime.hosts import Share
@@ -40,6 +44,7 @@ class LearnerGroup:
         self.version = WeightVersion(attempt, 0, -1)
         if len(specs) > 1:
             meeting = _rendezvous(len(specs))
+            weakref.finalize(self, Path(meeting[MEETING]).unlink, missing_ok=True)  # ranks that are killed leave it
             specs = [
                 replace(spec, environment=meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
                 for rank, spec in enumerate(specs)
@@ -136,8 +141,14 @@ def _lost(collected: Sequence[Collected]) -> list[Job]:
 
 
 def _rendezvous(ranks: int) -> dict[str, str]:
-    """What torch.distributed needs for its ranks to meet, on the loopback address of one node."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    """What torch.distributed needs for its ranks to meet on one node, with nothing that others could connect to.
+
+    They meet in a file, since torch's own store listens on every address, and talk over the loopback interface.
+    """
+    meeting = Path(tempfile.gettempdir()) / f"opd-ray-{uuid.uuid4().hex}"
+    return {
+        MEETING: str(meeting),
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+        "MASTER_ADDR": "127.0.0.1",  # accelerate asks for one
+        "WORLD_SIZE": str(ranks),
+    }

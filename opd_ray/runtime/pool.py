@@ -40,6 +40,8 @@ class Job:
     after: tuple["Job", ...] = ()
     weights: Weights | None = None
     """A worker binds and proves these before it gets the job."""
+    books: str = ""
+    """Under what its seconds and forwards are counted; its pool's role where empty."""
     call: Call | None = None
     result: Done | None = None
     attempts: int = 0

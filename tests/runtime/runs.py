@@ -22,6 +22,8 @@ from opd_ray.metrics import rows
 from opd_ray.report.live import Live
 from opd_ray.run import Run
 
+LOOPBACK = "127.0.0.1"
+
 
 class Watcher(Live):
     """A live view that says nothing to anybody, and calls back after each round."""
@@ -120,3 +122,39 @@ def tensors_in(value: Any) -> list[str]:
     if isinstance(value, list | tuple | set):
         return [found for part in value for found in tensors_in(part)]
     return []
+
+
+def listeners(pid: int) -> list[str]:
+    """Addresses on which a process listens for TCP."""
+    sockets = {}
+    for table in ("tcp", "tcp6"):
+        with open(f"/proc/{pid}/net/{table}") as file:
+            for line in file.readlines()[1:]:
+                parts = line.split()
+                if parts[3] == "0A":
+                    sockets[parts[9]] = parts[1].rpartition(":")[0]
+    found = []
+    for link in os.scandir(f"/proc/{pid}/fd"):
+        try:
+            name = os.readlink(link.path)
+        except OSError:
+            continue
+        if name.startswith("socket:[") and name[8:-1] in sockets:
+            address = sockets[name[8:-1]]
+            found.append(LOOPBACK if address in {"0100007F", "0000000000000000FFFF00000100007F"} else address)
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below one, as far down as it goes."""
+    children: dict[int, list[int]] = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            try:
+                with open(f"/proc/{entry.name}/stat") as file:
+                    parent = int(file.read().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found = children.get(pid, [])
+    return [*found, *(below for child in found for below in descendants(child))]

@@ -1,0 +1,97 @@
+"""The command in a process of its own, with a Ray of its own: exit codes, addresses, and what it leaves behind."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from opd_ray.storage import checkpoint
+from opd_ray.storage.run_folder import read_json
+from tests.runtime.runs import LOOPBACK, alive
+
+pytestmark = pytest.mark.ray
+
+PLAIN = """
+import ray
+from opd_ray import cli
+
+try:
+    cli.main()
+finally:
+    print("Ray is up" if ray.is_initialized() else "Ray is down")
+"""
+
+# A learner that is killed in its second round; before that, everybody who listens is written down.
+KILLED = """
+import json, os, signal
+from pathlib import Path
+from opd_ray import build, cli
+
+original = build._wire
+
+
+def wire(*args):
+    from tests.runtime.runs import descendants, listeners, pid_of
+
+    run = original(*args)
+    stage, pid = run.learner.stage, pid_of(run.learner.ranks[0])
+
+    def staging(items, collected):
+        if run.round == 1:
+            mine = descendants(os.getpid())
+            seen = {p: listeners(p) for p in [os.getpid(), *mine]}
+            Path(os.environ["SEEN"]).write_text(json.dumps({"pids": mine, "seen": seen}))
+            os.kill(pid, signal.SIGKILL)
+        stage(items, collected)
+
+    run.learner.stage = staging
+    return run
+
+
+build._wire = wire
+cli.main()
+"""
+
+
+@pytest.fixture
+def command(make_config, tmp_path):
+    def run(script, *overrides):
+        config = make_config("ray", cluster={"share_teachers": True})
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        ours = {"RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
+        environment = {name: value for name, value in os.environ.items() if name not in ours}
+        return subprocess.run(
+            [sys.executable, "-c", script, "train", str(path), "--out", str(tmp_path), *overrides],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env=environment | {"SEEN": str(tmp_path / "seen.json")},
+        )
+
+    return run
+
+
+def test_a_killed_learner_is_exit_code_3_and_nothing_is_left_or_listens_in_public(command, tmp_path) -> None:
+    done = command(KILLED)
+    assert done.returncode == 3, done.stderr
+    assert "stopped: staging a round: learner rank 0 was lost" in done.stderr
+    assert checkpoint.newest(tmp_path / "tiny")[0].round == 1
+    assert read_json(tmp_path / "tiny" / "result.json")["status"] == "stopped"
+    found = json.loads((tmp_path / "seen.json").read_text())
+    assert len(found["pids"]) >= 6, "Ray's own processes, and three workers"
+    assert not alive(found["pids"]), "Ray is shut down, since the run started it"
+    loopback = {LOOPBACK}
+    assert {pid: seen for pid, seen in found["seen"].items() if seen and set(seen) != loopback} == {}
+
+
+def test_too_many_workers_are_exit_code_2_in_one_line_and_nothing_is_left(command) -> None:
+    done = command(PLAIN, "-o", "cluster.rollout.workers=400")
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: no room for 402 workers: asked {CPU: ") and "missing {CPU: " in last
+    assert "Traceback" not in done.stderr
+    assert done.stdout.strip().endswith("Ray is down")

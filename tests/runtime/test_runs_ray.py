@@ -1,0 +1,188 @@
+"""Whole runs on Ray: the same bits as in this process, whatever the workers, and whoever dies."""
+
+import os
+import signal
+import time
+
+import pytest
+import ray
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+from ray.experimental import get_object_locations
+
+from opd_ray.errors import PlacementError
+from opd_ray.runtime.cluster import RayBackend, RayHandle
+from opd_ray.storage import checkpoint
+from opd_ray.storage.run_folder import read_json
+from tests.runtime.runs import LOOPBACK, Killer, alive, go, listeners, pid_of, tensors_in
+
+pytestmark = pytest.mark.ray
+ROUNDS = 20
+SMALL = {"resources": {"cpu": 0.25}}
+SHARED = {"share_teachers": True}
+
+
+def same(one, other) -> bool:
+    """Bits and numbers, but for what depends on time and place."""
+    told = ("round", "loss", "gap", "grad_norm", "lr", "forwards", "staleness")
+    assert [{name: row.get(name) for name in told} for row in one.rows] == [
+        {name: row.get(name) for name in told} for row in other.rows
+    ]
+    assert one.result["ema_sha256"] == other.result["ema_sha256"]
+    return one.result["student_sha256"] == other.result["student_sha256"]
+
+
+@pytest.fixture(scope="module")
+def reference(make_config, tmp_path_factory):
+    """Rounds -> the same run in this process."""
+    known = {}
+
+    def local(rounds):
+        if rounds not in known:
+            known[rounds] = go(make_config(rounds=rounds), tmp_path_factory.mktemp("local") / "run")
+        return known[rounds]
+
+    return local
+
+
+def stored() -> tuple[int, int]:
+    """Bytes in use in the object store, and bytes ever spilled."""
+    stats = get_memory_info_reply(get_state_from_address(None)).store_stats
+    return stats.object_store_bytes_used, stats.spilled_bytes_total
+
+
+@pytest.fixture(scope="module")
+def twenty(make_config, ray_session, tmp_path_factory):
+    """Twenty rounds with one worker of each role; what went through the driver and what stayed in the store."""
+    calls, answers, store = [], [], []
+    call, result = RayHandle.call, RayBackend.result
+    patch = pytest.MonkeyPatch()
+
+    def watch(run, live) -> None:
+        def calling(self, *args, **options):
+            made = call(self, *args, **options)
+            if run.round < 2:  # the references are held on to, which later rounds are about
+                calls.append((args[0], made))
+            return made
+
+        def answering(self, ref):
+            answers.append(result(self, ref))
+            return answers[-1]
+
+        def counting() -> None:
+            if run.round == 2:
+                located.update(get_object_locations([r for _, made in calls for r in (*made.bulk, made.done)]))
+                names.update(name for name, made in calls if made.bulk)
+                calls.clear()
+            if run.round in {4, 12, ROUNDS}:
+                time.sleep(2.5)  # Ray lets go of objects once a second
+                store.append(stored())
+
+        patch.setattr(RayHandle, "call", calling)
+        patch.setattr(RayBackend, "result", answering)
+        live.after_round = counting
+
+    located, names = {}, set()
+    try:
+        done = go(make_config("ray", rounds=ROUNDS), tmp_path_factory.mktemp("twenty") / "run", watch=watch)
+    finally:
+        patch.undo()
+    return done, answers, store, located, names
+
+
+def test_ray_and_local_are_one(twenty, reference) -> None:
+    assert same(twenty[0], reference(ROUNDS))
+
+
+def test_no_tensor_passes_through_the_driver(twenty) -> None:
+    _, answers, _, located, names = twenty
+    assert names == {"draw", "score", "publish"}
+    assert located and all(location["node_ids"] for location in located.values())
+    assert len(answers) > ROUNDS * 10
+    assert not [found for answer in answers for found in tensors_in(answer)]
+
+
+def test_what_a_round_stored_goes_with_it_and_nothing_is_spilled(twenty) -> None:
+    _, _, store, _, _ = twenty
+    used = [bytes_used for bytes_used, _ in store]
+    assert len(used) == 3
+    assert max(used) <= 1.1 * min(used), used
+    assert all(spilled == 0 for _, spilled in store)
+
+
+def test_no_worker_outlives_its_run(twenty) -> None:
+    assert len(twenty[0].pids) == 4
+    assert not alive(twenty[0].pids)
+
+
+def test_more_workers_and_shared_teachers_are_one_with_local(make_config, ray_session, reference, tmp_path) -> None:
+    config = make_config("ray", cluster=SHARED | {"rollout": SMALL | {"workers": 2}})
+    assert same(go(config, tmp_path / "run"), reference(3))
+
+
+def test_killed_workers_change_no_bit(make_config, ray_session, reference, tmp_path) -> None:
+    killers = []
+    config = make_config("ray", cluster={"rollout": SMALL | {"workers": 2}}, rounds=4)
+    done = go(
+        config,
+        tmp_path / "run",
+        watch=lambda run, live: killers.append(Killer(run, {"rollout": 1, "teacher.a": 2, "teacher.b": 1})),
+    )
+    assert sorted(name.rpartition("-")[0] for name in killers[0].killed) == ["rollout", "teacher.a", "teacher.b"]
+    assert [note.split(" while ")[0] for note in done.notes if "was lost" in note]
+    assert len([note for note in done.notes if "was lost" in note]) == 3
+    assert same(done, reference(4))
+    assert not alive(done.pids)
+
+
+def test_a_killed_learner_stops_the_run_and_resume_is_bit_identical(
+    make_config, ray_session, reference, tmp_path
+) -> None:
+    def watch(run, live) -> None:
+        results, pid = run.dispatcher.results, pid_of(run.learner.ranks[0])
+
+        def killing(calls, what, timeout_s=None):
+            if what == "update" and run.round == 1:
+                os.kill(pid, signal.SIGKILL)
+            return results(calls, what, timeout_s)
+
+        run.dispatcher.results = killing
+
+    config = make_config("ray", cluster=SHARED)
+    stopped = go(config, tmp_path / "run", watch=watch)
+    assert stopped.error.exit_code == 3
+    assert "update: learner rank 0 was lost" in str(stopped.error)
+    assert not alive(stopped.pids), "a failed run leaves nothing either"
+    assert checkpoint.newest(tmp_path / "run")[0].round == 1
+    assert read_json(tmp_path / "run" / "status.json")["status"] == "stopped"
+    assert same(go(config, tmp_path / "run", resume=True), reference(3))
+
+
+def test_two_ranks_agree_with_one(make_config, ray_session, reference, tmp_path) -> None:
+    hashes, listening = [], []
+
+    def watch(run, live) -> None:
+        listening.append([address for pid in map(pid_of, run.learner.ranks) for address in listeners(pid)])
+        live.after_round = lambda: hashes.append(
+            [
+                one.value
+                for one in run.dispatcher.results([r.call("hashes", bulk=0) for r in run.learner.ranks], "hashes")
+            ]
+        )
+
+    config = make_config("ray", cluster=SHARED | {"learner": SMALL | {"ranks": 2}})
+    done, alone = go(config, tmp_path / "run", watch=watch), reference(3)
+    assert all(one == other for one, other in hashes), "both ranks hold the same weights"
+    assert len({one["student_sha256"] for one, _ in hashes}) == 3
+    for mine, theirs in zip(done.rows, alone.rows, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        assert mine["forwards"] == theirs["forwards"]
+    assert listening[0] and set(listening[0]) == {LOOPBACK}
+
+
+def test_too_many_workers_are_refused_before_any_starts(make_config, ray_session, tmp_path) -> None:
+    config = make_config("ray", cluster={"rollout": SMALL | {"workers": 400}})
+    with pytest.raises(PlacementError, match=r"no room for 403 workers: asked \{CPU: .*missing") as caught:
+        go(config, tmp_path / "run")
+    assert caught.value.exit_code == 2
+    assert ray.is_initialized()
