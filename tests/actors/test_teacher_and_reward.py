@@ -15,9 +15,7 @@ NAN = float("nan")
 @pytest.fixture(scope="module")
 def teacher(tiny, tmp_path_factory):
     paths = write_loras(tiny, tmp_path_factory.mktemp("loras"), ["one", "two"])
-    configs = {
-        name: TeacherConfig(lora=path, guidance=g) for (name, path), g in zip(paths.items(), (1, 2), strict=True)
-    }
+    configs = {name: TeacherConfig(lora=path, guidance=2) for name, path in paths.items()}
     return TeacherActor(load(tiny), configs)
 
 

@@ -168,12 +168,15 @@ def test_the_student_still_learns_after_other_adapters_were_used(tiny, family):
     """PEFT's own activation would have switched the student's requires_grad off: a loss without a graph."""
     one = learner(tiny)
     one.family.add_lora("other", one.training.lora, 0)
-    with one.family.adapter("other"), one.family.adapter(None):
-        pass
+    other = one.family.adapter_parameters("other").values()
+    for name in ("other", None):
+        with one.family.adapter(name):
+            assert all(parameter.requires_grad for parameter in one.student.values())
+            assert not any(parameter.requires_grad for parameter in other)
     one.probe()
     stage(one, [random_experience(family, item())])
     assert one.update(0).grad_norm > 0
-    assert all(not parameter.requires_grad for parameter in one.family.adapter_parameters("other").values())
+    assert not any(parameter.requires_grad for parameter in other)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e20], ids=["nan", "overflow"])

@@ -204,6 +204,35 @@ def test_an_adapter_that_keeps_nothing_is_the_student_to_the_last_bit(tiny, fami
     assert torch.equal(flat(one.family.adapter_parameters("old")), flat(one.student))
 
 
+def test_a_loss_gets_the_velocities_of_the_policies_it_names(tiny, family):
+    seen = []
+
+    class Comparing(Following):
+        velocities = ("frozen", "reference")
+
+        def loss(self, forward, velocity):
+            seen.append(velocity)
+            return super().loss(forward, velocity)
+
+    one = learner(tiny, Comparing(OpdConfig()))
+    fill(one.family, "student", 9)
+    fill(one.family, "frozen", 8)
+    part = random_experience(family, item(steps=(1,)))
+    path = part.trajectory
+    expected = {}
+    for name, adapter in (("student", "student"), ("frozen", "frozen"), ("reference", None)):
+        with torch.no_grad(), one.family.adapter(adapter):
+            arguments = (path.latents[:, 1], float(path.sigmas[1]), path.cond, path.uncond, 1.5)
+            expected[name] = one.family.velocity(*arguments)
+    stage(one, [part])
+    one.update(0)
+    assert seen[0].keys() == expected.keys()
+    assert all(torch.equal(seen[0][name], velocity) for name, velocity in expected.items())
+    assert [name for name, velocity in seen[0].items() if velocity.requires_grad] == ["student"]
+    assert not torch.equal(expected["student"], expected["frozen"])
+    assert not torch.equal(expected["student"], expected["reference"])
+
+
 def test_the_probe_is_that_of_the_weights_that_are_published(tiny, family):
     one = learner(tiny, following(), ema=EmaConfig(decay=0.9, every=1))
     fill(one.family, "student", 9)
