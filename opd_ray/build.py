@@ -46,6 +46,8 @@ Prompts = dict[str, tuple[Prompt, ...]]
 def build(config: Config, folder: Path, live: Live, *, resume: bool = False) -> Iterator[Run]:
     """Check everything that can be checked, claim the folder, start the workers; end them afterwards.
 
+    ``live`` is entered here, so that a refusal is one line and nothing else.
+
     Raises:
         UserError: what is wrong with the configuration, its files, the folder or the cluster.
     """
@@ -53,16 +55,17 @@ def build(config: Config, folder: Path, live: Live, *, resume: bool = False) -> 
     train, held_out = preflight(config, algorithm)
     attempt = claim(folder, identity(config), resume=resume)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    live.phase("starting Ray" if config.cluster.runtime == "ray" else "starting")
-    backend = make_backend(config)
-    try:
-        run = _wire(config, folder, live, backend, algorithm, train, held_out, attempt)
-        if resume:
-            run.resume()
-        run.status()
-        yield run
-    finally:
-        backend.close()
+    with live:
+        live.phase("starting Ray" if config.cluster.runtime == "ray" else "starting")
+        backend = make_backend(config)
+        try:
+            run = _wire(config, folder, live, backend, algorithm, train, held_out, attempt)
+            if resume:
+                run.resume()
+            run.status()
+            yield run
+        finally:
+            backend.close()
 
 
 def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
@@ -95,6 +98,8 @@ def _locate(path: str) -> str:
 def identity(config: Config) -> dict[str, Any]:
     """What a resumed run must not change. Where it runs, how long and what it reports may change."""
     free = {"cluster", "rounds", "checkpoint", "evaluation", "name"}
+    if config.optimizer.schedule == "cosine":
+        free.remove("rounds")  # the learning rate of every round depends on their number
     return config.model_dump(mode="json", exclude=free)
 
 
