@@ -32,11 +32,7 @@ def main() -> None:
     except OpdRayError as error:
         if error.exit_code == 1:
             raise
-        label = "stopped" if error.exit_code == 3 else "error"
-        errors.print(
-            f"{label}: {error}", style="bold red" if error.exit_code == 2 else None, markup=False, soft_wrap=True
-        )
+        label, style = ("stopped", None) if error.exit_code == 3 else ("error", "bold red")
+        text = " ".join(str(error).splitlines())
+        errors.print(f"{label}: {text}", style=style, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        errors.print("stopped: interrupted; --resume goes on from the last checkpoint", markup=False)
-        sys.exit(3)

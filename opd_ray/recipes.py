@@ -9,7 +9,7 @@ import yaml
 from opd_ray.config import Config, parse
 from opd_ray.errors import ConfigError
 
-__all__ = ["find", "load", "recipes"]
+__all__ = ["find", "load", "read", "recipes"]
 
 
 def _places(kind: str) -> list[Path]:
@@ -58,13 +58,24 @@ def _override(data: dict[str, Any], assignment: str) -> None:
     *parents, last = key.split(".")
     section = data
     for parent in parents:
-        section = section.setdefault(parent, {})
+        if section.get(parent) is None:  # not there, or switched off as `ema: null`
+            section[parent] = {}
+        section = section[parent]
         if not isinstance(section, dict):
             raise ConfigError(f"-o {assignment}: {parent} is a value, not a section")
     try:
         section[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"-o {assignment}: {text!r} is not a YAML value") from None
+
+
+def read(path: Path) -> Config:
+    """A configuration as a run wrote it down, with its cluster inside.
+
+    Raises:
+        ConfigError: it cannot be read, or is not one.
+    """
+    return parse(_read(path), str(path))
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Config:

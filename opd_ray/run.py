@@ -20,7 +20,7 @@ from opd_ray.report.live import Live
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import LearnerGroup
 from opd_ray.runtime.handle import Weights
-from opd_ray.storage.run_folder import write_json_atomic
+from opd_ray.storage.run_folder import newest_attempt, write_json_atomic
 
 __all__ = ["Run"]
 
@@ -62,10 +62,15 @@ class Run:
         """Everything of a round is there.
 
         Raises:
-            NotFiniteError: a reward or another answer is not a number.
+            NotFiniteError: an answer is not a number; a checkpoint from before this round was written.
         """
         start = self._since = time.perf_counter()
-        self.dispatcher.wait(batch.jobs)
+        try:
+            self.dispatcher.wait(batch.jobs)
+        except NotFiniteError:
+            self.dispatcher.abandon()
+            self.save()  # nothing of this round was trained: it can begin again
+            raise
         self._seconds["wait"] = time.perf_counter() - start
 
     def resume(self) -> None:
@@ -86,6 +91,7 @@ class Run:
                     f"{self.folder}: the teachers' files are not those of round {round}; put them back"
                 )
             self.totals = driver["totals"]
+            self.live.note(f"going on after round {round} of {self.rounds}")
         self.round = round
         self.log.truncate_from(round)
 
@@ -97,16 +103,12 @@ class Run:
         self._seconds["round"] = now - self._since
         self._seconds["update"] = max(self._seconds["round"] - self._seconds["wait"], 0.0)
         row["seconds"] = dict(self._seconds)
-        for kind in ("seconds", "forwards"):
-            used = self.dispatcher.seconds if kind == "seconds" else self.dispatcher.forwards
-            for role, amount in used.items():
-                self.totals[kind][role] = self.totals[kind].get(role, 0) + amount
-        self.dispatcher.seconds.clear()
-        self.dispatcher.forwards.clear()
+        self._book()
         self.round = batch.number + 1
         every = self.config.evaluation.every
         if self.evaluation is not None and every and self.round % every == 0 and self.round < self.rounds:
             row["evaluation"] = self.evaluation.student_means(self.learner.average())
+            self._book()
         self.log.append(row)
         self.live.round(row)
         self._seconds.clear()
@@ -114,6 +116,13 @@ class Run:
             self.save()
         if self.stopping and self.round < self.rounds:
             raise Stopped(f"stopped after round {self.round} of {self.rounds}; --resume goes on from there")
+
+    def _book(self) -> None:
+        """Add what the workers did since the last time to the run's totals."""
+        for kind, used in (("seconds", self.dispatcher.seconds), ("forwards", self.dispatcher.forwards)):
+            for role, amount in used.items():
+                self.totals[kind][role] = self.totals[kind].get(role, 0) + amount
+            used.clear()
 
     def save(self) -> None:
         """A checkpoint that resumes at the current round."""
@@ -128,20 +137,28 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """The LoRA, the scores, the result and the report."""
+        ema, updates = self.config.ema, self.rounds * self.algorithm.updates_per_round
+        if ema is not None and updates < ema.every:
+            self.live.note(
+                f"the average is still the untrained start: {updates} optimizer steps, ema.every is {ema.every}; "
+                "lower it, or set ema to null"
+            )
         self.learner.export(self.folder / "lora")
         result = self.result("done")
         if self.evaluation is not None:
             self.live.phase("evaluating base, teachers and student")
             result |= self.evaluation.final(self.learner.average())
+            self._book()
         write_json_atomic(self.folder / "result.json", result)
         self.status("done")
         write_report(self.folder)
         return result
 
-    def stop(self, why: str) -> None:
-        """Note an early end; the last checkpoint stays."""
-        write_json_atomic(self.folder / "result.json", {"status": "stopped", "rounds": self.round, "why": why})
-        self.status("stopped")
+    def stop(self, why: str, status: str = "stopped") -> None:
+        """Note an early end, unless a newer attempt has the folder; the last checkpoint stays."""
+        if newest_attempt(self.folder) == self.attempt:
+            write_json_atomic(self.folder / "result.json", self.outcome(status) | {"why": why})
+            self.status(status)
 
     def status(self, status: str = "running") -> None:
         """The heartbeat."""
@@ -150,11 +167,14 @@ class Run:
 
     def result(self, status: str) -> dict[str, Any]:
         """Identity and cost of what was trained; scores are added to it."""
+        return self.outcome(status) | self.learner.hashes()
+
+    def outcome(self, status: str) -> dict[str, Any]:
+        """What is known without asking a worker."""
         return {
             "status": status,
             "rounds": self.round,
             "weight_version": str(self.learner.version),
-            **self.learner.hashes(),
             "scores": {},
             "gap_closed": {},
             "seconds": self.totals["seconds"],

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 import yaml
 
+from opd_ray.commands.options import Override
 from opd_ray.console import console
 from opd_ray.recipes import load
 
@@ -13,7 +14,7 @@ __all__ = ["config"]
 
 def config(
     config: Annotated[str, typer.Argument(help="A recipe's name or the path of a YAML file.")],
-    override: Annotated[list[str] | None, typer.Option("--override", "-o", help="key=value")] = None,
+    override: Override = None,
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Print the whole configuration, defaults and overrides included."""
@@ -21,4 +22,4 @@ def config(
     if json:
         console.print_json(data=data)
     else:
-        console.print(yaml.safe_dump(data, sort_keys=False), markup=False, highlight=False, soft_wrap=True, end="")
+        console.print(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), soft_wrap=True, end="")

@@ -1,18 +1,23 @@
 """``opd-ray evaluate MODEL...``: the same prompts and first noises for every model, scored with intervals."""
 
 import json as json_module
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from opd_ray.console import console
+from opd_ray.commands.options import Json, Seed, require_folder
+from opd_ray.console import console, errors
+from opd_ray.errors import ConfigError, RunFolderError
 
 if TYPE_CHECKING:
-    from opd_ray.evaluation.models import Loaded
+    from opd_ray.models import Family
     from opd_ray.rewards import Reward
     from opd_ray.types import Prompt
 
@@ -31,79 +36,90 @@ def evaluate(
     guidance: Annotated[
         list[str] | None, typer.Option(help="MODEL=G for one model, or G for all; a run's own, else 4.5.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same prompts and first noises.")] = 0,
+    seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a forward.")] = 64,
     out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Score models on the tiny world's held-out prompts: mean and 95 % bootstrap interval."""
     from opd_ray.evaluation.compare import held_out
-    from opd_ray.evaluation.models import load_model
+    from opd_ray.evaluation.models import find_model
     from opd_ray.evaluation.statistics import mean
     from opd_ray.prompts import read_prompts
     from opd_ray.rewards import make_rewards
     from opd_ray.world import prompts_path
 
+    scales = _scales(models, guidance or [])
+    _require_file(out)
+    found = [find_model(name) for name in models]  # all of them before the first one costs minutes
     files = {task: str(prompts_path(task, "heldout")) for task in TASKS}
     prompts = held_out(read_prompts(files, "the tiny world"), images, seed)
     rewards = make_rewards({name: {} for name in ("compose", "text", "look")})
-    scales = _scales(models, guidance or [])
     result: dict[str, Any] = {"seed": seed, "images_per_task": images, "models": {}}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=json, transient=True) as progress:
+    with Progress(*columns, console=errors, disable=json, transient=True) as progress:
         total = len(models) * sum(len(rows) for rows in prompts.values())
         bar = progress.add_task("drawing and scoring", total=total)
-        for name in models:
-            loaded = load_model(name)
-            scale = scales.get(name, loaded.guidance if loaded.guidance is not None else 4.5)
-            chosen = steps or loaded.steps or 10
-            scores = _score(
-                loaded, prompts, rewards, scale, chosen, seed, batch, lambda done: progress.advance(bar, done)
-            )
+        for name, model in zip(models, found, strict=True):
+            scale = scales.get(name, model.guidance if model.guidance is not None else 4.5)
+            chosen = steps or model.steps or 10
+            how = (scale, chosen, seed, batch)
+            scores = _score(model.load(), prompts, rewards, how, lambda done: progress.advance(bar, done))
             means = {key: mean(values) for key, values in scores.items()}
             result["models"][name] = {"guidance": scale, "steps": chosen, "scores": means}
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json_module.dumps(result, indent=2) + "\n")
     if json:
         console.print_json(data=result)
     else:
         console.print(_table(result))
+    if out is not None:
+        out.write_text(json_module.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _require_file(out: Path | None) -> None:
+    if out is None:
+        return
+    if out.is_dir():
+        raise RunFolderError(f"--out: {out} is a folder; name a JSON file, for instance {out / 'scores.json'}")
+    require_folder(out.parent)
 
 
 def _scales(models: Sequence[str], given: Sequence[str]) -> dict[str, float]:
-    from opd_ray.errors import ConfigError
-
-    scales: dict[str, float] = {}
+    """Guidance by model; what is said of one model goes before what is said of all."""
+    everywhere, own = dict[str, float](), dict[str, float]()
     for text in given:
         name, _, value = text.rpartition("=")
         if name and name not in models:
             raise ConfigError(f"--guidance {text}: {name} is not among the models {', '.join(models)}")
         try:
-            scales |= {model: float(value) for model in ([name] if name else models) if name or model not in scales}
+            scale = float(value)
         except ValueError:
-            raise ConfigError(f"--guidance {text}: expected a number or MODEL=number") from None
-    return scales
+            scale = math.nan
+        if not 0 <= scale < math.inf:
+            raise ConfigError(f"--guidance {text}: expected a number from 0 on, or MODEL=number")
+        if name:
+            own[name] = scale
+        else:
+            everywhere = dict.fromkeys(models, scale)
+    return everywhere | own
 
 
 def _score(
-    loaded: "Loaded",
+    family: "Family",
     prompts: Mapping[str, Sequence["Prompt"]],
     rewards: Mapping[str, "Reward"],
-    guidance: float,
-    steps: int,
-    seed: int,
-    batch: int,
-    advance: Any,
+    how: tuple[float, int, int, int],
+    advance: Callable[[int], None],
 ) -> dict[str, list[float]]:
+    """Score key -> one number a prompt. ``how``: guidance, steps, seed and pictures a forward."""
     from opd_ray.actors.rollout import SampleRequest, draw_pictures
 
+    guidance, steps, seed, batch = how
     scores: dict[str, list[float]] = {}
     for task, rows in prompts.items():
         for start in range(0, len(rows), batch):
             part = tuple(rows[start : start + batch])
             request = SampleRequest("", None, guidance, steps, seed, part, (0,) * len(part))
-            pictures = draw_pictures(loaded.family, request)
+            pictures = draw_pictures(family, request)
             for reward in TASKS[task]:
                 key = task if reward == task else f"{task}:{reward}"
                 found = rewards[reward](pictures, [prompt.text for prompt in part])
@@ -113,16 +129,23 @@ def _score(
 
 
 def _table(result: dict[str, Any]) -> Table:
+    """A line for each score and model, so that any number of models fits on 80 columns."""
     keys = list(dict.fromkeys(key for model in result["models"].values() for key in model["scores"]))
-    table = Table(title=f"held-out prompts, seed {result['seed']}", title_justify="left")
+    caption = Text(f"held-out prompts, seed {result['seed']}; the interval is 95 % bootstrap", style="dim")
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    table.add_column("score", no_wrap=True)
     table.add_column("model", overflow="fold")
-    table.add_column("guidance", justify="right")
+    for name in ("guidance", "steps", "mean", "interval", "n"):
+        table.add_column(name, justify="right", no_wrap=True)
     for key in keys:
-        table.add_column(key, justify="right")
-    for name, model in result["models"].items():
-        cells = [
-            f"{score['value']:.3f} [dim]{score['low']:.3f}-{score['high']:.3f}[/dim]"
-            for score in (model["scores"][key] for key in keys)
-        ]
-        table.add_row(name.replace("[", "\\["), f"{model['guidance']:g}", *cells)
+        for place, (name, model) in enumerate(result["models"].items()):
+            last = place == len(result["models"]) - 1
+            table.add_row("" if place else key, name, *_cells(model, model["scores"][key]), end_section=last)
     return table
+
+
+def _cells(model: Mapping[str, Any], score: Mapping[str, Any]) -> list[str]:
+    from opd_ray.report.wording import MISSING, number
+
+    interval = f"{number(score['low'])} to {number(score['high'])}" if score["n"] else MISSING
+    return [f"{model['guidance']:g}", str(model["steps"]), number(score["value"]), interval, str(score["n"])]

@@ -17,4 +17,8 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder, for instance 
 
     if not (run / "run.json").is_file():
         raise RunFolderError(f"{run}: not a run folder (no run.json); run folders are runs/<name>")
-    console.print(str(write_report(run)), markup=False, soft_wrap=True)
+    try:
+        page = write_report(run)
+    except OSError as error:
+        raise RunFolderError(f"{run}: report.html cannot be written ({error.strerror})") from None
+    console.print(str(page), soft_wrap=True)

@@ -1,59 +1,91 @@
 """``opd-ray train CONFIG``: run a recipe to its end, or on from its last checkpoint."""
 
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from opd_ray.commands.options import Json, Override, Runs, RunSeed, overrides
 from opd_ray.config import Config
-from opd_ray.console import console
+from opd_ray.console import console, errors
 from opd_ray.errors import Stopped
 from opd_ray.recipes import load
+
+if TYPE_CHECKING:
+    from opd_ray.report.live import Live
+    from opd_ray.run import Run
 
 __all__ = ["run_training", "train"]
 
 
 def train(
     config: Annotated[str, typer.Argument(help="A recipe's name or the path of a YAML file.")],
-    override: Annotated[
-        list[str] | None,
-        typer.Option("--override", "-o", help="key=value, for instance -o rounds=6 -o cluster.rollout.workers=2"),
-    ] = None,
+    override: Override = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint; without one, start at round 0.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="Where run folders go.")] = Path("runs"),
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    seed: RunSeed = None,
+    out: Runs = Path("runs"),
+    json: Json = False,
 ) -> None:
     """Distil specialists into one student (or run any other algorithm's recipe)."""
-    loaded = load(config, override or [])
+    loaded = load(config, overrides(override, seed))
     result = run_training(loaded, out / loaded.name, resume=resume)
     show(result, out / loaded.name, as_json=json)
 
 
 def run_training(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
-    """Build, train, finish. Ctrl-C or SIGTERM ends the round, writes a checkpoint and stops with exit code 3."""
+    """Build, train, finish.
+
+    Ctrl-C or SIGTERM ends the round, writes a checkpoint and stops; while no round is under way, or at the second one,
+    it stops at once.
+
+    Raises:
+        Stopped: before the end; the run can be resumed.
+    """
     from opd_ray.build import build  # imports torch and diffusers, which `--help` does not need
-    from opd_ray.loop import train as loop
     from opd_ray.report.live import Live
 
-    with Live(config.rounds, config.name, console=console) as live, build(config, folder, live, resume=resume) as run:
-        live.begin(run.round)
-        with _graceful(run, live):
-            try:
-                loop(run)
-            except (Stopped, KeyboardInterrupt) as error:
+    try:
+        live = Live(config.rounds, config.name, console=errors)
+        with _signals(_interrupt), build(config, folder, live, resume=resume) as run:
+            return _drive(run, live)
+    except KeyboardInterrupt:
+        raise Stopped("interrupted; go on from the last checkpoint with --resume") from None
+
+
+def _drive(run: "Run", live: "Live") -> dict[str, Any]:
+    """The rounds and what comes after them; whatever ends them early is noted in the run folder."""
+    from opd_ray.loop import train as loop
+
+    live.begin(run.round)
+    try:
+        with _signals(_asking(run, live)):
+            loop(run)
+        if run.stopping:
+            raise Stopped(f"stopped after the last of {run.rounds} rounds; --resume evaluates and writes the result")
+        return run.finish()
+    finally:
+        match sys.exception():
+            case Stopped() | KeyboardInterrupt() as error:
                 run.stop(str(error) or "interrupted")
-                raise
-            return run.finish()
+            case Exception() as error:
+                run.stop(f"{type(error).__name__}: {error}", "failed")
 
 
-@contextmanager
-def _graceful(run: Any, live: Any) -> Iterator[None]:
+Handler = Callable[[int, FrameType | None], None]
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _asking(run: "Run", live: "Live") -> Handler:
     """The first signal asks the loop to stop after this round; the second stops at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -62,12 +94,18 @@ def _graceful(run: Any, live: Any) -> Iterator[None]:
         run.stopping = True
         live.note("stopping after this round, with a checkpoint; once more stops at once")
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    return stop
+
+
+@contextmanager
+def _signals(handler: Handler) -> Iterator[None]:
+    """Ctrl-C and SIGTERM go to this handler for a while."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def show(result: dict[str, Any], folder: Path, *, as_json: bool) -> None:
@@ -80,5 +118,5 @@ def show(result: dict[str, Any], folder: Path, *, as_json: bool) -> None:
     if result["scores"]:
         console.print(result_table(result))
     console.print(summary(result))
-    console.print(f"pictures and curves  {folder / 'report.html'}", soft_wrap=True, markup=False)
-    console.print(f"LoRA for diffusers   {folder / 'lora'}", soft_wrap=True, markup=False)
+    console.print(f"pictures and curves  {folder / 'report.html'}", soft_wrap=True)
+    console.print(f"LoRA for diffusers   {folder / 'lora'}", soft_wrap=True)

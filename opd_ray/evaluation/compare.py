@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from opd_ray.actors import SampleRequest
 from opd_ray.config import Config
@@ -67,7 +68,8 @@ class Evaluation:
     def student_means(self, weights: Weights) -> dict[str, float]:
         """The student's mean score by task."""
         scores = self._scores([contestants(self.config)[-1]], weights, pictures=False)
-        return {name: mean(values)["value"] for name, values in scores["student"].items()}
+        means = {name: mean(values)["value"] for name, values in scores["student"].items()}
+        return {name: value for name, value in means.items() if value is not None}
 
     def final(self, weights: Weights) -> dict[str, Any]:
         """Scores of all models, how much of each teacher's gap is closed, and pictures for the report."""
@@ -77,8 +79,8 @@ class Evaluation:
         chosen = self.config.evaluation
         closed = {}
         for task, name in self.config.teacher_of_task.items():
-            for key in self.keys(task)[:1] if task in self.prompts else ():
-                value = gap_closed(scores["base"][key], scores[f"teacher:{name}"][key], scores["student"][key])
+            if task in self.prompts and self.keys(task):
+                value = gap_closed(scores["base"][task], scores[f"teacher:{name}"][task], scores["student"][task])
                 if value is not None:
                     closed[task] = value
         return {
@@ -93,9 +95,10 @@ class Evaluation:
         }
 
     def keys(self, task: str) -> list[str]:
-        """Names of a task's scores: the task itself where one reward of that name scores it."""
+        """Names of a task's scores: the task itself for the one that measures its gap, else ``task:reward``."""
         rewards = self.config.evaluation.rewards.get(task, (task,))
-        return [task if reward == task else f"{task}:{reward}" for reward in rewards]
+        plain = rewards[:1] if task in self.config.teacher_of_task or len(rewards) == 1 else ()
+        return [task if reward == task or reward in plain else f"{task}:{reward}" for reward in rewards]
 
     def _scores(
         self, models: Sequence[Contestant], weights: Weights, *, pictures: bool
@@ -131,7 +134,8 @@ class Evaluation:
         shown = range(start, min(start + len(part), PICTURES_PER_TASK)) if pictures else ()
         files = [str(self.folder / self._file(model, task, index)) for index in shown]
         bound = weights if model.label == "student" else None
-        draw = Job(self.rollout, "sample", (request, files), 1, f"pictures of {model.label}", weights=bound)
+        label, books = f"pictures of {model.label}", "evaluation"
+        draw = Job(self.rollout, "sample", (request, files), 1, label, weights=bound, books=books)
         texts = [prompt.text for prompt in part]
         score = Job(
             self.reward,
@@ -140,12 +144,13 @@ class Evaluation:
             0,
             f"scores of {model.label}",
             after=(draw,),
+            books=books,
         )
         self.dispatcher.submit(draw)
         return self.dispatcher.submit(score)
 
     def _file(self, model: Contestant, task: str, index: int) -> str:
-        return f"{model.label.replace(':', '-')}/{task}-{index:03d}.png"
+        return f"{model.label.replace(':', '-')}/{quote(task, safe='')}-{index:03d}.png"  # a task may hold a slash
 
     def _index(self, models: Sequence[Contestant]) -> None:
         rows = [

@@ -3,48 +3,59 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from opd_ray.config import Config, ModelConfig, parse
+from opd_ray.config import ModelConfig
 from opd_ray.errors import RunFolderError
-from opd_ray.models.base import Family, load_family
+from opd_ray.models.base import Family, check_lora, load_family, read_shift
+from opd_ray.recipes import read
 
-__all__ = ["Loaded", "load_model"]
+__all__ = ["Found", "find_model"]
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """A model ready to draw; its adapter, if it has one, is in use."""
+class Found:
+    """A model that is there and fits together; its weights are not loaded yet."""
 
     label: str
-    family: Family
-    guidance: float | None
+    model: ModelConfig
+    lora: str | None = None
+    guidance: float | None = None
     """The run's own, where MODEL is a run."""
-    steps: int | None
+    steps: int | None = None
+
+    def load(self) -> Family:
+        """With text encoders, VAE and the LoRA, if there is one, in use.
+
+        Raises:
+            UserError: some of its weights do not load.
+        """
+        family = load_family(self.model, text=True, image=True)
+        if self.lora is not None:
+            family.load_lora("lora", self.lora)
+            family.use("lora")
+        return family
 
 
-def load_model(name: str, *, family: str = "sd3") -> Loaded:
-    """Load MODEL with its text encoders and VAE.
+def find_model(name: str) -> Found:
+    """What MODEL stands for, checked as far as it goes without loading weights.
 
     Raises:
-        UserError: it is none of the three, or does not load.
+        UserError: it is none of the three, or its LoRA does not fit.
     """
-    if (Path(name) / "run.json").is_file():
-        return _run(Path(name))
+    found = _run(Path(name)) if (Path(name) / "run.json").is_file() else _named(name)
+    read_shift(found.model)
+    if found.lora is not None:
+        check_lora(found.model, found.lora)
+    return found
+
+
+def _named(name: str) -> Found:
     base, lora = ("world", name) if name.startswith("world/") else (name, None)
-    loaded = load_family(ModelConfig(family=family, path=base), text=True, image=True)
-    if lora is not None:
-        loaded.load_lora("lora", lora)
-        loaded.use("lora")
-    return Loaded(name, loaded, None, None)
+    return Found(name, ModelConfig(path=base), lora)
 
 
-def _run(folder: Path) -> Loaded:
+def _run(folder: Path) -> Found:
     lora = folder / "lora" / "pytorch_lora_weights.safetensors"
     if not lora.is_file():
         raise RunFolderError(f"{folder} has no {lora.relative_to(folder)} yet; let the run end, or --resume it")
-    config: Config = parse(yaml.safe_load((folder / "config.yaml").read_text()), str(folder / "config.yaml"))
-    loaded = load_family(config.model, text=True, image=True)
-    loaded.load_lora("student", str(lora.parent))
-    loaded.use("student")
-    return Loaded(str(folder), loaded, config.student.guidance, config.evaluation.steps)
+    config = read(folder / "config.yaml")
+    return Found(str(folder), config.model, str(lora.parent), config.student.guidance, config.evaluation.steps)

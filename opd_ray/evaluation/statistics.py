@@ -13,12 +13,12 @@ LEVEL = (2.5, 97.5)
 Floats = npt.NDArray[np.float64]
 
 
-def mean(scores: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """Mean, 95 % bootstrap interval and count of scores that apply (not NaN)."""
+def mean(scores: Sequence[float], seed: int = 0) -> dict[str, float | None]:
+    """Mean, 95 % bootstrap interval and count of scores that apply (not NaN); None where there are none."""
     values = np.asarray(scores, dtype=np.float64)
     values = values[~np.isnan(values)]
     if not len(values):
-        return {"value": 0.0, "low": 0.0, "high": 0.0, "n": 0}
+        return {"value": None, "low": None, "high": None, "n": 0}
     means = values[_rows(len(values), seed)].mean(axis=1)
     low, high = np.percentile(means, LEVEL)
     return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}

@@ -24,6 +24,7 @@ __all__ = [
     "FAMILIES",
     "Family",
     "check_adapters",
+    "check_lora",
     "family_class",
     "load_family",
     "read_shift",
@@ -223,6 +224,15 @@ def check_adapters(model: ModelConfig, student: LoraConfig, teachers: Mapping[st
         file = read_lora(name, teacher.lora, revision=teacher.revision, subfolder=teacher.subfolder)
         check_fits(file, network)
     Adapters(network).add_lora("student", student, 0)
+
+
+def check_lora(model: ModelConfig, path: str) -> None:
+    """Whether a LoRA fits a model, before anything is loaded.
+
+    Raises:
+        ModelError: what does not fit.
+    """
+    check_fits(read_lora("lora", path), family_class(model.family).skeleton(model))
 
 
 def sigmas_of(model: ModelConfig, num_steps: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Finding and loading the parts of a diffusers checkpoint, from a folder or a hub."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,10 @@ from torch import nn
 from opd_ray.config import ModelConfig
 from opd_ray.errors import ModelError
 
-__all__ = ["load_component", "read_config", "refusing", "resolve"]
+__all__ = ["load_component", "read_config", "refusing", "require_hub_id", "resolve"]
 
 LONGEST_CAUSE = 300
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def resolve(path: str) -> str:
@@ -40,6 +42,16 @@ def refusing(what: str) -> Iterator[None]:
         raise ModelError(f"{what}: {cause[:LONGEST_CAUSE]}") from error
 
 
+def require_hub_id(path: str, what: str) -> None:
+    """Refuse what is neither a folder here nor a name that a hub could have.
+
+    Raises:
+        ModelError: names it, before anything is asked of a network.
+    """
+    if not HUB_ID.fullmatch(path):
+        raise ModelError(f"{what}: there is no such file or folder, and it is no hub id (owner/name)")
+
+
 def read_config(model: ModelConfig, file: str) -> dict[str, Any]:
     """One of the checkpoint's JSON files, such as ``scheduler/scheduler_config.json``.
 
@@ -47,8 +59,11 @@ def read_config(model: ModelConfig, file: str) -> dict[str, Any]:
         ModelError: neither a folder nor a hub repository that has the file.
     """
     place = resolve(model.path)
-    with refusing(f"model {model.path!r} has no readable {file}"):
-        if Path(place).is_dir():
+    local, what = Path(place).is_dir(), f"model {model.path!r}"
+    if not local:
+        require_hub_id(place, what)
+    with refusing(f"{what} has no readable {file}" if local else f"{what} is no folder, nor on the hub with {file}"):
+        if local:
             found = Path(place, model.subfolder or "", file)
         else:
             from huggingface_hub import hf_hub_download
@@ -58,6 +73,21 @@ def read_config(model: ModelConfig, file: str) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError(f"expected a mapping, found {type(content).__name__}")
         return content
+
+
+@contextmanager
+def _quiet(local: bool) -> Iterator[None]:
+    """No progress bars where nothing is downloaded: reading a file is too quick for them."""
+    from transformers.utils import logging
+
+    if not local or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def load_component(kind: Any, model: ModelConfig, name: str, device: str, **options: Any) -> nn.Module:
@@ -74,7 +104,7 @@ def load_component(kind: Any, model: ModelConfig, name: str, device: str, **opti
         ModelError: it is missing, gated, not safetensors, or leaves a weight of ``kind`` unset.
     """
     what = f"model {model.path!r}: its {name} cannot be loaded as {kind.__name__}"
-    with refusing(what):
+    with refusing(what), _quiet(Path(resolve(model.path)).is_dir()):
         component, info = kind.from_pretrained(
             resolve(model.path),
             subfolder="/".join(filter(None, (model.subfolder, name))),

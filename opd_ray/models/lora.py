@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from opd_ray.errors import ModelError
-from opd_ray.models.checkpoint import refusing, resolve
+from opd_ray.models.checkpoint import refusing, require_hub_id, resolve
 
 __all__ = ["LoraFile", "LoraInfo", "check_fits", "read_lora", "write_lora"]
 
@@ -81,6 +81,7 @@ def find(name: str, path: str, revision: str | None, subfolder: str | None) -> P
     if not place.is_dir():
         from huggingface_hub import snapshot_download
 
+        require_hub_id(path, f"LoRA {name!r}: {path!r}")
         files = [WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG]
         inside = f"{subfolder}/" if subfolder else ""
         with refusing(f"LoRA {name!r}: {path!r} is no file, no folder and cannot be downloaded"):

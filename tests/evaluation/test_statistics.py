@@ -30,7 +30,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 def test_scores_that_do_not_apply_are_left_out():
     assert mean([1.0, NAN, 3.0, NAN])["value"] == 2.0
     assert mean([1.0, NAN, 3.0, NAN])["n"] == 2
-    assert mean([NAN]) == mean([]) == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 0}
+    assert mean([NAN]) == mean([]) == {"value": None, "low": None, "high": None, "n": 0}
 
 
 def test_the_same_scores_give_the_same_interval():

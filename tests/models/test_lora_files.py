@@ -199,7 +199,7 @@ def refused(family, path) -> str:
 
 
 def test_a_missing_file_is_refused(family, tmp_path):
-    assert "cannot be downloaded" in refused(family, tmp_path / "nowhere")
+    assert "there is no such file or folder" in refused(family, tmp_path / "nowhere")
 
 
 def test_a_folder_without_one_clear_file_is_refused(family, tmp_path, saved):
@@ -343,7 +343,7 @@ def test_adapters_are_checked_before_any_weights_are_there(tiny, tmp_path, saved
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ModelError, match=r"'student': targets attn.to_z match no linear layer"):
         check_adapters(model, LoraConfig(targets=("attn.to_z",)), {})
-    with pytest.raises(ModelError, match=r"LoRA 'text': .* cannot be downloaded"):
+    with pytest.raises(ModelError, match=r"LoRA 'text': .* there is no such file or folder"):
         check_adapters(model, lora, {"text": TeacherConfig(lora=str(tmp_path / "nowhere"))})
     rewrite(saved, lambda tensors: {k: v[:, :3].contiguous() for k, v in tensors.items()})
     with pytest.raises(ModelError, match=r"LoRA 'text' .* made for another architecture"):

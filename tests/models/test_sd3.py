@@ -216,7 +216,7 @@ def refused(model) -> str:
 
 
 def test_a_missing_model_is_refused_in_one_line(tmp_path):
-    assert "model_index.json" in refused(ModelConfig(path=str(tmp_path / "nowhere")))
+    assert "there is no such file or folder" in refused(ModelConfig(path=str(tmp_path / "nowhere")))
 
 
 def test_another_pipeline_is_refused(copy):

@@ -1,0 +1,39 @@
+"""What several verbs share: their options, and where they write."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opd_ray.errors import RunFolderError
+
+__all__ = ["Json", "Override", "RunSeed", "Runs", "Seed", "overrides", "require_folder"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on stdout.")]
+Override = Annotated[
+    list[str] | None,
+    typer.Option("--override", "-o", help="key=value, for instance -o rounds=6 -o cluster.rollout.workers=2"),
+]
+Runs = Annotated[Path, typer.Option(help="Where run folders go.")]
+RunSeed = Annotated[int | None, typer.Option(min=0, help="Short for -o seed=N.")]
+Seed = Annotated[int, typer.Option(min=0, help="Same seed, same prompts and first noises.")]
+
+
+def overrides(given: list[str] | None, seed: int | None) -> list[str]:
+    """The overrides of a run, ``--seed`` among them."""
+    return [*(given or []), *([] if seed is None else [f"seed={seed}"])]
+
+
+def require_folder(path: Path) -> None:
+    """Make an output folder, before any work whose outcome would be lost without it.
+
+    Raises:
+        RunFolderError: it cannot be made or written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"--out: {path} cannot be made ({error.strerror}); choose another place") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise RunFolderError(f"--out: {path} cannot be written; choose another place")
