@@ -3,6 +3,7 @@ import json
 import pytest
 
 from opd_ray.config import Config
+from tests.runtime.runs import go
 
 WORDS = ("red cat", "two dogs", "blue car", "a tree", "old house")
 
@@ -42,3 +43,16 @@ def make_config(tiny, tiny_teachers, prompts):
         return Config.model_validate(run | changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def reference(make_config, tmp_path_factory):
+    """Rounds -> the same run in this process."""
+    known = {}
+
+    def local(rounds):
+        if rounds not in known:
+            known[rounds] = go(make_config(rounds=rounds), tmp_path_factory.mktemp("local") / "run")
+        return known[rounds]
+
+    return local

@@ -10,7 +10,7 @@ import yaml
 
 from opd_ray.storage import checkpoint
 from opd_ray.storage.run_folder import read_json
-from tests.runtime.runs import LOOPBACK, alive
+from tests.runtime.runs import LOOPBACK, alive, go, same
 
 pytestmark = pytest.mark.ray
 
@@ -75,7 +75,8 @@ def command(make_config, tmp_path):
     return run
 
 
-def test_a_killed_learner_is_exit_code_3_and_nothing_is_left_or_listens_in_public(command, tmp_path) -> None:
+def test_a_killed_learner_is_exit_code_3_and_resumes_bit_identically(command, make_config, reference, tmp_path) -> None:
+    """Nothing of it is left, nothing of it listened in public, and it goes on somewhere else."""
     done = command(KILLED)
     assert done.returncode == 3, done.stderr
     assert "stopped: staging a round: learner rank 0 was lost" in done.stderr
@@ -86,8 +87,10 @@ def test_a_killed_learner_is_exit_code_3_and_nothing_is_left_or_listens_in_publi
     assert not alive(found["pids"]), "Ray is shut down, since the run started it"
     loopback = {LOOPBACK}
     assert {pid: seen for pid, seen in found["seen"].items() if seen and set(seen) != loopback} == {}
+    assert same(go(make_config(), tmp_path / "tiny", resume=True), reference(3))
 
 
+@pytest.mark.verify
 def test_too_many_workers_are_exit_code_2_in_one_line_and_nothing_is_left(command) -> None:
     done = command(PLAIN, "-o", "cluster.rollout.workers=400")
     assert done.returncode == 2, done.stderr

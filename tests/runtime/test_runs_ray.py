@@ -13,35 +13,12 @@ from opd_ray.errors import PlacementError
 from opd_ray.runtime.cluster import RayBackend, RayHandle
 from opd_ray.storage import checkpoint
 from opd_ray.storage.run_folder import read_json
-from tests.runtime.runs import LOOPBACK, Killer, alive, go, listeners, pid_of, tensors_in
+from tests.runtime.runs import LOOPBACK, Killer, alive, go, listeners, pid_of, same, tensors_in
 
 pytestmark = pytest.mark.ray
 ROUNDS = 20
 SMALL = {"resources": {"cpu": 0.25}}
 SHARED = {"share_teachers": True}
-
-
-def same(one, other) -> bool:
-    """Bits and numbers, but for what depends on time and place."""
-    told = ("round", "loss", "gap", "grad_norm", "lr", "forwards", "staleness")
-    assert [{name: row.get(name) for name in told} for row in one.rows] == [
-        {name: row.get(name) for name in told} for row in other.rows
-    ]
-    assert one.result["ema_sha256"] == other.result["ema_sha256"]
-    return one.result["student_sha256"] == other.result["student_sha256"]
-
-
-@pytest.fixture(scope="module")
-def reference(make_config, tmp_path_factory):
-    """Rounds -> the same run in this process."""
-    known = {}
-
-    def local(rounds):
-        if rounds not in known:
-            known[rounds] = go(make_config(rounds=rounds), tmp_path_factory.mktemp("local") / "run")
-        return known[rounds]
-
-    return local
 
 
 def stored() -> tuple[int, int]:
@@ -134,7 +111,8 @@ def test_killed_workers_change_no_bit(make_config, ray_session, reference, tmp_p
     assert not alive(done.pids)
 
 
-def test_a_killed_learner_stops_the_run_and_resume_is_bit_identical(
+@pytest.mark.verify
+def test_a_learner_killed_in_its_update_stops_the_run_and_resume_is_bit_identical(
     make_config, ray_session, reference, tmp_path
 ) -> None:
     def watch(run, live) -> None:
@@ -186,3 +164,25 @@ def test_too_many_workers_are_refused_before_any_starts(make_config, ray_session
         go(config, tmp_path / "run")
     assert caught.value.exit_code == 2
     assert ray.is_initialized()
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(900)
+def test_twenty_rounds_of_chaos_change_no_bit(make_config, ray_session, reference, tmp_path) -> None:
+    killers = []
+
+    def watch(run, live) -> None:
+        killers.append(killer := Killer(run, {"rollout": 1, "teacher": 2}))
+
+        def again() -> None:
+            if run.round % 4 == 0:
+                killer.meet_successors()
+                killer.rounds |= {"rollout": run.round + 1, "teacher": run.round + 2}
+
+        live.after_round = again
+
+    config = make_config("ray", cluster=SHARED | {"rollout": SMALL | {"workers": 2}}, rounds=ROUNDS)
+    done = go(config, tmp_path / "run", watch=watch)
+    assert len(killers[0].killed) >= 8
+    assert same(done, reference(ROUNDS))
+    assert not alive(killers[0].everybody)

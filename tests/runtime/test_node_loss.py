@@ -1,0 +1,69 @@
+"""A node that goes takes its workers and what they had stored with it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.runtime.runs import Outcome, same
+
+pytestmark = [pytest.mark.ray, pytest.mark.verify]
+
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+
+from ray.cluster_utils import Cluster
+
+small = {"object_store_memory": 80 * 2**20}
+cluster = Cluster(initialize_head=True, head_node_args=small | {"num_cpus": 2, "include_dashboard": False})
+far = cluster.add_node(num_cpus=1, resources={"far": 2}, **small)
+os.environ["RAY_ADDRESS"] = cluster.address
+
+from opd_ray.config import Config
+from tests.runtime.runs import go
+
+
+def watch(run, live):
+    stage = run.learner.stage
+
+    def staging(items, collected):
+        if run.round == 1:
+            cluster.add_node(num_cpus=1, resources={"far": 2}, **small)
+            cluster.remove_node(far, allow_graceful=False)
+        stage(items, collected)
+
+    run.learner.stage = staging
+
+
+folder = Path(sys.argv[1])
+config = Config.model_validate_json((folder / "config.json").read_text())
+try:
+    done = go(config, folder / "run", watch=watch)
+    (folder / "done.json").write_text(json.dumps({"rows": done.rows, "notes": done.notes, "result": done.result}))
+finally:
+    import ray
+
+    ray.shutdown()
+    cluster.shutdown()
+"""
+
+
+def test_a_round_whose_drawings_went_with_their_node_is_drawn_again(make_config, reference, tmp_path) -> None:
+    far = {"resources": {"far": 1.0}}
+    config = make_config("ray", cluster={"share_teachers": True, "rollout": far, "teachers": {"default": far}})
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
+    ended = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=280, env=environment
+    )
+    assert ended.returncode == 0, ended.stderr
+    done = Outcome(pids=[], **json.loads((tmp_path / "done.json").read_text()))
+    notes = " ".join(done.notes)
+    assert "an input of the learner is gone" in notes and "rollout-0 was lost" in notes, notes
+    assert done.rows[1]["forwards"]["rollout"] == 2 * reference(3).rows[1]["forwards"]["rollout"], "drawn twice"
+    for row, other in zip(done.rows, reference(3).rows, strict=True):
+        row["forwards"] = other["forwards"]
+    assert same(done, reference(3))
