@@ -85,9 +85,12 @@ def classify(error: BaseException) -> Exception | None:
     """
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, ObjectLostError | OwnerDiedError):
+        if isinstance(seen, RayTaskError):  # also an instance of its cause's class, but its text is a traceback
+            seen = seen.cause
+        elif isinstance(seen, ObjectLostError | OwnerDiedError):
             return InputLostError(_first_line(seen))
-        seen = seen.cause if isinstance(seen, RayTaskError) else seen.__cause__
+        else:
+            seen = seen.__cause__
     # A record that does not arrive was on a node that Ray does not know to be gone yet.
     if isinstance(error, RayActorError | WorkerCrashedError | NodeDiedError | OutOfMemoryError | GetTimeoutError):
         return WorkerLostError(_first_line(error))

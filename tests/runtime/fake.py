@@ -48,6 +48,7 @@ class FakeHandle:
         if self.dead:
             self.backend.outcomes[call.done] = WorkerLostError(f"{self.name} is dead")
         else:
+            assert method != "bind" or not self.requests, "weights are swapped on idle workers alone"
             self.requests.append(Request(method, args, call))
             self.most = max(self.most, sum(r.method != "ready" for r in self.requests))
         return call

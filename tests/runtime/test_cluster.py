@@ -128,7 +128,9 @@ def test_a_lost_input_is_told_from_a_lost_worker_alone_and_as_a_cause() -> None:
     for lost in (lost_object(), lost_object(OwnerDiedError)):
         assert isinstance(classify(lost), InputLostError)
         wrapped = RayTaskError("call", "traceback", lost).as_instanceof_cause()
-        assert isinstance(classify(wrapped), InputLostError)
+        found = classify(wrapped)
+        assert isinstance(found, InputLostError)
+        assert str(found).startswith(f"{type(lost).__name__}: "), "the loss, not the reader's traceback"
         reader = RuntimeError("reading")
         reader.__cause__ = lost
         assert isinstance(classify(reader), InputLostError)
