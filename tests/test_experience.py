@@ -13,7 +13,7 @@ from opd_ray.storage.packing import Manifest
 from opd_ray.types import Prompt, WeightVersion
 
 WEIGHTS = Weights(WeightVersion(0, 0, 4), "abc", Manifest((), 0), None)
-TASKS = {"left": "one", "right": "two", "both": "one"}
+TASKS = {"left": "two", "right": "one", "both": "one"}
 
 
 @dataclass
@@ -35,7 +35,7 @@ def config_of(**batch):
             "model": {"path": "nowhere"},
             "prompts": {"train": "rows.csv"},
             "batch": {"images_per_task": 4, "item_size": 2} | batch,
-            "teachers": {"two": {"lora": "b", "tasks": ["right"]}, "one": {"lora": "a", "tasks": ["left", "both"]}},
+            "teachers": {"two": {"lora": "b", "tasks": ["left"]}, "one": {"lora": "a", "tasks": ["right", "both"]}},
         },
         "test",
     )

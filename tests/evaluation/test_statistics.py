@@ -57,7 +57,8 @@ def test_gap_closed_leaves_out_what_any_of_them_lacks():
 
 
 @pytest.mark.parametrize(
-    ("base", "teacher"), [([0.5, 0.5], [0.5, 0.5]), ([0.5, 0.6], [0.1, 0.2]), ([NAN, 1.0], [1.0, NAN]), ([], [])]
+    ("base", "teacher"),
+    [([0.5, 0.5], [0.5, 0.5]), ([0.5, 0.6], [0.1, 0.2]), ([0.0, 1.0], [0.9, 0.0]), ([NAN, 1.0], [1.0, NAN]), ([], [])],
 )
 def test_without_a_gap_there_is_nothing_to_close(base, teacher):
     assert gap_closed(base, teacher, base) is None
