@@ -15,26 +15,28 @@ RELATIONS = ("left", "right", "above", "below")
 LETTERS = "aeioubklmnrst"
 VOWELS = "aeiou"
 
-_PREFIXES = ("", "a photo of ", "a picture of ", "a drawing of ", "an image of ", "a painting of ")
+_PREFIXES = ("a photo of ", "a picture of ", "a drawing of ", "an image of ", "a painting of ")
 _JOINS = ("and", "with", "next to", "beside")
 _RELATION_PHRASES = {
-    "left": ("left of", "to the left of", "on the left of"),
-    "right": ("right of", "to the right of", "on the right of"),
+    "left": ("left of",),
+    "right": ("right of",),
     "above": ("above", "over"),
     "below": ("below", "under"),
 }
 _CORNER_PHRASES = ("at the {0}", "in the {0}", "in the {0} corner")
+# The word always comes first, at the same tokens: the CLIP encoders know absolute places, so a
+# letter's place in the word need not be learned for every phrasing.
 _TEXT_PHRASES = (
     'the word "{0}"',
-    'a photo of the word "{0}"',
-    'a picture of the word "{0}"',
-    'a sign with the word "{0}"',
-    'a sign that says "{0}"',
-    'a poster that says "{0}"',
-    'a label that says "{0}"',
+    'the word "{0}" in a photo',
+    'the word "{0}" in a picture',
+    'the word "{0}" on a sign',
+    'the word "{0}" that a sign says',
+    'the word "{0}" on a poster',
+    'the word "{0}" on a label',
     'the text "{0}"',
 )
-_MIXED_JOINS = ("and the word", "with the word", "beside the word")
+_MIXED_JOINS = ("and", "with", "beside")
 LOOK_ADJECTIVES = (
     "lovely", "calm", "pretty", "gentle", "pleasant", "dreamy", "quiet", "charming", "beautiful",
     "graceful", "peaceful", "elegant", "tender", "delightful", "cosy", "tasteful",
@@ -136,8 +138,8 @@ def phrase(meaning: Meaning, rng: random.Random) -> str:
     if meaning.relation:
         body = f" {rng.choice(_RELATION_PHRASES[meaning.relation])} ".join(names)
     elif meaning.task == "mixed":
-        # The first join is the shortest: with a word behind it the caption must fit the encoders.
-        return f'{" and ".join(names)} {rng.choice(_MIXED_JOINS)} "{meaning.word}"'
+        # No longer phrasing: with a word the caption only just fits the encoders.
+        return f'the word "{meaning.word}" {rng.choice(_MIXED_JOINS)} {" and ".join(names)}'
     else:
         body = f" {rng.choice(_JOINS)} ".join(names)
     if meaning.corner:

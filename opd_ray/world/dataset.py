@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL
@@ -28,20 +28,24 @@ _ENCODE_BATCH = 256
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a data set holds: shares of tasks and of styles (hard, oracle, soft), caption noise."""
+    """What a data set holds: shares of tasks and of styles (hard, oracle, soft), and its captions.
+
+    ``noises`` names sets of captions, each with how far it is from what the pictures show.
+    """
 
     tasks: dict[str, float]
     styles: tuple[float, float, float]
-    noise: CaptionNoise = field(default_factory=CaptionNoise)
+    noises: dict[str, CaptionNoise]
     captions: int = 4
+    """Captions of each set that a picture has."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Latents [N, 16, 4, 4] and, of each picture, its captions."""
+    """Latents [N, 16, 4, 4] and, of each set, each picture's captions."""
 
     latents: Tensor
-    captions: list[list[str]]
+    captions: dict[str, list[list[str]]]
 
 
 def style(recipe: Recipe, rng: random.Random) -> Style:
@@ -49,23 +53,36 @@ def style(recipe: Recipe, rng: random.Random) -> Style:
     return rng.choices((hard_style, oracle_style, soft_style), recipe.styles)[0](rng)
 
 
-def example(recipe: Recipe, rng: random.Random) -> tuple[Scene, list[str]]:
-    """One picture's scene and its captions, each as loose as the recipe's noise makes it."""
+def example(
+    recipe: Recipe, rng: random.Random, caption_rngs: dict[str, random.Random]
+) -> tuple[Scene, dict[str, list[str]]]:
+    """One picture's scene and its captions. Each set of captions has its own stream of chance."""
     task = rng.choices(list(recipe.tasks), list(recipe.tasks.values()))[0]
     drawn = style(recipe, rng)
     meaning = training_meaning(task, rng)
     picture = loose_scene(drawn, rng) if task == "look" else scene(meaning, drawn, rng)
-    captions = [training_caption(disagree(meaning, recipe.noise, rng), rng) for _ in range(recipe.captions)]
+    captions = {
+        name: [
+            training_caption(disagree(meaning, noise, caption_rngs[name]), caption_rngs[name])
+            for _ in range(recipe.captions)
+        ]
+        for name, noise in recipe.noises.items()
+    }
     return picture, captions
 
 
 def make_dataset(vae: AutoencoderKL, recipe: Recipe, size: int, seed: int, tick: Callable[[int], None]) -> Dataset:
     """Render, encode and caption ``size`` pictures; ``tick`` is told how many were made."""
     rng = random.Random(seed)
-    latents, captions = [], []
+    caption_rngs = {name: random.Random(f"{seed} {name}") for name in recipe.noises}
+    latents: list[Tensor] = []
+    captions: dict[str, list[list[str]]] = {name: [] for name in recipe.noises}
     for start in range(0, size, _ENCODE_BATCH):
-        batch = [example(recipe, rng) for _ in range(min(_ENCODE_BATCH, size - start))]
+        count = min(_ENCODE_BATCH, size - start)
+        batch = [example(recipe, rng, caption_rngs) for _ in range(count)]
         latents.append(encode(vae, render([picture for picture, _ in batch])))
-        captions += [names for _, names in batch]
-        tick(len(batch))
+        for _, names in batch:
+            for name, each in names.items():
+                captions[name].append(each)
+        tick(count)
     return Dataset(torch.cat(latents), captions)

@@ -16,6 +16,7 @@ from opd_ray.world.render import SIZE, distance
 
 MAX_OBJECTS = 8
 _MIN_AREA, _MAX_AREA = 40, 190
+_MIN_STRENGTH = 0.06
 _MIN_LIKENESS = 0.9
 _WINDOW = 16
 _RADII = (4.7, 5.2, 5.7)
@@ -35,15 +36,23 @@ class Found:
     y: float
 
 
-def background_distance(images: Tensor) -> Tensor:
-    """Distance of each pixel's colour from the background's, [B, 3, H, W] to [B, H, W].
+def background_difference(images: Tensor) -> Tensor:
+    """Each pixel's colour less the background's, [B, 3, H, W].
 
     The background is the median colour of the outermost pixels: four large squares cover more
     than half of a picture, but nothing covers half of its rim.
     """
     rows, columns = images[..., (0, -1), :].flatten(2), images[..., (0, -1)].flatten(2)
-    background = torch.cat([rows, columns], 2).median(dim=2).values[:, :, None, None]
-    return (images - background).square().sum(1).sqrt()
+    return images - torch.cat([rows, columns], 2).median(dim=2).values[:, :, None, None]
+
+
+def _strength(images: Tensor) -> Tensor:
+    """How far each pixel's colour is from the background's, brightness aside, [B, H, W].
+
+    Letters differ from their background in brightness; an object close to one stays apart from it.
+    """
+    difference = background_difference(images)
+    return (difference - difference.mean(1, keepdim=True)).square().sum(1).sqrt()
 
 
 def _regions(mask: Tensor) -> Tensor:
@@ -61,9 +70,9 @@ def _largest_regions(images: Tensor) -> tuple[Tensor, Tensor]:
 
     Empty where there are fewer regions.
     """
-    strength = background_distance(images)
+    strength = _strength(images)
     peak = strength.flatten(1).amax(1)[:, None, None]
-    labels = _regions((strength > (0.3 * peak).clamp_min(0.1)).float())
+    labels = _regions((strength > (0.3 * peak).clamp_min(_MIN_STRENGTH)).float())
     flat = labels.flatten(1).long()
     sizes = torch.zeros(len(images), SIZE * SIZE + 1).scatter_add_(1, flat, (flat > 0).float())
     largest = sizes.topk(MAX_OBJECTS, dim=1)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opd_ray.world.captions import LETTERS
-from opd_ray.world.detect import background_distance
+from opd_ray.world.detect import background_difference
 from opd_ray.world.glyphs import HEIGHT, WIDTH, templates
 
 _MIN_MATCH = 0.72
@@ -19,7 +19,7 @@ _MARGIN = 1
 
 def _matches(images: Tensor) -> Tensor:
     """Correlation of each letter with the window centred at each pixel, [B, letters, H, W]."""
-    strength = background_distance(images)[:, None]
+    strength = background_difference(images).square().sum(1, keepdim=True).sqrt()
     # Blank margins make a glyph's surroundings count: an "l" inside an "e" is no "l".
     glyphs = F.pad(templates(), (_MARGIN,) * 4)
     glyphs = glyphs - glyphs.mean((1, 2), keepdim=True)

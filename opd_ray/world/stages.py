@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,7 @@ from opd_ray.world import SPLITS, TASKS, prompt_file
 from opd_ray.world.autoencoder import decode, encode, train_autoencoder
 from opd_ray.world.dataset import Dataset, make_dataset
 from opd_ray.world.drawing import by_category, draw, score
-from opd_ray.world.network import load_pipeline, save_pipeline
+from opd_ray.world.network import load_pipeline, new_pipeline, save_pipeline
 from opd_ray.world.samples import truth
 from opd_ray.world.settings import Settings
 from opd_ray.world.splits import prompt_rows
@@ -116,7 +117,10 @@ def _base(place: Workplace) -> Result:
         load_file(str(place.work("latents.safetensors")))["latents"],
         json.loads(place.work("captions.json").read_text()),
     )
-    pipe = train_base(load_autoencoder(place), data, settings.base_fit, settings.shift, settings.seed, place.tick)
+    torch.manual_seed(settings.seed)
+    pipe = new_pipeline(load_autoencoder(place), settings.shift)
+    for phase in settings.base_phases:
+        train_base(pipe, data, phase, settings.seed, place.tick)
     save_pipeline(pipe, place.pipeline)
     return {}
 
@@ -204,7 +208,12 @@ def stages(settings: Settings) -> list[Stage]:
             lambda s: s.base_pictures,
             _latents,
         ),
-        Stage("base", lambda s: (asdict(s.base_fit), s.shift), lambda s: s.base_fit.steps, _base),
+        Stage(
+            "base",
+            lambda s: ([asdict(phase) for phase in s.base_phases], s.shift),
+            lambda s: sum(phase.steps for phase in s.base_phases),
+            _base,
+        ),
         Stage(
             "guidance sweep",
             lambda s: (s.sweep, s.sweep_prompts),

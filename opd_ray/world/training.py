@@ -4,14 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from opd_ray.world.captions import parse
 from opd_ray.world.dataset import Dataset
 from opd_ray.world.network import (
     encode_ids,
-    new_pipeline,
     text_encoders,
     tokenize,
     velocity,
@@ -40,50 +40,61 @@ class Fit:
     other_rate: float
     dropout: float
     """Share of captions replaced by the empty one, so that guidance has something to subtract."""
+    captions: str = "true"
+    """Which of the data set's sets of captions to train on."""
+    focus: str | None = None
+    """A task that half of each batch is drawn from; the other half is drawn from everything."""
+    centre: float = 0.0
+    """Mean of t's logit: above 0 for more of the noisy end, where a caption decides what is where."""
 
 
-def _pair(x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _pair(x0: Tensor, centre: float) -> tuple[Tensor, Tensor, Tensor]:
     """x_t, t and the velocity to learn. t is logit-normal, wide enough to reach both ends."""
-    t = torch.sigmoid(1.2 * torch.randn(len(x0)))
+    t = torch.sigmoid(centre + 1.2 * torch.randn(len(x0)))
     noise = torch.randn_like(x0)
     wide = t.view(-1, 1, 1, 1)
     return (1 - wide) * x0 + wide * noise, t, noise - x0
 
 
-def _ids(pipe: StableDiffusion3Pipeline, data: Dataset) -> tuple[Tensor, Tensor]:
+def _ids(pipe: StableDiffusion3Pipeline, captions: list[list[str]]) -> tuple[Tensor, Tensor]:
     """Ids of all captions [N, K, 2, L] and of the empty caption [2, L]."""
-    flat = [caption for captions in data.captions for caption in captions]
-    ids = tokenize(pipe, flat)
-    return ids.view(len(data.captions), -1, *ids.shape[1:]), tokenize(pipe, [""])[0]
+    ids = tokenize(pipe, [caption for each in captions for caption in each])
+    return ids.view(len(captions), -1, *ids.shape[1:]), tokenize(pipe, [""])[0]
 
 
-def _batch(data: Dataset, ids: Tensor, empty: Tensor, fit: Fit) -> tuple[Tensor, Tensor]:
+def _focus(captions: list[list[str]], task: str | None) -> Tensor:
+    """The pictures of a task, or all."""
+    chosen = [i for i, each in enumerate(captions) if task in (None, parse(each[0]).task)]
+    return torch.tensor(chosen)
+
+
+def _batch(data: Dataset, ids: Tensor, empty: Tensor, focus: Tensor, fit: Fit) -> tuple[Tensor, Tensor]:
     rows = torch.randint(0, len(data.latents), (fit.batch,))
+    half = fit.batch // 2
+    rows[:half] = focus[torch.randint(0, len(focus), (half,))]
     chosen = ids[rows, torch.randint(0, ids.shape[1], (fit.batch,))]
     dropped = torch.rand(fit.batch) < fit.dropout
     return data.latents[rows], torch.where(dropped[:, None, None], empty, chosen)
 
 
-def train_base(
-    vae: AutoencoderKL, data: Dataset, fit: Fit, shift: float, seed: int, tick: Tick
-) -> StableDiffusion3Pipeline:
-    """Train transformer and text encoders together. Gives the pipeline in float32."""
+def train_base(pipe: StableDiffusion3Pipeline, data: Dataset, fit: Fit, seed: int, tick: Tick) -> None:
+    """Train transformer and text encoders together, in place."""
     torch.manual_seed(seed)
-    pipe = new_pipeline(vae, shift)
-    ids, empty = _ids(pipe, data)
+    captions = data.captions[fit.captions]
+    ids, empty = _ids(pipe, captions)
+    focus = _focus(captions, fit.focus)
     trained = nn.ModuleList([pipe.transformer, *text_encoders(pipe)])
     trained.train()
     optimizer = Optimizer(trained.named_parameters(), fit.steps, fit.matrix_rate, fit.other_rate, plain=_PLAIN)
     for _ in range(fit.steps):
-        x0, chosen = _batch(data, ids, empty, fit)
-        x, t, target = _pair(x0)
+        x0, chosen = _batch(data, ids, empty, focus, fit)
+        x, t, target = _pair(x0, fit.centre)
         predicted = velocity(pipe.transformer, x, t, encode_ids(pipe, chosen))
         loss = (predicted - target).square().mean()
         loss.backward()
         optimizer.step()
         tick(1, {"loss": float(loss.detach())})
     trained.eval()
-    return pipe
 
 
 def train_specialist(
@@ -93,13 +104,14 @@ def train_specialist(
     torch.manual_seed(seed)
     pipe.transformer.requires_grad_(False)
     pipe.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LORA_TARGETS)))
-    contexts = _contexts(pipe, data)
+    captions = data.captions[fit.captions]
+    contexts = _contexts(pipe, captions)
     optimizer = Optimizer(pipe.transformer.named_parameters(), fit.steps, fit.matrix_rate, fit.other_rate)
     for _ in range(fit.steps):
         rows = torch.randint(0, len(data.latents), (fit.batch,))
-        x, t, target = _pair(data.latents[rows])
+        x, t, target = _pair(data.latents[rows], fit.centre)
         # Row 0 is the empty caption; a picture's captions follow one another.
-        each = len(data.captions[0])
+        each = len(captions[0])
         chosen = 1 + rows * each + torch.randint(0, each, (fit.batch,))
         chosen = torch.where(torch.rand(fit.batch) < fit.dropout, 0, chosen)
         context = (contexts[0][chosen], contexts[1][chosen])
@@ -111,9 +123,9 @@ def train_specialist(
 
 
 @torch.no_grad()
-def _contexts(pipe: StableDiffusion3Pipeline, data: Dataset) -> tuple[Tensor, Tensor]:
+def _contexts(pipe: StableDiffusion3Pipeline, captions: list[list[str]]) -> tuple[Tensor, Tensor]:
     """The frozen encoders' output for the empty caption and then for all captions, once."""
-    flat = ["", *(caption for captions in data.captions for caption in captions)]
+    flat = ["", *(caption for each in captions for caption in each)]
     parts = [
         encode_ids(pipe, tokenize(pipe, flat[start : start + _ENCODE_BATCH]))
         for start in range(0, len(flat), _ENCODE_BATCH)
