@@ -17,7 +17,7 @@ from opd_ray.actors import Policy, RewardActor, RolloutActor, TeacherActor
 from opd_ray.actors.recorded import RecordedActor, recordings
 from opd_ray.algorithms import Algorithm, make_algorithm
 from opd_ray.config import Config, Placement, RolePlacement
-from opd_ray.errors import PlacementError
+from opd_ray.errors import PlacementError, PromptError
 from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, RecordedSource, RolloutSource
 from opd_ray.learners import DdpEngine, Learner
@@ -91,7 +91,10 @@ def _locate(path: str) -> str:
     """A prompt file, or `world/<task>/<split>` of the built-in ones."""
     match path.split("/"):
         case ["world", task, split]:
-            return str(world.prompts_path(task, split))
+            try:
+                return str(world.prompts_path(task, split))
+            except ValueError as error:
+                raise PromptError(f"{path}: {error}") from None
     return path
 
 

@@ -28,7 +28,7 @@ for verb in (demo, train, sample, evaluate, config, report):
 def main() -> None:
     """Run a command; a user's error is one line without a traceback."""
     try:
-        app()
+        app(prog_name="opd-ray")
     except OpdRayError as error:
         if error.exit_code == 1:
             raise

@@ -42,9 +42,9 @@ def find_model(name: str) -> Found:
         UserError: it is none of the three, or its LoRA does not fit.
     """
     found = _run(Path(name)) if (Path(name) / "run.json").is_file() else _named(name)
-    read_shift(found.model)
     if found.lora is not None:
         check_lora(found.model, found.lora)
+    read_shift(found.model)
     return found
 
 

@@ -1,7 +1,10 @@
+import io
 import json
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -29,19 +32,30 @@ class Outcome:
         return line.removeprefix("error: ")
 
 
-@pytest.fixture
-def cli(monkeypatch, capsys):
+@pytest.fixture(scope="session")
+def cli():
     """Run a command line in this process, as the console script does."""
 
     def run(*args) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["opd-ray", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
+        out, err = io.StringIO(), io.StringIO()
+        argv = ["opd-ray", *map(str, args)]
+        with (
+            patch.object(sys, "argv", argv),
+            redirect_stdout(out),
+            redirect_stderr(err),
+            pytest.raises(SystemExit) as end,
+        ):
             main()
-        captured = capsys.readouterr()
-        return Outcome(end.value.code, captured.out, captured.err)
+        return Outcome(end.value.code, out.getvalue(), err.getvalue())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def finished(cli, recipe, tmp_path_factory):
+    """A whole run with an evaluation after each round: its folder, and what the command wrote."""
+    out = tmp_path_factory.mktemp("finished") / "[bold]runs[/] :cat:"
+    return out / "small", cli("train", recipe(), "--out", out, "--json", "-o", "evaluation.every=1")
 
 
 @pytest.fixture

@@ -1,0 +1,230 @@
+"""`train` from its start to every kind of end, and on from there."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd_ray.actors import TeacherActor
+from opd_ray.learners import Learner
+
+ROUNDS = 4
+SETTINGS = ("-o", f"rounds={ROUNDS}", "-o", "checkpoint.every=2", "-o", "evaluation.images_per_task=0", "--json")
+GO_ON = "go on from the last checkpoint with --resume"
+
+
+@pytest.fixture(scope="module")
+def whole(cli, recipe, tmp_path_factory):
+    """The result of a run that nobody disturbed."""
+    done = cli("train", recipe(), "--out", tmp_path_factory.mktemp("whole"), *SETTINGS)
+    return json.loads(done.out)
+
+
+@pytest.fixture
+def run(cli, recipe, tmp_path):
+    """`train` into one folder, as often as it takes."""
+    path = recipe()
+    return lambda *args: cli("train", path, "--out", tmp_path, *SETTINGS, *args)
+
+
+def told(folder: Path, name: str):
+    return json.loads((folder / "small" / name).read_text())
+
+
+def same(done, whole) -> bool:
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert result["forwards"] == whole["forwards"] and result["rounds"] == ROUNDS
+    return [result[key] for key in ("student_sha256", "ema_sha256")] == [
+        whole[key] for key in ("student_sha256", "ema_sha256")
+    ]
+
+
+def in_round(monkeypatch, number, act):
+    """Do something before an update of this round (0-based)."""
+    update = Learner.update
+
+    def acting(self, *args):
+        if self.updates == number:
+            act()
+        return update(self, *args)
+
+    monkeypatch.setattr(Learner, "update", acting)
+
+
+def test_a_signal_ends_the_round_and_leaves_a_checkpoint(run, whole, monkeypatch, tmp_path):
+    in_round(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    done = run()
+    assert done.code == 3 and done.out == ""
+    assert "stopping after this round, with a checkpoint; once more stops at once" in done.err
+    assert done.err.splitlines()[-1] == f"stopped: stopped after round 3 of {ROUNDS}; --resume goes on from there"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert (tmp_path / "small" / "checkpoints" / "step-000003").is_dir()
+    result, status = told(tmp_path, "result.json"), told(tmp_path, "status.json")
+    assert result["status"] == status["status"] == "stopped" and result["rounds"] == status["round"] == 3
+    assert result["forwards"]["rollout"] == 3 * whole["forwards"]["rollout"] / ROUNDS
+    monkeypatch.undo()
+    again = run("--resume")
+    assert same(again, whole) and f"going on after round 3 of {ROUNDS}" in again.err
+    assert told(tmp_path, "result.json")["status"] == "done"
+
+
+def test_the_second_signal_stops_at_once(run, whole, monkeypatch, tmp_path):
+    in_round(monkeypatch, 3, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    done = run()
+    assert done.code == 3 and done.err.splitlines()[-1] == f"stopped: interrupted; {GO_ON}"
+    assert told(tmp_path, "status.json")["status"] == "stopped"
+    monkeypatch.undo()
+    again = run("--resume")
+    assert same(again, whole) and f"going on after round 2 of {ROUNDS}" in again.err
+
+
+def test_a_signal_in_the_last_round_leaves_the_evaluation_to_the_next_attempt(run, whole, monkeypatch, tmp_path):
+    in_round(monkeypatch, ROUNDS - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    done = run()
+    assert done.code == 3 and "stopped after the last of 4 rounds; --resume evaluates" in done.err
+    monkeypatch.undo()
+    assert same(run("--resume"), whole)
+
+
+def test_a_signal_before_and_after_the_rounds_stops_at_once(run, whole, monkeypatch):
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    for where, more in (("opd_ray.build.make_backend", []), ("opd_ray.run.Run.result", ["--resume"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, interrupted)
+            done = run(*more)
+            assert done.code == 3 and done.err.splitlines()[-1] == f"stopped: interrupted; {GO_ON}"
+    assert same(run("--resume"), whole)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+def test_a_process_that_is_ended_from_outside_goes_on_bit_identically(run, recipe, whole, tmp_path, kind):
+    rounds = tmp_path / "small" / "metrics.jsonl"
+    script = "import sys; from opd_ray.cli import main; sys.argv[0] = 'opd-ray'; main()"
+    # More rounds than it gets to: where it is stopped does not matter.
+    args = ["train", recipe(), "--out", tmp_path, *SETTINGS, "-o", "rounds=100"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (rounds.exists() and rounds.read_bytes().count(b"\n") >= 1) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(kind)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    reached = rounds.read_bytes().count(b"\n")
+    assert 0 < reached < ROUNDS, err
+    assert out == "" and "Traceback" not in err
+    assert process.returncode == (3 if kind == signal.SIGINT else -signal.SIGKILL)
+    assert told(tmp_path, "status.json")["status"] == ("stopped" if kind == signal.SIGINT else "running")
+    assert same(run("--resume"), whole)
+
+
+def test_a_teachers_nan_stops_the_run_with_nothing_lost(run, whole, monkeypatch, tmp_path):
+    score = TeacherActor.score
+
+    def broken(self, trajectory, teacher):
+        with monkeypatch.context() as patch:
+            if (trajectory.item.round, teacher) == (3, "b"):
+                patch.setattr(self.family, "velocity", lambda x, *rest: torch.full_like(x, math.nan))
+            return score(self, trajectory, teacher)
+
+    monkeypatch.setattr(TeacherActor, "score", broken)
+    done = run()
+    assert done.code == 3 and "Traceback" not in done.err
+    line = done.err.splitlines()[-1]
+    assert line.startswith("stopped: teacher b answered NaN or infinity in round 3 for 2 prompts, first 'train ")
+    assert "check the teacher's weights and precision, then go on with --resume" in line
+    assert (tmp_path / "small" / "checkpoints" / "step-000003").is_dir(), "of the last whole round"
+    monkeypatch.undo()
+    again = run("--resume")
+    assert same(again, whole) and f"going on after round 3 of {ROUNDS}" in again.err
+
+
+def test_a_run_that_fails_says_so(run, whole, monkeypatch, tmp_path):
+    def fail():
+        raise ZeroDivisionError("of a plugin")
+
+    in_round(monkeypatch, 3, fail)
+    with pytest.raises(ZeroDivisionError):  # with its traceback, and exit code 1 from the interpreter
+        run()
+    result = told(tmp_path, "result.json")
+    assert result["status"] == told(tmp_path, "status.json")["status"] == "failed"
+    assert result["why"] == "ZeroDivisionError: of a plugin"
+    monkeypatch.undo()
+    assert same(run("--resume"), whole)
+
+
+def test_a_damaged_checkpoint_is_skipped_with_a_note(run, whole, tmp_path):
+    assert run().code == 0
+    damaged = tmp_path / "small" / "checkpoints" / "step-000004" / "student.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    again = run("--resume")
+    assert "checkpoints/step-000004 is damaged and was skipped: student.safetensors has " in again.err
+    assert f"going on after round 2 of {ROUNDS}" in again.err
+    assert same(again, whole)
+
+
+def test_resume_where_nothing_is_yet(run, whole):
+    done = run("--resume")
+    assert same(done, whole) and "no checkpoint to resume from: starting at round 0" in done.err
+
+
+def test_what_a_resumed_run_may_change(run, tmp_path):
+    assert run("-o", "rounds=1").code == 0
+    before = (tmp_path / "small" / "run.json").read_bytes()
+    for change, expected in [
+        ("optimizer.lr=0.5", "optimizer.lr was 0.01, now 0.5"),
+        ("student.guidance=1", "student.guidance was 2.0, now 1.0"),
+        ("teachers.a.guidance=2", "teachers.a.guidance was 1.0, now 2.0"),
+        ("seed=1", "seed was 0, now 1"),
+        ("ema=null", "ema was absent, now null"),
+    ]:
+        error = run("--resume", "-o", change).error
+        assert error.startswith(f"{tmp_path / 'small'} belongs to another run: ") and expected in error
+        assert error.endswith("Choose another name, or start it as it was")
+    assert (tmp_path / "small" / "run.json").read_bytes() == before, "a refusal changes nothing"
+    allowed = ("rounds=2", "checkpoint.keep=1", "cluster.share_teachers=true", "cluster.rollout.workers=2")
+    done = run("--resume", *(part for change in allowed for part in ("-o", change)))
+    assert done.code == 0 and json.loads(done.out)["rounds"] == 2
+    lines = (tmp_path / "small" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [0, 1]
+
+
+def test_an_average_that_was_never_taken_is_said(run):
+    done = run("-o", "rounds=1", "-o", "ema.every=2")
+    assert "the average is still the untrained start: 1 optimizer steps, ema.every is 2" in done.err
+
+
+def test_an_older_attempt_leaves_the_folder_to_the_newer_one(run, monkeypatch, tmp_path):
+    def take_over():
+        path = tmp_path / "small" / "run.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"attempt": 7}))
+
+    in_round(monkeypatch, 1, take_over)
+    done = run()
+    assert done.code == 2 and "attempt 7 has taken over; attempt 0 must not write checkpoints" in done.err
+    assert not (tmp_path / "small" / "result.json").exists()
+
+
+@pytest.mark.ray
+def test_more_workers_than_the_cluster_has_room_for(cli, run, recipe, ray_session, tmp_path):
+    path = recipe(cluster={"runtime": "ray", "rollout": {"workers": 99}, "teachers": {"default": {"workers": 2}}})
+    done = cli("train", path, "--out", tmp_path, *SETTINGS)
+    assert done.code == 2 and done.out == "" and "Traceback" not in done.err
+    line = done.err.splitlines()[-1]
+    assert line.startswith("error: no room for 104 workers: asked {CPU: 104}; ") and "per node {CPU: " in line
+    assert "missing {CPU: " in line and "Lower workers or their cpu, gpu, resources in the cluster file" in line
+    assert run("--resume", "-o", "rounds=1").code == 0, "the folder is not lost"
