@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 ROLES = ("rollout", "teacher", "reward", "learner", "default", "base", "student", "reference", "old")
+Beta = Annotated[float, Field(ge=0, lt=1)]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 ATTENTION = tuple(
     f"attn.{name}"
@@ -139,9 +140,6 @@ AlgorithmConfig = Annotated[
         custom_error_message="unknown algorithm; known: opd. For your own use package.module:Class",
     ),
 ]
-
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Frozen):
@@ -316,12 +314,11 @@ class Config(Frozen):
         items = len(tasks) * (self.batch.images_per_task // self.batch.item_size)
         if tasks and items < self.cluster.learner.ranks:
             raise ValueError("cluster.learner.ranks: a round has fewer work items than ranks; lower batch.item_size")
-        for name in self.cluster.teachers:
-            if name != "default" and name not in self.teachers:
-                raise ValueError(
-                    f"cluster.teachers.{name}: no such teacher; known: {', '.join(self.teachers) or 'none'}"
-                )
-            if name != "default" and self.cluster.share_teachers:
+        known = ", ".join(self.teachers) or "none"
+        for name in self.cluster.teachers.keys() - {"default"}:
+            if name not in self.teachers:
+                raise ValueError(f"cluster.teachers.{name}: no such teacher; known: {known}")
+            if self.cluster.share_teachers:
                 raise ValueError(f"cluster.teachers.{name}: teachers are shared, so only `default` applies")
         if (self.prompts is None) == (self.recorded is None):
             raise ValueError("give either prompts (rollouts draw on them) or recorded (experience to read)")
@@ -349,11 +346,9 @@ class Config(Frozen):
             )
         if opd.objective == "kl" and opd.loss_target != "xt":
             raise ValueError(f"algorithm.loss_target {opd.loss_target} belongs to objective mean; kl compares xt")
-        for task in opd.task_weights:
-            if task not in self.teacher_of_task:
-                raise ValueError(
-                    f"algorithm.task_weights.{task}: no such task; known: {', '.join(self.teacher_of_task)}"
-                )
+        known = ", ".join(self.teacher_of_task)
+        for task in opd.task_weights.keys() - self.teacher_of_task.keys():
+            raise ValueError(f"algorithm.task_weights.{task}: no such task; known: {known}")
 
     @property
     def teacher_of_task(self) -> dict[str, str]:
@@ -391,8 +386,6 @@ def parse(data: dict[str, Any], where: str) -> Config:
         return Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{where}: " + "; ".join(_problem(item) for item in error.errors())) from None
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
 
 
 def _problem(item: Any) -> str:
