@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opd_ray.actors import TeacherActor
-from opd_ray.errors import NotFiniteError, UserError
+from opd_ray.errors import NotFiniteError, Stopped, UserError
 from opd_ray.storage import checkpoint
 from opd_ray.storage.run_folder import read_json
 from tests.runtime.runs import go
@@ -77,6 +77,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_run(make_config, whole, 
     config = make_config(checkpoint={"every": every})
     first = go(config, tmp_path / "run", watch=stop)
     assert first.error.exit_code == 3 and len(first.rows) == 1
+    assert checkpoint.newest(tmp_path / "run")[0].round == 1
     assert read_json(tmp_path / "run" / "result.json")["status"] == "stopped"
     second = go(config, tmp_path / "run", resume=True)
     assert second.result["student_sha256"] == whole.result["student_sha256"]
@@ -84,6 +85,21 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_run(make_config, whole, 
     assert [row["loss"] for row in second.rows] == [row["loss"] for row in whole.rows]
     assert second.result["forwards"] == whole.result["forwards"]
     assert second.rows[-1]["weight_version"].startswith("1.")
+
+
+def test_rows_after_the_last_checkpoint_are_written_again_and_not_twice(make_config, whole, tmp_path) -> None:
+    def stop(run, live) -> None:
+        def after_round() -> None:
+            if run.round == 2:
+                raise Stopped("before any checkpoint")
+
+        live.after_round = after_round
+
+    config = make_config(checkpoint={"every": 3})
+    assert len(go(config, tmp_path / "run", watch=stop).rows) == 2
+    again = go(config, tmp_path / "run", resume=True)
+    assert [row["round"] for row in again.rows] == [0, 1, 2]
+    assert again.result["student_sha256"] == whole.result["student_sha256"]
 
 
 def test_resuming_a_run_that_is_done_changes_nothing(make_config, tmp_path) -> None:
