@@ -41,9 +41,7 @@ class Step(NamedTuple):
 class Kernel(Protocol):
     """From a state and a velocity to the next state's distribution."""
 
-    def __call__(
-        self, x: Tensor, v: Tensor, t: PerSample, t_next: PerSample, noise_level: float
-    ) -> Step:
+    def __call__(self, x: Tensor, v: Tensor, t: PerSample, t_next: PerSample, noise_level: float) -> Step:
         """See the module's docstring for shapes and units."""
 
 
@@ -90,10 +88,10 @@ def ddim(x: Tensor, v: Tensor, t: PerSample, t_next: PerSample, noise_level: flo
     r = t' (1 - t) / (t (1 - t')); a = 1 is the ancestral (DDPM) step.
     """
     now, then = _times(x, t, t_next, noise_level, max_noise=1.0)
-    # 1 - r, (1 - r)(1 + r) and sqrt(1 - q) - 1 in forms that subtract no nearly equal numbers:
-    # fp32 suffices, and the root never sees a negative number.
+    # 1 - r, then (1 - r)(1 + r), then sqrt(1 - q) - 1, in forms that subtract no nearly equal
+    # numbers: fp32 suffices. gap (2 - gap) rounds to at most 1, so no root sees a negative number.
     gap = (now - then) / (now * (1 - then))
-    renewed = (noise_level**2 * gap * (2 - gap)).clamp(max=1)
+    renewed = noise_level**2 * gap * (2 - gap)
     return _step(
         x,
         v,
@@ -144,9 +142,7 @@ def log_prob(x_next: Tensor, step: Step, *, reduction: Reduction = "mean") -> Te
     require_positive_std(step.std)
     std = over_samples(step.std, step.mean)
     standard = (x_next.detach().float() - step.mean) / std
-    return reduce_dims(
-        -0.5 * standard.square() - std.log() - 0.5 * math.log(2 * math.pi), reduction
-    )
+    return reduce_dims(-0.5 * standard.square() - std.log() - 0.5 * math.log(2 * math.pi), reduction)
 
 
 def _step(x: Tensor, v: Tensor, now: Tensor, then: Tensor, pull: Tensor, std: Tensor) -> Step:
@@ -154,9 +150,7 @@ def _step(x: Tensor, v: Tensor, now: Tensor, then: Tensor, pull: Tensor, std: Te
     return Step(mean=euler + pull * eps_from_velocity(x, v, now), std=std)
 
 
-def _times(
-    x: Tensor, t: PerSample, t_next: PerSample, noise_level: float, max_noise: float
-) -> tuple[Tensor, Tensor]:
+def _times(x: Tensor, t: PerSample, t_next: PerSample, noise_level: float, max_noise: float) -> tuple[Tensor, Tensor]:
     if not 0 <= noise_level <= max_noise or math.isinf(noise_level):
         raise ValueError(f"noise level {noise_level} must be finite and in [0, {max_noise}]")
     now, then = over_samples(t, x), over_samples(t_next, x)

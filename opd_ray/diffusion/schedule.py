@@ -30,12 +30,8 @@ def flow_sigmas(num_steps: int, shift: float, *, num_train_timesteps: int = 1000
     # float64. That second shift of an already shifted end makes the last non-zero sigma tiny.
     clock = torch.tensor([num_train_timesteps, 1], dtype=torch.float32)
     ends = shifted(clock / num_train_timesteps).double() * num_train_timesteps
-    grid = torch.arange(num_steps, dtype=torch.float64)
-    if num_steps > 1:
-        grid *= (ends[1] - ends[0]) / (num_steps - 1)
-    grid += ends[0]
-    if num_steps > 1:
-        grid[-1] = ends[1]
+    stride = (ends[1] - ends[0]) / max(num_steps - 1, 1)
+    grid = ends[0] + stride * torch.arange(num_steps, dtype=torch.float64)
     return torch.cat([shifted(grid / num_train_timesteps).float(), torch.zeros(1)])
 
 

@@ -63,9 +63,7 @@ def test_weight_of_every_step_in_velocity_space():
     assert ode == pytest.approx(
         [0.0008, 0.0011, 0.0016, 0.0023, 0.0035, 0.0055, 0.0094, 0.0175, 0.0362, 0.00004], rel=0.05
     )
-    assert sde == pytest.approx(
-        [0.0016, 0.0031, 0.0084, 0.018, 0.035, 0.069, 0.144, 0.340, 1.105, 1.57], rel=0.03
-    )
+    assert sde == pytest.approx([0.0016, 0.0031, 0.0084, 0.018, 0.035, 0.069, 0.144, 0.340, 1.105, 1.57], rel=0.03)
     # The ODE puts nearly half of its weight on one step, and nothing on the one that is left out.
     assert ode[8] / sum(ode) == pytest.approx(0.46, abs=0.01)
     assert max(range(10), key=sde.__getitem__) == 9

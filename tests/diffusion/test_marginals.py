@@ -23,9 +23,7 @@ def velocity(x: torch.Tensor, t: float, spread: float = SPREAD) -> torch.Tensor:
     return (t - (1 - t) * spread**2) / variance * (x - mean) - MEAN
 
 
-def transport(
-    name: str, times: list[float], noise_level: float, spread: float = SPREAD
-) -> tuple[float, float]:
+def transport(name: str, times: list[float], noise_level: float, spread: float = SPREAD) -> tuple[float, float]:
     """Mean and variance at the last time; an affine step: m -> Am + b, V -> A^2 V + std^2."""
     mean, variance = marginal(times[0], spread)
     x = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1)
@@ -50,9 +48,7 @@ def test_error_of_the_marginals_is_of_first_order(name: str, noise_level: float)
     assert errors[0] / errors[1] == pytest.approx(2, abs=0.25)
     assert errors[1] / errors[2] == pytest.approx(2, abs=0.25)
     assert abs(errors[2]) < 0.01
-    assert transport(name, grid(0.9, 0.1, 200), noise_level)[0] == pytest.approx(
-        0.9 * MEAN, abs=0.01
-    )
+    assert transport(name, grid(0.9, 0.1, 200), noise_level)[0] == pytest.approx(0.9 * MEAN, abs=0.01)
 
 
 @pytest.mark.parametrize("num_steps", [10, 1000])
@@ -75,9 +71,7 @@ def test_on_a_single_image_the_noise_is_on_schedule_after_any_step(name: str, no
 
 def test_cps_narrows_a_spread_target_however_many_steps():
     # Its std is t' sin(a pi / 2) whatever the step's length: no discretised SDE, and known.
-    errors = [
-        transport("cps", grid(0.9, 0.1, n), 0.7)[1] - marginal(0.1)[1] for n in (50, 100, 200)
-    ]
+    errors = [transport("cps", grid(0.9, 0.1, n), 0.7)[1] - marginal(0.1)[1] for n in (50, 100, 200)]
     assert errors == pytest.approx([-0.06] * 3, abs=0.005)
 
 

@@ -55,7 +55,7 @@ def test_no_velocity_from_x0_without_noise(t: float | torch.Tensor):
         velocity_from_x0(randn(2, 1, 2, 2), randn(2, 1, 2, 2), t)
 
 
-@pytest.mark.parametrize("t", [1.0, 1 - 1e-8, torch.tensor(1.0), torch.tensor([1.0, 0.5])])
+@pytest.mark.parametrize("t", [1.0, 1 - 1e-7, torch.tensor(1.0), torch.tensor([1.0, 0.5])])
 def test_no_velocity_from_eps_without_signal(t: float | torch.Tensor):
     with pytest.raises(ValueError, match="needs t < 1"):
         velocity_from_eps(randn(2, 1, 2, 2), randn(2, 1, 2, 2), t)
@@ -97,15 +97,11 @@ def test_times_go_over_samples_whatever_the_other_sizes():
         x = randn(*[3] * ndim)
         t = torch.tensor([0.1, 0.2, 0.3])
         together = over_samples(t, x) * x
-        assert torch.equal(
-            together, torch.stack([float(a) * row for a, row in zip(t, x, strict=True)])
-        )
+        assert torch.equal(together, torch.stack([float(a) * row for a, row in zip(t, x, strict=True)]))
         assert torch.equal(together, over_samples(t.reshape(3, *[1] * (ndim - 1)), x) * x)
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 3, 1, 1, 1), (3, 1, 1, 1), (3, 3), (1,), (2,), (4,), (3, 1, 1, 1, 2)]
-)
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1, 1), (3, 1, 1, 1), (3, 3), (1,), (2,), (4,), (3, 1, 1, 1, 2)])
 def test_a_time_on_the_channels_is_refused(shape: tuple[int, ...]):
     with pytest.raises(ValueError, match="cannot go over the samples"):
         over_samples(torch.rand(shape), randn(3, 3, 3, 3, 3))

@@ -40,9 +40,7 @@ def test_equals_diffusers_bit_for_bit(shift: float, num_train_timesteps: int):
         assert (ours.diff() < 0).all()
 
 
-@pytest.mark.parametrize(
-    ("num_steps", "shift", "clock"), [(0, 3.0, 1000), (10, 0.0, 1000), (10, 3.0, 0)]
-)
+@pytest.mark.parametrize(("num_steps", "shift", "clock"), [(0, 3.0, 1000), (10, 0.0, 1000), (10, 3.0, 0)])
 def test_impossible_schedules_are_refused(num_steps: int, shift: float, clock: int):
     with pytest.raises(ValueError, match="num_steps >= 1, shift > 0"):
         flow_sigmas(num_steps, shift, num_train_timesteps=clock)
