@@ -42,7 +42,7 @@ def load(model: str, teachers: Mapping[str, str], rank: int, alpha: float) -> St
     """The base, a LoRA for each teacher, and a fresh one called `student` (A normal, B zero: it starts as the base)."""
     index = StableDiffusion3Pipeline.load_config(model)
     absent = {name: None for name, part in index.items() if part == [None, None]}  # T5, where it was left out
-    pipe = StableDiffusion3Pipeline.from_pretrained(model, **absent)
+    pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=torch.float32, **absent)
     pipe.transformer.requires_grad_(False)
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
     for name, folder in teachers.items():

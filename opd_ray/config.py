@@ -315,7 +315,7 @@ class Config(Frozen):
         if tasks and items < self.cluster.learner.ranks:
             raise ValueError("cluster.learner.ranks: a round has fewer work items than ranks; lower batch.item_size")
         known = ", ".join(self.teachers) or "none"
-        for name in self.cluster.teachers.keys() - {"default"}:
+        for name in sorted(self.cluster.teachers.keys() - {"default"}):
             if name not in self.teachers:
                 raise ValueError(f"cluster.teachers.{name}: no such teacher; known: {known}")
             if self.cluster.share_teachers:
@@ -347,7 +347,7 @@ class Config(Frozen):
         if opd.objective == "kl" and opd.loss_target != "xt":
             raise ValueError(f"algorithm.loss_target {opd.loss_target} belongs to objective mean; kl compares xt")
         known = ", ".join(self.teacher_of_task)
-        for task in opd.task_weights.keys() - self.teacher_of_task.keys():
+        for task in sorted(opd.task_weights.keys() - self.teacher_of_task.keys()):
             raise ValueError(f"algorithm.task_weights.{task}: no such task; known: {known}")
 
     @property

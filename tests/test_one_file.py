@@ -113,6 +113,13 @@ def test_it_runs_and_writes_a_lora_at_its_full_strength(one_file, tiny, files, t
     assert (written.config["r"], written.config["lora_alpha"]) == (4, 8)
 
 
+def test_checkpoints_in_half_precision_compute_in_float32(one_file, tiny, tmp_path):
+    one_file.StableDiffusion3Pipeline.from_pretrained(str(tiny)).to(torch.float16).save_pretrained(tmp_path)
+    pipe = one_file.load(str(tmp_path), {}, rank=4, alpha=8)
+    parts = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
+    assert {parameter.dtype for part in parts for parameter in part.parameters()} == {torch.float32}
+
+
 def test_it_stands_alone_and_is_short():
     tree = ast.parse(FILE.read_text())
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
