@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
 WORLD = Path(__file__).resolve().parent.parent / "opd_ray" / "world" / "shipped"
-TASKS = [("compose", 1.0), ("text", 1.5), ("look", 1.5)]  # and the guidance of each one's teacher
+TASKS = [("compose", 1.25), ("text", 1.25), ("look", 1.0)]  # and the guidance of each one's teacher
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 Conditioning = Mapping[str, Tensor]  # by the transformer's argument name, each [B, ...]
 
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--images", type=int, default=24, help="of each task in a round")
     parser.add_argument("--steps", type=int, default=10, help="denoising steps N; the first int(0.99 N) are trained")
-    parser.add_argument("--guidance", type=float, default=1.5, help="the student's")
+    parser.add_argument("--guidance", type=float, default=1.25, help="the student's")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--alpha", type=float, default=64)

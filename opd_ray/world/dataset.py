@@ -38,6 +38,10 @@ class Recipe:
     noises: dict[str, CaptionNoise]
     captions: int = 4
     """Captions of each set that a picture has."""
+    look_styles: tuple[float, float, float] | None = None
+    """Other shares of styles for look captions."""
+    relations: bool = True
+    """Whether compose pictures may be about how two objects lie to each other."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,9 @@ class Dataset:
     captions: dict[str, list[list[str]]]
 
 
-def style(recipe: Recipe, rng: random.Random) -> Style:
-    """A random style by the recipe's shares."""
-    return rng.choices((hard_style, oracle_style, soft_style), recipe.styles)[0](rng)
+def style(shares: tuple[float, float, float], rng: random.Random) -> Style:
+    """A random style by its share."""
+    return rng.choices((hard_style, oracle_style, soft_style), shares)[0](rng)
 
 
 def example(
@@ -58,8 +62,8 @@ def example(
 ) -> tuple[Scene, dict[str, list[str]]]:
     """One picture's scene and its captions. Each set of captions has its own stream of chance."""
     task = rng.choices(list(recipe.tasks), list(recipe.tasks.values()))[0]
-    drawn = style(recipe, rng)
-    meaning = training_meaning(task, rng)
+    drawn = style((task == "look" and recipe.look_styles) or recipe.styles, rng)
+    meaning = training_meaning(task, rng, recipe.relations)
     picture = loose_scene(drawn, rng) if task == "look" else scene(meaning, drawn, rng)
     captions = {
         name: [

@@ -128,14 +128,20 @@ CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "
 _CATEGORY_WEIGHTS = (1, 1, 4, 4, 5, 5)
 
 
-def training_meaning(task: str, rng: random.Random) -> Meaning:
-    """A random meaning of one task that training may see."""
+def training_meaning(task: str, rng: random.Random, relations: bool = True) -> Meaning:
+    """A random meaning of one task that training may see.
+
+    ``relations`` between two objects (left of, above) are something the base has seen; the compose task asks for
+    positions by corner alone.
+    """
     if task == "look":
         return Meaning()
     if task == "text":
         return Meaning(word=rng.choice(training_words()))
     while True:
         category = rng.choices(CATEGORIES, _CATEGORY_WEIGHTS)[0]
+        if category == "position" and not relations:
+            continue
         if task == "mixed":
             category = rng.choice(("colors", "counting", "color_attr"))
         meaning = _training_items(category, rng)
@@ -168,11 +174,10 @@ def _held_compose(category: str, rng: random.Random) -> Meaning:
         return Meaning((Item(1, colour, shape),), corner=corner)
     pair = sorted(rng.choice(sorted(sorted(pair) for pair in held.pairs)))
     rng.shuffle(pair)
-    relation = rng.choice(RELATIONS) if category == "position" else None
-    return Meaning(tuple(Item(1, *kind) for kind in pair), relation=relation)
+    return Meaning(tuple(Item(1, *kind) for kind in pair))
 
 
-HELD_CATEGORIES = ("counting", "colors", "position", "color_attr")
+HELD_CATEGORIES = ("counting", "colors", "color_attr")
 """Uncoloured captions name too little to hold a combination out, so they are in training alone."""
 
 
@@ -186,7 +191,7 @@ def held_out_caption(task: str, index: int, rng: random.Random) -> str:
     if task == "text":
         return phrase(Meaning(word=word), rng)
     if task == "compose":
-        return phrase(_held_compose(HELD_CATEGORIES[index % 4], rng), rng)
+        return phrase(_held_compose(HELD_CATEGORIES[index % len(HELD_CATEGORIES)], rng), rng)
     items = _held_compose("color_attr", rng).items
     return phrase(Meaning(items, word=word), rng)
 
@@ -202,7 +207,7 @@ def prompt_rows(task: str, split: str, count: int) -> list[dict[str, str]]:
         if split == "heldout":
             prompt = held_out_caption(task, len(rows), rng)
         else:
-            prompt = training_caption(training_meaning(task, rng), rng)
+            prompt = training_caption(training_meaning(task, rng, relations=False), rng)
         if prompt in seen and tries < 20:
             continue
         seen.add(prompt)

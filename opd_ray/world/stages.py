@@ -121,6 +121,8 @@ def _base(place: Workplace) -> Result:
     pipe = new_pipeline(load_autoencoder(place), settings.shift)
     for phase in settings.base_phases:
         train_base(pipe, data, phase, settings.seed, place.tick)
+    last = make_dataset(pipe.vae, settings.last_recipe, settings.last_pictures, settings.seed + 5, lambda count: None)
+    train_base(pipe, last, settings.last_phase, settings.seed + 5, place.tick)
     save_pipeline(pipe, place.pipeline)
     return {}
 
@@ -210,8 +212,13 @@ def stages(settings: Settings) -> list[Stage]:
         ),
         Stage(
             "base",
-            lambda s: ([asdict(phase) for phase in s.base_phases], s.shift),
-            lambda s: sum(phase.steps for phase in s.base_phases),
+            lambda s: (
+                [asdict(phase) for phase in (*s.base_phases, s.last_phase)],
+                asdict(s.last_recipe),
+                s.last_pictures,
+                s.shift,
+            ),
+            lambda s: sum(phase.steps for phase in (*s.base_phases, s.last_phase)),
             _base,
         ),
         Stage(
