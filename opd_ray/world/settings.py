@@ -68,7 +68,7 @@ def _specialist(task: str, styles: tuple[float, float, float], fit: Fit, guidanc
 def _specialists() -> dict[str, Specialist]:
     fit = Fit(steps=1500, batch=96, matrix_rate=0.006, other_rate=0.0, dropout=0.1)
     return {
-        "compose": _specialist("compose", _HARD, replace(fit, steps=1600, centre=0.6), STUDENT_GUIDANCE, 14_000),
+        "compose": _specialist("compose", _HARD, replace(fit, steps=2800, centre=0.6), STUDENT_GUIDANCE, 14_000),
         "text": _specialist("text", _HARD, replace(fit, steps=700), STUDENT_GUIDANCE, 8_000),
         # Without guidance, as one of the paper's three: no caption dropped, queried at 1.
         "look": _specialist("look", _SOFT, replace(fit, steps=200, dropout=0.0), 1.0, 4_000),
