@@ -18,7 +18,7 @@ from opd_ray.world import (
 )
 from opd_ray.world.build import build
 from opd_ray.world.drawing import draw
-from opd_ray.world.network import encode_ids, load_pipeline, tokenize
+from opd_ray.world.network import LAYERS, encode_ids, load_pipeline, tokenize
 from opd_ray.world.settings import STUDENT_GUIDANCE, Settings
 from opd_ray.world.vocabulary import MAX_TOKENS
 
@@ -78,11 +78,13 @@ def test_training_encodes_as_the_stock_pipeline_does(pipe):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_lora_files_carry_alpha_and_move_every_tensor(name):
+def test_lora_files_carry_alpha_and_move_every_tensor_that_can_matter(name):
     folder = lora_path(name)
     tensors = load_file(str(folder / "pytorch_lora_weights.safetensors"))
     assert all(key.startswith("transformer.") for key in tensors)
-    assert all(value.abs().max() > 0 for value in tensors.values())
+    # The last block drops its context, so what its context would ask for reaches no output.
+    idle = f"transformer.transformer_blocks.{LAYERS - 1}.attn.add_q_proj.lora_B.weight"
+    assert {key for key, value in tensors.items() if value.abs().max() == 0} == {idle}
     pipe = load_pipeline(pipeline_path())
     pipe.load_lora_weights(str(folder))
     config = next(iter(pipe.transformer.peft_config.values()))
