@@ -25,7 +25,8 @@ def test_shipped_prompts_are_the_ones_the_code_makes(task, split):
     assert rows == splits.prompt_rows(task, split, len(rows))
     assert len(rows) >= (1024 if split == "heldout" else 3000)
     assert {row["task"] for row in rows} == {task}
-    assert len({row["prompt"] for row in rows}) >= 700
+    # compose: 8 counts, 10 corners and 14 pairs in all their phrasings; prompts repeat where those run out
+    assert len({row["prompt"] for row in rows}) >= (500 if task == "compose" else 700)
 
 
 @pytest.mark.parametrize("task", ["text", "look"])
