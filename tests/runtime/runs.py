@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray.experimental import get_object_locations
 from rich.console import Console
 
 from opd_ray.build import build
@@ -90,6 +91,17 @@ def handles(run: Run) -> list[Any]:
 def pid_of(handle: Any) -> int:
     """The process behind a Ray handle."""
     return ray.get(handle._actor.__ray_call__.remote(lambda process: os.getpid()), timeout=60)
+
+
+def nowhere(refs: Sequence[Any], within_s: float = 10.0) -> list[Any]:
+    """References without a location in the object store. Ray notes a location a little after the answer."""
+    deadline = time.monotonic() + within_s
+    while True:
+        locations = get_object_locations(list(refs))
+        left = [ref for ref in refs if not locations.get(ref, {}).get("node_ids")]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.1)
 
 
 def alive(pids: Sequence[int], within_s: float = 30.0) -> list[int]:

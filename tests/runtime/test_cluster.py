@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, OwnerDiedError, RayTaskError
-from ray.experimental import get_object_locations
 
 from opd_ray.errors import InputLostError, NotFiniteError, PlacementError, WorkerLostError
 from opd_ray.runtime import cluster
@@ -17,6 +16,7 @@ from opd_ray.runtime.cluster import RayBackend, classify
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import Done, WorkerSpec
 from opd_ray.runtime.pool import Job, Pool
+from tests.runtime.runs import nowhere
 from tests.runtime.toys import Toy
 
 pytestmark = pytest.mark.ray
@@ -63,8 +63,7 @@ def gone(pid) -> bool:
 def test_every_result_is_in_the_object_store_however_small(backend, toy, count) -> None:
     call = toy.call("make", count, bulk=1)
     assert finish(backend, call) == Done(count, 0.0, 0)
-    locations = get_object_locations([*call.bulk, call.done])
-    assert all(locations[ref]["node_ids"] for ref in (*call.bulk, call.done))
+    assert not nowhere([*call.bulk, call.done])
 
 
 def test_a_returned_value_outlives_its_worker(backend, toy, mortal) -> None:
