@@ -10,7 +10,6 @@ import typer
 from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from opd_ray.commands.options import Json, Seed, require_folder
 from opd_ray.console import console, errors
@@ -32,9 +31,12 @@ def evaluate(
         list[str], typer.Argument(help="Diffusers folders, hub ids, run folders, `world` or `world/<name>`.")
     ],
     images: Annotated[int, typer.Option(min=1, help="Held-out prompts of each task.")] = 256,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; a run's own, else 10.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps; a run's and the world's own, else 10.")
+    ] = None,
     guidance: Annotated[
-        list[str] | None, typer.Option(help="MODEL=G for one model, or G for all; a run's own, else 4.5.")
+        list[str] | None,
+        typer.Option(help="MODEL=G for one model, or G for all; a run's and the world's own, else 4.5."),
     ] = None,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a forward.")] = 64,
@@ -71,6 +73,9 @@ def evaluate(
         console.print_json(data=result)
     else:
         console.print(_table(result))
+        for name, model in result["models"].items():
+            console.print(f"{name}: guidance {model['guidance']:g}, {model['steps']} steps", soft_wrap=True)
+        console.print(f"The same held-out prompts and first noises for all, seed {seed}.")
     if out is not None:
         out.write_text(json_module.dumps(result, indent=2) + "\n", encoding="utf-8")
 
@@ -131,21 +136,20 @@ def _score(
 def _table(result: dict[str, Any]) -> Table:
     """A line for each score and model, so that any number of models fits on 80 columns."""
     keys = list(dict.fromkeys(key for model in result["models"].values() for key in model["scores"]))
-    caption = Text(f"held-out prompts, seed {result['seed']}; the interval is 95 % bootstrap", style="dim")
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("score", no_wrap=True)
     table.add_column("model", overflow="fold")
-    for name in ("guidance", "steps", "mean", "interval", "n"):
+    for name in ("mean", "95 % interval", "n"):
         table.add_column(name, justify="right", no_wrap=True)
     for key in keys:
         for place, (name, model) in enumerate(result["models"].items()):
             last = place == len(result["models"]) - 1
-            table.add_row("" if place else key, name, *_cells(model, model["scores"][key]), end_section=last)
+            table.add_row("" if place else key, name, *_cells(model["scores"][key]), end_section=last)
     return table
 
 
-def _cells(model: Mapping[str, Any], score: Mapping[str, Any]) -> list[str]:
+def _cells(score: Mapping[str, Any]) -> list[str]:
     from opd_ray.report.wording import MISSING, number
 
     interval = f"{number(score['low'])} to {number(score['high'])}" if score["n"] else MISSING
-    return [f"{model['guidance']:g}", str(model["steps"]), number(score["value"]), interval, str(score["n"])]
+    return [number(score["value"]), interval, str(score["n"])]

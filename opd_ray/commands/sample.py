@@ -20,8 +20,10 @@ def sample(
     model: Annotated[str, typer.Argument(help="A diffusers folder, hub id, run folder, `world` or `world/<name>`.")],
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; a run's own, else 40.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance; a run's own, else 4.5.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps; a run's and the world's own, else 40.")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance; a run's and the world's own, else 4.5.")] = None,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("samples"),
     json: Json = False,

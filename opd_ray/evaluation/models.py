@@ -5,8 +5,8 @@ from pathlib import Path
 
 from opd_ray.config import ModelConfig
 from opd_ray.errors import RunFolderError
-from opd_ray.models.base import Family, check_lora, load_family, read_shift
-from opd_ray.recipes import read
+from opd_ray.models.base import Family, check_lora, load_family, read_shift, resolve
+from opd_ray.recipes import load, read
 
 __all__ = ["Found", "find_model"]
 
@@ -19,7 +19,7 @@ class Found:
     model: ModelConfig
     lora: str | None = None
     guidance: float | None = None
-    """The run's own, where MODEL is a run."""
+    """The run's own where MODEL is a run, and the demo's where it is of the built-in world."""
     steps: int | None = None
 
     def load(self) -> Family:
@@ -41,16 +41,26 @@ def find_model(name: str) -> Found:
     Raises:
         UserError: it is none of the three, or its LoRA does not fit.
     """
-    found = _run(Path(name)) if (Path(name) / "run.json").is_file() else _named(name)
+    path = Path(name)
+    found = _run(path) if (path / "run.json").is_file() else _world(name) if resolve(name) != name else _other(path)
     if found.lora is not None:
         check_lora(found.model, found.lora)
     read_shift(found.model)
     return found
 
 
-def _named(name: str) -> Found:
-    base, lora = ("world", name) if name.startswith("world/") else (name, None)
-    return Found(name, ModelConfig(path=base), lora)
+def _world(name: str) -> Found:
+    demo = load("demo")
+    teachers = {teacher.lora: teacher.guidance for teacher in demo.teachers.values()}
+    guidance = teachers.get(name, demo.student.guidance)
+    return Found(name, ModelConfig(path="world"), name if "/" in name else None, guidance, demo.evaluation.steps)
+
+
+def _other(path: Path) -> Found:
+    runs = sorted(run.parent.name for run in path.parent.glob("*/run.json"))
+    if runs and not path.exists():  # before a hub is asked for it
+        raise RunFolderError(f"{path}: no such run; {path.parent} has {', '.join(runs)}")
+    return Found(str(path), ModelConfig(path=str(path)))
 
 
 def _run(folder: Path) -> Found:

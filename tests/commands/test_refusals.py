@@ -137,7 +137,8 @@ def test_a_model_of_another_kind(refused, tmp_path):
 
 def test_the_recipe_itself(cli, tmp_path):
     assert "no recipe 'nope'; known: demo. Or give the path of a YAML file" in cli("train", "nope").error
-    assert "missing.yaml: no such file" in cli("config", tmp_path / "missing.yaml").error
+    assert cli("config", tmp_path / "missing.yaml").error == f"{tmp_path / 'missing.yaml'}: no such file"
+    assert cli("config", "[red]two\nlines[/] :cat:.yaml").error == "[red]two lines[/] :cat:.yaml: no such file"
     for content, expected in [
         ("a: [", "not YAML: while parsing a flow node"),
         ("- a\n- b", "expected a mapping of sections, found list"),
@@ -217,6 +218,7 @@ class TestModels:
                 tmp_path / "unfinished",
                 "has no lora/pytorch_lora_weights.safetensors yet; let the run end, or --resume it",
             ),
+            (tmp_path / "unfinnished", f"no such run; {tmp_path} has unfinished"),
         ]:
             assert expected in cli(verb, model, *rest).error
         assert not (tmp_path / "out").exists()

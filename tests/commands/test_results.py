@@ -7,6 +7,8 @@ import yaml
 from PIL import Image
 
 from opd_ray.commands.train import show
+from opd_ray.evaluation.models import find_model
+from opd_ray.recipes import load
 from opd_ray.report.grid import write_grid
 from tests.commands.conftest import BRIGHT, WORDS
 
@@ -189,8 +191,22 @@ class TestEvaluate:
     def test_the_table_is_readable_on_80_columns(self, scores):
         models, done, told = scores()
         lines = done.out.splitlines()
-        assert max(map(len, lines)) <= 80
+        assert max(map(len, lines[:-4])) <= 80
         look = told["models"][models[2]]["scores"]["look"]
         assert any(line.split()[:1] == ["look"] for line in lines)
         assert sum(f"{look['value']:.1e}".split("e")[0] in line for line in lines) >= 1
-        assert "seed 0" in lines[-1] or "seed 0" in lines[-2]
+        assert lines[-4:] == [
+            *(f"{model}: guidance {scale}, 2 steps" for model, scale in zip(models, ("4.5", "4.5", "1"), strict=True)),
+            "The same held-out prompts and first noises for all, seed 0.",
+        ]
+
+
+def test_the_worlds_models_are_drawn_as_in_the_demo(monkeypatch):
+    monkeypatch.setattr("opd_ray.evaluation.models.check_lora", lambda model, path: None)
+    monkeypatch.setattr("opd_ray.evaluation.models.read_shift", lambda model: 1.0)
+    demo = load("demo")
+    own = {f"world/{task}": demo.teachers[task].guidance for task in ("compose", "text", "look")}
+    for name, guidance in [("world", demo.student.guidance), *own.items()]:
+        found = find_model(name)
+        assert (found.label, found.model.path, found.guidance, found.steps) == (name, "world", guidance, 10)
+        assert found.lora == (None if name == "world" else name)

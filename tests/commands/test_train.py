@@ -14,6 +14,7 @@ import torch
 
 from opd_ray.actors import TeacherActor
 from opd_ray.learners import Learner
+from opd_ray.run import Run
 
 ROUNDS = 4
 SETTINGS = ("-o", f"rounds={ROUNDS}", "-o", "checkpoint.every=2", "-o", "evaluation.images_per_task=0", "--json")
@@ -133,7 +134,11 @@ def test_a_process_that_is_ended_from_outside_goes_on_bit_identically(run, recip
 
 
 def test_a_teachers_nan_stops_the_run_with_nothing_lost(run, whole, monkeypatch, tmp_path):
-    score = TeacherActor.score
+    score, save, saved = TeacherActor.score, Run.save, []
+
+    def saving(self):
+        save(self)
+        saved.append(self.round)
 
     def broken(self, trajectory, teacher):
         with monkeypatch.context() as patch:
@@ -142,12 +147,14 @@ def test_a_teachers_nan_stops_the_run_with_nothing_lost(run, whole, monkeypatch,
             return score(self, trajectory, teacher)
 
     monkeypatch.setattr(TeacherActor, "score", broken)
+    monkeypatch.setattr(Run, "save", saving)
     done = run()
     assert done.code == 3 and "Traceback" not in done.err
     line = done.err.splitlines()[-1]
     assert line.startswith("stopped: teacher b answered NaN or infinity in round 3 for 2 prompts, first 'train ")
     assert "check the teacher's weights and precision, then go on with --resume" in line
-    assert (tmp_path / "small" / "checkpoints" / "step-000003").is_dir(), "of the last whole round"
+    assert saved == [2, 3], "the last whole round is saved, and waited for"
+    assert (tmp_path / "small" / "checkpoints" / "step-000003").is_dir()
     monkeypatch.undo()
     again = run("--resume")
     assert same(again, whole) and f"going on after round 3 of {ROUNDS}" in again.err
@@ -190,9 +197,10 @@ def test_what_a_resumed_run_may_change(run, tmp_path):
         ("student.guidance=1", "student.guidance was 2.0, now 1.0"),
         ("teachers.a.guidance=2", "teachers.a.guidance was 1.0, now 2.0"),
         ("seed=1", "seed was 0, now 1"),
+        ("--seed 2", "seed was 0, now 2"),
         ("ema=null", "ema was absent, now null"),
     ]:
-        error = run("--resume", "-o", change).error
+        error = run("--resume", *(change.split() if change.startswith("--") else ("-o", change))).error
         assert error.startswith(f"{tmp_path / 'small'} belongs to another run: ") and expected in error
         assert error.endswith("Choose another name, or start it as it was")
     assert (tmp_path / "small" / "run.json").read_bytes() == before, "a refusal changes nothing"
