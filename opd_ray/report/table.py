@@ -116,7 +116,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
         table.caption = None
         table.add_row("no scores")
     for task in results.tasks:
-        table.add_column(Text(task), justify="right")
+        table.add_column(Text(task.replace(":", ":\n")), justify="right", overflow="fold")
     for model in results.models:
         cells = [
             _cell(results.scores.get((model, task)), number, own=results.own.get(task) == model)

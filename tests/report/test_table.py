@@ -29,6 +29,17 @@ def test_the_table_has_every_number_and_marks_own_teachers():
     assert "94 %" in gap and "97 %" in gap and "91 %" in gap
 
 
+def test_headings_are_whole_on_80_columns():
+    data = result()
+    for scores in data["scores"].values():
+        scores |= {f"mixed:{name}": scores["mixed:compose"] for name in ("text", "look")}
+    console = Console(file=io.StringIO(), width=80)
+    console.print(result_table(data))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+    assert lines[2].split() == ["compose", "text", "look", "compose", "text", "look"]
+
+
 def test_brackets_in_names_are_text():
     data = json.loads(json.dumps(result()).replace("compose", "[red]x[/nope]"))
     assert "[red]x[/nope] teacher" in shown(data)
