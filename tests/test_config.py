@@ -226,7 +226,7 @@ def test_the_cluster_may_be_a_file_beside_the_recipe(recipe):
         ("optimizer.lr=1e-3", lambda c: c.optimizer.lr == 1e-3),  # text, to YAML 1.1
         ("cluster.rollout.workers=5", lambda c: c.cluster.rollout.workers == 5 and c.cluster.runtime == "local"),
         ("cluster.learner.threads=3", lambda c: c.cluster.learner.threads == 3),
-        ("cluster=local", lambda c: c.cluster.rollout.workers == 1),
+        ("cluster=local", lambda c: c.cluster.share_teachers),
         ("ema=null", lambda c: c.ema is None),
         ("teachers.text.guidance=1", lambda c: c.teachers["text"].guidance == 1),
         ("algorithm.task_weights={text: 2}", lambda c: c.algorithm.task_weights == {"text": 2}),
