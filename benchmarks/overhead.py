@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from opd_ray.commands.train import run_training
+from opd_ray.config import ATTENTION
 from opd_ray.console import console
 from opd_ray.metrics import rows
 from opd_ray.recipes import load
@@ -39,6 +40,7 @@ def ours(runtime: str, rounds: int, folder: Path, threads: int) -> float:
         f"cluster.runtime={runtime}",
         "algorithm.steps_per_item=null",
         "evaluation.images_per_task=0",
+        f"student.lora.targets=[{','.join(ATTENTION)}]",  # what the one-file loop trains
         f"batch.images_per_task={IMAGES}",
         f"batch.item_size={IMAGES}",
         *(f"cluster.{role}.threads={threads}" for role in ("rollout", "teachers.default", "learner")),
