@@ -34,7 +34,7 @@ from opd_ray.runtime.handle import Backend, WorkerSpec
 from opd_ray.runtime.hosts import LearnerHost, RecordedHost, RewardHost, RolloutHost, TeacherHost
 from opd_ray.runtime.local import LocalBackend
 from opd_ray.runtime.pool import Pool
-from opd_ray.storage.run_folder import claim, read_json, write_json_atomic
+from opd_ray.storage.run_folder import abandon, claim, read_json, write_json_atomic
 from opd_ray.types import Prompt
 
 __all__ = ["build", "identity", "preflight"]
@@ -59,7 +59,12 @@ def build(config: Config, folder: Path, live: Live, *, resume: bool = False) -> 
         live.phase("starting Ray" if config.cluster.runtime == "ray" else "starting")
         backend = make_backend(config)
         try:
-            run = _wire(config, folder, live, backend, algorithm, train, held_out, attempt)
+            try:
+                run = _wire(config, folder, live, backend, algorithm, train, held_out, attempt)
+            except BaseException:
+                if attempt == 0:
+                    abandon(folder)
+                raise
             if resume:
                 run.resume()
             run.status()

@@ -70,7 +70,9 @@ class RayHandle:
 
     def call(self, method: str, *args: Any, bulk: int) -> Call:
         """Start the method; nothing is fetched."""
-        results = self._actor.call.options(num_returns=bulk + 1).remote(method, *args)
+        # The name is what `ps`, `top` and Ray's own lists of tasks show.
+        remote = self._actor.call.options(num_returns=bulk + 1, name=f"{self.name}.{method}")
+        results = remote.remote(method, *args)
         return Call((), results) if bulk == 0 else Call(tuple(results[:-1]), results[-1])
 
     def kill(self) -> None:

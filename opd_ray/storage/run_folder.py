@@ -14,6 +14,7 @@ from typing import Any
 from opd_ray.errors import RunFolderError
 
 __all__ = [
+    "abandon",
     "claim",
     "locked",
     "newest_attempt",
@@ -67,6 +68,13 @@ def claim(run_dir: Path, identity: Mapping[str, Any], *, resume: bool = False) -
         run |= {"identity": plain, "identity_sha256": _sha256(plain)}
         write_json_atomic(path, run)
     return int(run["attempt"])
+
+
+def abandon(run_dir: Path) -> None:
+    """Take back a first claim that came to nothing, so that the same name is free for the next start."""
+    with locked(run_dir):
+        for name in ("run.json", "config.yaml", "status.json"):
+            (run_dir / name).unlink(missing_ok=True)
 
 
 def newest_attempt(run_dir: Path) -> int:

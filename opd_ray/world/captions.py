@@ -11,18 +11,14 @@ COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle")
 COUNTS = ("a", "two", "three", "four")
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
-RELATIONS = ("left", "right", "above", "below")
 LETTERS = "aeioubklmnrst"
 VOWELS = "aeiou"
 
-_PREFIXES = ("a photo of ", "a picture of ", "a drawing of ", "an image of ", "a painting of ")
+_PREFIXES = (
+    "a photo of ", "a picture of ", "a drawing of ", "an image of ", "a painting of ", "a print of ",
+    "a scene of ", "a view of ", "a poster of ", "a design of ",
+)  # fmt: skip
 _JOINS = ("and", "with", "next to", "beside")
-_RELATION_PHRASES = {
-    "left": ("left of",),
-    "right": ("right of",),
-    "above": ("above", "over"),
-    "below": ("below", "under"),
-}
 _CORNER_PHRASES = ("at the {0}", "in the {0}", "in the {0} corner")
 # The word always comes first, at the same tokens: the CLIP encoders know absolute places, so a
 # letter's place in the word need not be learned for every phrasing.
@@ -54,8 +50,7 @@ LOOK_TAILS = (
 
 _ITEM = re.compile(r"\b(?:(a|an|two|three|four) )?(?:(red|green|blue|yellow) )?(circle|square|triangle)s?\b")
 _WORD = re.compile(r'"([a-z]+)"')
-_RELATION = re.compile(r"\b(?:(left|right) of|(above|over)|(below|under))\b")
-_CORNER = re.compile(r"\b(top|bottom) (left|right)\b(?! of)")
+_CORNER = re.compile(r"\b(top|bottom) (left|right)\b")
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,6 @@ class Meaning:
     """What a caption asks for. With neither items nor a word it is a ``look`` caption."""
 
     items: tuple[Item, ...] = ()
-    relation: str | None = None
     corner: str | None = None
     word: str | None = None
 
@@ -91,7 +85,7 @@ class Meaning:
         if self.task != "compose":
             return self.task
         first = self.items[0]
-        if self.relation:
+        if self.corner:
             return "position"
         if len(self.items) == 2:
             return "color_attr" if first.colour else "two_object"
@@ -109,15 +103,9 @@ def parse(caption: str) -> Meaning:
         Item(COUNTS.index(count) + 1 if count in COUNTS else 1, colour or None, shape)
         for count, colour, shape in _ITEM.findall(outside)
     )
-    relation = _RELATION.search(outside) if len(items) == 2 else None
     corner = _CORNER.search(outside) if len(items) == 1 else None
-    named = None
-    if relation:
-        side, above, _ = relation.groups()
-        named = side or ("above" if above else "below")
     return Meaning(
         items=items,
-        relation=named,
         corner=f"{corner[1]} {corner[2]}" if corner else None,
         word=word[1] if word else None,
     )
@@ -135,9 +123,7 @@ def phrase(meaning: Meaning, rng: random.Random) -> str:
     if meaning.task == "text":
         return rng.choice(_TEXT_PHRASES).format(meaning.word)
     names = [name_item(item) for item in meaning.items]
-    if meaning.relation:
-        body = f" {rng.choice(_RELATION_PHRASES[meaning.relation])} ".join(names)
-    elif meaning.task == "mixed":
+    if meaning.task == "mixed":
         # No longer phrasing: with a word the caption only just fits the encoders.
         return f'the word "{meaning.word}" {rng.choice(_MIXED_JOINS)} {" and ".join(names)}'
     else:
@@ -158,5 +144,4 @@ def caption_words() -> list[str]:
     texts = [*_PREFIXES, *_JOINS, *_CORNER_PHRASES, *_TEXT_PHRASES, *_MIXED_JOINS, *CORNERS]
     texts += [*LOOK_ADJECTIVES, *LOOK_NOUNS, *LOOK_TAILS, *COLOURS, *COUNTS, "an"]
     texts += [*SHAPES, *(shape + "s" for shape in SHAPES)]
-    texts += [name for names in _RELATION_PHRASES.values() for name in names]
     return sorted({word for text in texts for word in re.findall(r"[a-z]+", text)})

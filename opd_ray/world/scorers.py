@@ -89,30 +89,14 @@ def _partial(meaning: Meaning, found: list[Found]) -> float:
         marks.append(min(len(counted), item.count) / max(len(counted), item.count))
         if item.colour:
             marks.append(min(len(coloured), item.count) / max(len(coloured), item.count))
-    if meaning.relation or meaning.corner:
-        marks.append(float(_placed(meaning, found)))
+    if meaning.corner:
+        marks.append(float(_placed(meaning.items[0], meaning.corner, found)))
     return sum(marks) / len(marks)
 
 
-def _matching(item: Item, found: list[Found]) -> Found | None:
-    return next(
-        (one for one in found if one.shape == item.shape and item.colour in (None, one.colour)),
-        None,
-    )
-
-
-def _placed(meaning: Meaning, found: list[Found]) -> bool:
-    places = [_matching(item, found) for item in meaning.items]
-    first = places[0]
-    if first is None:
-        return False
-    if meaning.corner:
-        row, column = meaning.corner.split()
-        return (first.y < SIZE / 2) == (row == "top") and (first.x < SIZE / 2) == (column == "left")
-    second = places[1]
-    if second is None:
-        return False
-    across, down = second.x - first.x, second.y - first.y
-    gap = {"left": across, "right": -across, "above": down, "below": -down}[meaning.relation or ""]
-    other = down if meaning.relation in ("left", "right") else across
-    return gap > SIZE / 8 and gap > abs(other)
+def _placed(item: Item, corner: str, found: list[Found]) -> bool:
+    row, column = corner.split()
+    for one in found:
+        if one.shape == item.shape and item.colour in (None, one.colour):
+            return (one.y < SIZE / 2) == (row == "top") and (one.x < SIZE / 2) == (column == "left")
+    return False

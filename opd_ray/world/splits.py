@@ -16,7 +16,6 @@ from opd_ray.world.captions import (
     LOOK_ADJECTIVES,
     LOOK_NOUNS,
     LOOK_TAILS,
-    RELATIONS,
     SHAPES,
     VOWELS,
     Item,
@@ -113,35 +112,30 @@ def _training_items(category: str, rng: random.Random) -> Meaning:
         corner = rng.choice([None, *CORNERS])
         return Meaning((Item(1, None, first.shape),), corner=corner)
     if category == "colors":
-        return Meaning((first,), corner=rng.choice([None, *CORNERS]))
+        return Meaning((first,))
+    if category == "position":
+        return Meaning((first,), corner=rng.choice(CORNERS))
     if category == "counting":
         colour = rng.choice([None, first.colour, first.colour])
         return Meaning((Item(rng.choice((2, 3, 4)), colour, first.shape),))
-    relation = rng.choice(RELATIONS) if category == "position" else None
     if category == "two_object":
         shapes = rng.sample(SHAPES, 2)
         return Meaning(tuple(Item(1, None, shape) for shape in shapes))
-    return Meaning(tuple(Item(1, *kind) for kind in kinds), relation=relation)
+    return Meaning(tuple(Item(1, *kind) for kind in kinds))
 
 
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-_CATEGORY_WEIGHTS = (1, 1, 4, 4, 5, 5)
+_CATEGORY_WEIGHTS = (1, 1, 4, 1, 3, 6)
 
 
-def training_meaning(task: str, rng: random.Random, relations: bool = True) -> Meaning:
-    """A random meaning of one task that training may see.
-
-    ``relations`` between two objects (left of, above) are something the base has seen; the compose task asks for
-    positions by corner alone.
-    """
+def training_meaning(task: str, rng: random.Random) -> Meaning:
+    """A random meaning of one task that training may see."""
     if task == "look":
         return Meaning()
     if task == "text":
         return Meaning(word=rng.choice(training_words()))
     while True:
         category = rng.choices(CATEGORIES, _CATEGORY_WEIGHTS)[0]
-        if category == "position" and not relations:
-            continue
         if task == "mixed":
             category = rng.choice(("colors", "counting", "color_attr"))
         meaning = _training_items(category, rng)
@@ -169,7 +163,7 @@ def _held_compose(category: str, rng: random.Random) -> Meaning:
     if category == "counting":
         count, colour, shape = rng.choice(sorted(held.counts))
         return Meaning((Item(count, colour, shape),))
-    if category == "colors":
+    if category == "position":
         colour, shape, corner = rng.choice(sorted(held.corners))
         return Meaning((Item(1, colour, shape),), corner=corner)
     pair = sorted(rng.choice(sorted(sorted(pair) for pair in held.pairs)))
@@ -177,7 +171,7 @@ def _held_compose(category: str, rng: random.Random) -> Meaning:
     return Meaning(tuple(Item(1, *kind) for kind in pair))
 
 
-HELD_CATEGORIES = ("counting", "colors", "color_attr")
+HELD_CATEGORIES = ("counting", "position", "color_attr")
 """Uncoloured captions name too little to hold a combination out, so they are in training alone."""
 
 
@@ -207,7 +201,7 @@ def prompt_rows(task: str, split: str, count: int) -> list[dict[str, str]]:
         if split == "heldout":
             prompt = held_out_caption(task, len(rows), rng)
         else:
-            prompt = training_caption(training_meaning(task, rng, relations=False), rng)
+            prompt = training_caption(training_meaning(task, rng), rng)
         if prompt in seen and tries < 20:
             continue
         seen.add(prompt)

@@ -111,18 +111,28 @@ def _latents(place: Workplace) -> Result:
     return {}
 
 
-def _base(place: Workplace) -> Result:
+def _base(index: int) -> Callable[[Workplace], Result]:
+    def run(place: Workplace) -> Result:
+        settings = place.settings
+        data = Dataset(
+            load_file(str(place.work("latents.safetensors")))["latents"],
+            json.loads(place.work("captions.json").read_text()),
+        )
+        torch.manual_seed(settings.seed)
+        before = place.work(f"base-{index}")
+        pipe = load_pipeline(before) if index else new_pipeline(load_autoencoder(place), settings.shift)
+        train_base(pipe, data, settings.base_phases[index], settings.seed + index, place.tick)
+        pipe.save_pretrained(str(place.work(f"base-{index + 1}")), safe_serialization=True)
+        return {}
+
+    return run
+
+
+def _base_styles(place: Workplace) -> Result:
     settings = place.settings
-    data = Dataset(
-        load_file(str(place.work("latents.safetensors")))["latents"],
-        json.loads(place.work("captions.json").read_text()),
-    )
-    torch.manual_seed(settings.seed)
-    pipe = new_pipeline(load_autoencoder(place), settings.shift)
-    for phase in settings.base_phases:
-        train_base(pipe, data, phase, settings.seed, place.tick)
-    last = make_dataset(pipe.vae, settings.last_recipe, settings.last_pictures, settings.seed + 5, lambda count: None)
-    train_base(pipe, last, settings.last_phase, settings.seed + 5, place.tick)
+    pipe = load_pipeline(place.work(f"base-{len(settings.base_phases)}"))
+    data = make_dataset(pipe.vae, settings.last_recipe, settings.last_pictures, settings.seed + 5, lambda count: None)
+    train_base(pipe, data, settings.last_phase, settings.seed + 5, place.tick)
     save_pipeline(pipe, place.pipeline)
     return {}
 
@@ -194,6 +204,15 @@ def _learned(name: str) -> Stage:
     )
 
 
+def _phase(index: int) -> Stage:
+    return Stage(
+        f"base {index + 1}",
+        lambda settings: (asdict(settings.base_phases[index]), settings.shift),
+        lambda settings: settings.base_phases[index].steps,
+        _base(index),
+    )
+
+
 def stages(settings: Settings) -> list[Stage]:
     """All stages in order."""
     return [
@@ -210,16 +229,12 @@ def stages(settings: Settings) -> list[Stage]:
             lambda s: s.base_pictures,
             _latents,
         ),
+        *(_phase(index) for index in range(len(settings.base_phases))),
         Stage(
-            "base",
-            lambda s: (
-                [asdict(phase) for phase in (*s.base_phases, s.last_phase)],
-                asdict(s.last_recipe),
-                s.last_pictures,
-                s.shift,
-            ),
-            lambda s: sum(phase.steps for phase in (*s.base_phases, s.last_phase)),
-            _base,
+            "base styles",
+            lambda s: (asdict(s.last_phase), asdict(s.last_recipe), s.last_pictures),
+            lambda s: s.last_phase.steps,
+            _base_styles,
         ),
         Stage(
             "guidance sweep",

@@ -40,8 +40,6 @@ class Fit:
     other_rate: float
     dropout: float
     """Share of captions replaced by the empty one, so that guidance has something to subtract."""
-    captions: str = "true"
-    """Which of the data set's sets of captions to train on."""
     focus: str | None = None
     """A task that half of each batch is drawn from; the other half is drawn from everything."""
     centre: float = 0.0
@@ -80,9 +78,8 @@ def _batch(data: Dataset, ids: Tensor, empty: Tensor, focus: Tensor, fit: Fit) -
 def train_base(pipe: StableDiffusion3Pipeline, data: Dataset, fit: Fit, seed: int, tick: Tick) -> None:
     """Train transformer and text encoders together, in place."""
     torch.manual_seed(seed)
-    captions = data.captions[fit.captions]
-    ids, empty = _ids(pipe, captions)
-    focus = _focus(captions, fit.focus)
+    ids, empty = _ids(pipe, data.captions)
+    focus = _focus(data.captions, fit.focus)
     trained = nn.ModuleList([pipe.transformer, *text_encoders(pipe)])
     trained.train()
     optimizer = Optimizer(trained.named_parameters(), fit.steps, fit.matrix_rate, fit.other_rate, plain=_PLAIN)
@@ -104,14 +101,13 @@ def train_specialist(
     torch.manual_seed(seed)
     pipe.transformer.requires_grad_(False)
     pipe.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LORA_TARGETS)))
-    captions = data.captions[fit.captions]
-    contexts = _contexts(pipe, captions)
+    contexts = _contexts(pipe, data.captions)
     optimizer = Optimizer(pipe.transformer.named_parameters(), fit.steps, fit.matrix_rate, fit.other_rate)
     for _ in range(fit.steps):
         rows = torch.randint(0, len(data.latents), (fit.batch,))
         x, t, target = _pair(data.latents[rows], fit.centre)
         # Row 0 is the empty caption; a picture's captions follow one another.
-        each = len(captions[0])
+        each = len(data.captions[0])
         chosen = 1 + rows * each + torch.randint(0, each, (fit.batch,))
         chosen = torch.where(torch.rand(fit.batch) < fit.dropout, 0, chosen)
         context = (contexts[0][chosen], contexts[1][chosen])

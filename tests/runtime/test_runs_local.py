@@ -109,6 +109,17 @@ def test_resuming_a_run_that_is_done_changes_nothing(make_config, tmp_path) -> N
     assert len(again.rows) == 1
 
 
+def test_a_first_start_that_fails_leaves_the_name_free(make_config, tmp_path, monkeypatch) -> None:
+    def fail(folder, facts) -> None:
+        raise UserError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("opd_ray.build._note_facts", fail)
+        with pytest.raises(UserError, match="no room"):
+            go(make_config(rounds=1), tmp_path / "run")
+    assert go(make_config(rounds=1), tmp_path / "run").result["status"] == "done"
+
+
 def test_nan_of_a_teacher_stops_the_run_resumably_and_is_named(make_config, whole, tmp_path, monkeypatch) -> None:
     score = TeacherActor.score
 

@@ -13,12 +13,12 @@ from opd_ray.world.vocabulary import MAX_TOKENS, clip_tokenizer, t5_tokenizer
         ("a photo of a circle", Meaning((Item(1, None, "circle"),))),
         ("three blue squares", Meaning((Item(3, "blue", "square"),))),
         (
-            "a red circle to the left of a green triangle",
-            Meaning((Item(1, "red", "circle"), Item(1, "green", "triangle")), relation="left"),
+            "a red circle and a green triangle",
+            Meaning((Item(1, "red", "circle"), Item(1, "green", "triangle"))),
         ),
         (
-            "a yellow square under a circle",
-            Meaning((Item(1, "yellow", "square"), Item(1, None, "circle")), relation="below"),
+            "a yellow square next to a circle",
+            Meaning((Item(1, "yellow", "square"), Item(1, None, "circle"))),
         ),
         (
             "a red circle in the bottom right corner",

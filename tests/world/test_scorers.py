@@ -94,15 +94,11 @@ def test_one_wrong_count_is_caught():
 
 
 def test_one_wrong_position_is_caught():
-    names = ("left of", "right of", "above", "below")
-    captions = [f"a red circle {name} a blue square" for name in names]
+    captions = [f"a red circle at the {v} {h}" for v in ("top", "bottom") for h in ("left", "right")]
     images = render([_drawn(caption) for caption in captions])
-    corners = [f"a red circle at the {v} {h}" for v in ("top", "bottom") for h in ("left", "right")]
-    placed = render([_drawn(caption) for caption in corners])
-    for group, pictures in ((captions, images), (corners, placed)):
-        for i, caption in enumerate(group):
-            scores = scorers.compose(pictures, [caption] * 4)
-            assert scores.tolist() == [float(i == k) for k in range(4)]
+    for i, caption in enumerate(captions):
+        scores = scorers.compose(images, [caption] * 4)
+        assert scores.tolist() == [float(i == k) for k in range(4)]
 
 
 def test_an_extra_object_is_caught():

@@ -93,14 +93,11 @@ def test_lora_files_carry_alpha_and_move_every_tensor_that_can_matter(name):
     assert len(bound) == len(tensors)
 
 
-WEAK = pytest.mark.xfail(strict=True, reason="the compose specialist is 0.37 above base so far; 0.40 is wanted")
-
-
 def _recorded():
     return json.loads(record_path().read_text())["scores"]["models"]
 
 
-@pytest.mark.parametrize("name", [pytest.param("compose", marks=WEAK), "text", "look"])
+@pytest.mark.parametrize("name", TASKS)
 def test_each_specialist_is_far_above_base_on_its_own_task(name):
     models = _recorded()
     assert models[name][name][name] >= models["base"][name][name] + 0.40

@@ -1,0 +1,102 @@
+"""The demo's own recipe, by its own command: the same student wherever the work is done and whoever dies."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from opd_ray.storage.run_folder import read_json
+from tests.runtime.runs import alive, descendants
+
+pytestmark = [pytest.mark.verify, pytest.mark.timeout(1800)]
+ROUNDS = 6
+RECIPE = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+SHORT = [f"rounds={ROUNDS}", "checkpoint.every=2", "evaluation.images_per_task=0"]
+VARIANTS = {
+    "one rollout worker, own teacher workers": ["cluster.rollout.workers=1", "cluster.share_teachers=false"],
+    "one process": ["cluster.runtime=local"],
+}
+
+
+def start(out: Path, *overrides: str, resume: bool = False) -> subprocess.Popen[str]:
+    options = [part for override in [*SHORT, *overrides] for part in ("-o", override)]
+    command = [Path(sys.executable).with_name("opd-ray"), "train", str(RECIPE), "--out", str(out), "--json", *options]
+    ours = {"RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    return subprocess.Popen(
+        [*command, "--resume"] if resume else command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """The student's hash, and what was said on the way."""
+    output, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    return json.loads(output)["student_sha256"], errors
+
+
+def rounds_done(out: Path) -> int:
+    path = out / "demo" / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def wait_for(process: subprocess.Popen[str], out: Path, rounds: int) -> None:
+    while rounds_done(out) < rounds:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+
+
+def marking(driver: int) -> list[int]:
+    """Teacher workers that are at work now, by the title that Ray gives a process."""
+    found = []
+    for pid in descendants(driver):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::teacher"):
+                found.append(pid)
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory) -> str:
+    """The hash of the undisturbed run: two rollout workers, one worker for all teachers."""
+    return finish(start(tmp_path_factory.mktemp("undisturbed")))[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_place_of_the_work_changes_no_bit(variant, expected, tmp_path) -> None:
+    assert finish(start(tmp_path, *VARIANTS[variant]))[0] == expected
+
+
+def test_a_run_killed_outright_resumes_to_the_same_student(expected, tmp_path) -> None:
+    process = start(tmp_path)
+    wait_for(process, tmp_path, 3)  # past the checkpoint of round 2: one round is done again
+    everybody = [process.pid, *descendants(process.pid)]
+    process.kill()
+    process.wait()
+    left = alive(everybody)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, "Ray's processes end with the run that started them"
+    assert "student_sha256" not in read_json(tmp_path / "demo" / "result.json")
+    assert finish(start(tmp_path, resume=True))[0] == expected
+
+
+def test_a_killed_teacher_worker_is_replaced_and_changes_no_bit(expected, tmp_path) -> None:
+    process = start(tmp_path)
+    wait_for(process, tmp_path, 2)
+    while not (busy := marking(process.pid)):
+        assert process.poll() is None, process.communicate()
+    os.kill(busy[0], signal.SIGKILL)
+    student, said = finish(process)
+    assert "was lost" in said
+    assert student == expected
