@@ -55,22 +55,21 @@ def build(config: Config, folder: Path, live: Live, *, resume: bool = False) -> 
     train, held_out = preflight(config, algorithm)
     attempt = claim(folder, identity(config), resume=resume)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    started = False
     with live:
         live.phase("starting Ray" if config.cluster.runtime == "ray" else "starting")
         backend = make_backend(config)
         try:
-            try:
-                run = _wire(config, folder, live, backend, algorithm, train, held_out, attempt)
-            except BaseException:
-                if attempt == 0:
-                    abandon(folder)
-                raise
+            run = _wire(config, folder, live, backend, algorithm, train, held_out, attempt)
+            started = True
             if resume:
                 run.resume()
             run.status()
             yield run
         finally:
             backend.close()
+            if attempt == 0 and not started:
+                abandon(folder)
 
 
 def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
