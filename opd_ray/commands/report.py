@@ -11,14 +11,21 @@ from opd_ray.errors import RunFolderError
 __all__ = ["report"]
 
 
-def report(run: Annotated[Path, typer.Argument(help="A run folder, for instance runs/demo.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder, for instance runs/demo.")],
+    grid: Annotated[Path | None, typer.Option(help="Also write the picture grid as one PNG, here.")] = None,
+) -> None:
     """Write report.html from what the run folder holds; an unfinished run says what is missing."""
+    from opd_ray.report.grid import write_grid
     from opd_ray.report.html import write_report
 
     if not (run / "run.json").is_file():
         raise RunFolderError(f"{run}: not a run folder (no run.json); run folders are runs/<name>")
     try:
-        page = write_report(run)
+        written = [write_report(run)]
+        if grid is not None:
+            written.append(write_grid(run, grid))
     except OSError as error:
-        raise RunFolderError(f"{run}: report.html cannot be written ({error.strerror})") from None
-    console.print(str(page), soft_wrap=True)
+        raise RunFolderError(f"{error.filename or run}: cannot be written ({error.strerror})") from None
+    for path in written:
+        console.print(str(path), soft_wrap=True)

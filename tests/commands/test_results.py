@@ -9,7 +9,6 @@ from PIL import Image
 from opd_ray.commands.train import show
 from opd_ray.evaluation.models import find_model
 from opd_ray.recipes import load
-from opd_ray.report.grid import write_grid
 from tests.commands.conftest import BRIGHT, WORDS
 
 MODELS = ["base", "teacher:a", "teacher:b", "student"]
@@ -107,11 +106,12 @@ def test_pictures_are_of_the_same_prompts_and_shown(finished, cli, tmp_path):
     assert len(set(files)) == 48 and all(size(file) == (16, 16) for file in files)
     page = (folder / "report.html").read_text()
     (folder / "report.html").unlink()
-    again = cli("report", folder)
-    assert again.code == 0 and again.out == f"{folder / 'report.html'}\n" and again.err == ""
+    grid = tmp_path / "grid.png"
+    again = cli("report", folder, "--grid", grid)
+    assert again.code == 0 and again.out == f"{folder / 'report.html'}\n{grid}\n" and again.err == ""
     assert (folder / "report.html").read_text() == page
     assert page.count("data:image/") >= 24 and "held two dogs b" in page
-    width, height = size(write_grid(folder, tmp_path / "grid.png"))
+    width, height = size(grid)
     assert width > 4 * 48 and height > 6 * 48
 
 

@@ -12,7 +12,7 @@ TASKS = ["compose", "text", "look", "mixed:compose"]
 MODELS = ["base", *(f"teacher:{name}" for name in TEACHERS), "student"]
 ATTACK = '<script>alert(1)</script> [bold]"two" red & blue[/bold]'
 PROMPTS = {
-    "compose": "two red circles above a green triangle",
+    "compose": "two red circles",
     "text": 'a card that says "fog"',
     "look": "a calm, warm evening at the quiet harbour",
     "mixed:compose": 'a blue square and the word "sun"',

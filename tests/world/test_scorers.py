@@ -68,7 +68,7 @@ def test_noise_and_blank_pictures_score_near_zero():
 
 @pytest.mark.parametrize("style", [hard_style, oracle_style])
 def test_one_wrong_colour_or_shape_is_caught(style):
-    caption = "a red circle to the left of a blue square"
+    caption = "a red circle and a blue square"
     right = _drawn(caption, style)
     variants = [right]
     for i in (0, 1):
