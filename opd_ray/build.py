@@ -3,7 +3,7 @@
 import importlib.metadata
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,21 +55,19 @@ def build(config: Config, folder: Path, live: Live, *, resume: bool = False) -> 
     train, held_out = preflight(config, algorithm)
     attempt = claim(folder, identity(config), resume=resume)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    started = False
-    with live:
+    with ExitStack() as failed, live:
+        failed.callback(abandon, folder)
         live.phase("starting Ray" if config.cluster.runtime == "ray" else "starting")
         backend = make_backend(config)
         try:
             run = _wire(config, folder, live, backend, algorithm, train, held_out, attempt)
-            started = True
+            failed.pop_all()  # it started: the claim stands
             if resume:
                 run.resume()
             run.status()
             yield run
         finally:
             backend.close()
-            if attempt == 0 and not started:
-                abandon(folder)
 
 
 def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:

@@ -55,10 +55,11 @@ def claim(run_dir: Path, identity: Mapping[str, Any], *, resume: bool = False) -
             if any(not entry.name.startswith(".") for entry in run_dir.iterdir()):
                 raise RunFolderError(f"{run_dir} is not empty and has no run.json; choose another name")
             run: dict[str, Any] = {"attempt": 0}
+        elif (run := _run(path)).get("abandoned"):
+            run = {"attempt": 0}
         elif not resume:
             raise RunFolderError(f"{run_dir} has a run already; go on with it by --resume or choose another name")
         else:
-            run = _run(path)
             run["attempt"] += 1
             if differences := _differences(run["identity"], plain):
                 raise RunFolderError(
@@ -71,10 +72,12 @@ def claim(run_dir: Path, identity: Mapping[str, Any], *, resume: bool = False) -
 
 
 def abandon(run_dir: Path) -> None:
-    """Take back a first claim that came to nothing, so that the same name is free for the next start."""
+    """Take back a first claim that came to nothing: the next one may be another run's, and logs stay until then."""
+    path = run_dir / "run.json"
     with locked(run_dir):
-        for name in ("run.json", "config.yaml", "status.json"):
-            (run_dir / name).unlink(missing_ok=True)
+        run = _run(path)
+        if run["attempt"] == 0:  # a later attempt has something to lose
+            write_json_atomic(path, run | {"abandoned": True})
 
 
 def newest_attempt(run_dir: Path) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from opd_ray.world.captions import Item, Meaning, parse
+from opd_ray.world.captions import Meaning, parse
 from opd_ray.world.detect import Found, detect
 from opd_ray.world.reading import edit_distance, read
 from opd_ray.world.render import SIZE
@@ -89,14 +89,11 @@ def _partial(meaning: Meaning, found: list[Found]) -> float:
         marks.append(min(len(counted), item.count) / max(len(counted), item.count))
         if item.colour:
             marks.append(min(len(coloured), item.count) / max(len(coloured), item.count))
-    if meaning.corner:
-        marks.append(float(_placed(meaning.items[0], meaning.corner, found)))
+        if meaning.corner:
+            marks.append(float(bool(coloured) and _placed(coloured[0], meaning.corner)))
     return sum(marks) / len(marks)
 
 
-def _placed(item: Item, corner: str, found: list[Found]) -> bool:
+def _placed(one: Found, corner: str) -> bool:
     row, column = corner.split()
-    for one in found:
-        if one.shape == item.shape and item.colour in (None, one.colour):
-            return (one.y < SIZE / 2) == (row == "top") and (one.x < SIZE / 2) == (column == "left")
-    return False
+    return (one.y < SIZE / 2) == (row == "top") and (one.x < SIZE / 2) == (column == "left")

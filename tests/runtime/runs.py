@@ -177,6 +177,12 @@ def listeners(pid: int) -> list[str]:
     return found
 
 
+def bare_environment() -> dict[str, str]:
+    """This process's environment without what its own Ray session put there."""
+    ours = {"RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
 def descendants(pid: int) -> list[int]:
     """Processes below one, as far down as it goes."""
     children: dict[int, list[int]] = {}

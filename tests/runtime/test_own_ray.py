@@ -1,7 +1,6 @@
 """The command in a process of its own, with a Ray of its own: exit codes, addresses, and what it leaves behind."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ import yaml
 
 from opd_ray.storage import checkpoint
 from opd_ray.storage.run_folder import read_json
-from tests.runtime.runs import LOOPBACK, alive, go, same
+from tests.runtime.runs import LOOPBACK, alive, bare_environment, go, same
 
 pytestmark = pytest.mark.ray
 
@@ -62,14 +61,12 @@ def command(make_config, tmp_path):
         config = make_config("ray", cluster={"share_teachers": True})
         path = tmp_path / "tiny.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-        ours = {"RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
-        environment = {name: value for name, value in os.environ.items() if name not in ours}
         return subprocess.run(
             [sys.executable, "-c", script, "train", str(path), "--out", str(tmp_path), *overrides],
             capture_output=True,
             text=True,
             timeout=200,
-            env=environment | {"SEEN": str(tmp_path / "seen.json")},
+            env=bare_environment() | {"SEEN": str(tmp_path / "seen.json")},
         )
 
     return run

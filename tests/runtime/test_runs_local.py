@@ -109,12 +109,14 @@ def test_resuming_a_run_that_is_done_changes_nothing(make_config, tmp_path) -> N
     assert len(again.rows) == 1
 
 
-def test_a_first_start_that_fails_leaves_the_name_free(make_config, tmp_path, monkeypatch) -> None:
-    def fail(folder, facts) -> None:
+@pytest.mark.parametrize("step", ["make_backend", "_note_facts"])
+def test_a_first_start_that_fails_leaves_the_name_free(make_config, tmp_path, monkeypatch, step) -> None:
+    def fail(*arguments) -> None:
+        (tmp_path / "run" / "logs").mkdir()  # as a worker that does not come up leaves it
         raise UserError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr("opd_ray.build._note_facts", fail)
+        patch.setattr(f"opd_ray.build.{step}", fail)
         with pytest.raises(UserError, match="no room"):
             go(make_config(rounds=1), tmp_path / "run")
     assert go(make_config(rounds=1), tmp_path / "run").result["status"] == "done"
