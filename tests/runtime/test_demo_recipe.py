@@ -1,7 +1,6 @@
 """The demo's own recipe, by its own command: the same student wherever the work is done and whoever dies."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from opd_ray.storage.run_folder import read_json
 from tests.runtime.runs import alive, bare_environment, descendants
 
 pytestmark = [pytest.mark.verify, pytest.mark.timeout(1800)]
@@ -25,7 +25,7 @@ VARIANTS = {
 
 def start(out: Path, *overrides: str, resume: bool = False) -> subprocess.Popen[str]:
     options = [part for override in [*SHORT, *overrides] for part in ("-o", override)]
-    command = [Path(sys.executable).with_name("opd-ray"), "train", str(RECIPE), "--out", str(out), "--json", *options]
+    command = [Path(sys.executable).with_name("opd-ray"), "train", str(RECIPE), "--out", str(out), *options]
     return subprocess.Popen(
         [*command, "--resume"] if resume else command,
         stdout=subprocess.PIPE,
@@ -35,11 +35,11 @@ def start(out: Path, *overrides: str, resume: bool = False) -> subprocess.Popen[
     )
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+def finish(process: subprocess.Popen[str], out: Path) -> tuple[str, str]:
     """The student's hash, and what was said on the way."""
-    output, errors = process.communicate(timeout=900)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
-    return json.loads(output)["student_sha256"], errors
+    return read_json(out / "demo" / "result.json")["student_sha256"], errors
 
 
 def rounds_done(out: Path) -> int:
@@ -66,12 +66,13 @@ def marking(driver: int) -> list[int]:
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory) -> str:
     """The hash of the undisturbed run: two rollout workers, one worker for all teachers."""
-    return finish(start(tmp_path_factory.mktemp("undisturbed")))[0]
+    out = tmp_path_factory.mktemp("undisturbed")
+    return finish(start(out), out)[0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_place_of_the_work_changes_no_bit(variant, expected, tmp_path) -> None:
-    assert finish(start(tmp_path, *VARIANTS[variant]))[0] == expected
+    assert finish(start(tmp_path, *VARIANTS[variant]), tmp_path)[0] == expected
 
 
 def test_a_run_killed_outright_resumes_to_the_same_student(expected, tmp_path) -> None:
@@ -79,13 +80,13 @@ def test_a_run_killed_outright_resumes_to_the_same_student(expected, tmp_path) -
     wait_for(process, tmp_path, 3)  # past the checkpoint of round 2: one round is done again
     everybody = [process.pid, *descendants(process.pid)]
     process.kill()
-    process.wait()
-    left = alive(everybody)
+    process.communicate()
+    left = alive(everybody, within_s=120)  # Ray's two agents look for their raylet about once a minute
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left, "Ray's processes end with the run that started them"
     assert not (tmp_path / "demo" / "result.json").exists()
-    assert finish(start(tmp_path, resume=True))[0] == expected
+    assert finish(start(tmp_path, resume=True), tmp_path)[0] == expected
 
 
 def test_a_killed_teacher_worker_is_replaced_and_changes_no_bit(expected, tmp_path) -> None:
@@ -94,6 +95,6 @@ def test_a_killed_teacher_worker_is_replaced_and_changes_no_bit(expected, tmp_pa
     while not (busy := marking(process.pid)):
         assert process.poll() is None, process.communicate()
     os.kill(busy[0], signal.SIGKILL)
-    student, said = finish(process)
+    student, said = finish(process, tmp_path)
     assert "was lost" in said
     assert student == expected
