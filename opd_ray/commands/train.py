@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,7 +53,8 @@ def run_training(config: Config, folder: Path, *, resume: bool) -> dict[str, Any
 
     try:
         live = Live(config.rounds, config.name, console=errors)
-        with _signals(_interrupt), build(config, folder, live, resume=resume) as run:
+        # Stdout is the result's: Ray, for one, tells there of a worker that died.
+        with redirect_stdout(sys.stderr), _signals(_interrupt), build(config, folder, live, resume=resume) as run:
             return _drive(run, live)
     except KeyboardInterrupt:
         raise Stopped("interrupted; go on from the last checkpoint with --resume") from None

@@ -60,6 +60,12 @@ def in_round(monkeypatch, number, act):
     monkeypatch.setattr(Learner, "update", acting)
 
 
+def test_what_others_print_is_not_in_the_result(run, monkeypatch):
+    in_round(monkeypatch, 1, lambda: print("a worker died"))
+    done = run("-o", "rounds=2")
+    assert json.loads(done.out)["status"] == "done" and "a worker died" in done.err
+
+
 def test_a_signal_ends_the_round_and_leaves_a_checkpoint(run, whole, monkeypatch, tmp_path):
     in_round(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
