@@ -14,6 +14,7 @@ from rich.table import Table
 from opd_ray.commands.options import Json, Seed, require_folder
 from opd_ray.console import console, errors
 from opd_ray.errors import ConfigError, RunFolderError
+from opd_ray.report.wording import MISSING, Write, alike, span
 
 if TYPE_CHECKING:
     from opd_ray.models import Family
@@ -142,14 +143,13 @@ def _table(result: dict[str, Any]) -> Table:
     for name in ("mean", "95 % interval", "n"):
         table.add_column(name, justify="right", no_wrap=True)
     for key in keys:
+        scores = [model["scores"][key] for model in result["models"].values()]
+        write = alike(score[name] for score in scores for name in ("value", "low", "high"))
         for place, (name, model) in enumerate(result["models"].items()):
             last = place == len(result["models"]) - 1
-            table.add_row("" if place else key, name, *_cells(model["scores"][key]), end_section=last)
+            table.add_row("" if place else key, name, *_cells(model["scores"][key], write), end_section=last)
     return table
 
 
-def _cells(score: Mapping[str, Any]) -> list[str]:
-    from opd_ray.report.wording import MISSING, number
-
-    interval = f"{number(score['low'])} to {number(score['high'])}" if score["n"] else MISSING
-    return [number(score["value"]), interval, str(score["n"])]
+def _cells(score: Mapping[str, Any], write: Write) -> list[str]:
+    return [write(score["value"]), span(score["low"], score["high"], write) or MISSING, str(score["n"])]

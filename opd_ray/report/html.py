@@ -14,7 +14,7 @@ from opd_ray.report.pictures import picture_grid
 from opd_ray.report.run_folder import RunFolder, mapping
 from opd_ray.report.table import Results, Score, summary
 from opd_ray.report.training import curves, gap_heat, time_spent
-from opd_ray.report.wording import MISSING, count, duration, model_title, number, percent, span
+from opd_ray.report.wording import MISSING, Write, count, duration, model_title, percent, span
 
 __all__ = ["write_report"]
 
@@ -136,20 +136,20 @@ def _range(results: Results, task: str) -> str:
     def place(value: float) -> str:
         return f"{100 * (value - low) / width:.2f}%"
 
-    drawn = []
+    drawn, write = [], results.write(task)
     for style, score in marks.items():
         if score.low is not None and score.high is not None:
             size = f"{100 * (score.high - score.low) / width:.2f}%"
             drawn.append(f'<i class="{style}" style="left:{place(score.low)};width:{size}"></i>')
         if score.value is not None:
-            tip = f"{style.replace('own', 'teacher').replace('me', 'student')} {number(score.value)}"
+            tip = f"{style.replace('own', 'teacher').replace('me', 'student')} {write(score.value)}"
             drawn.append(f'<b class="{style}" style="left:{place(score.value)}" title="{tip}"></b>')
     gap = results.gap_closed.get(task)
     taught = f"taught by {own.removeprefix('teacher:')}" if own else "no teacher of its own"
     if gap:
         said = f"<strong>{percent(gap.value)}</strong> of the gap"
     else:
-        said = " → ".join(number(marks[style].value) for style in ("base", "me") if style in marks)
+        said = " → ".join(write(marks[style].value) for style in ("base", "me") if style in marks)
     return (
         f'<div class="range"><div class="name">{escape(task)}<small>{escape(taught)}</small></div>'
         f'<div class="track"><span class="end">{low:.3g}</span>'
@@ -165,7 +165,7 @@ def _table(results: Results) -> str:
         cells = []
         for task in results.tasks:
             own = results.own.get(task) == model
-            cells.append(_cell(results.scores.get((model, task)), "own" if own else ""))
+            cells.append(_cell(results.scores.get((model, task)), results.write(task), "own" if own else ""))
         style = ' class="me"' if model == "student" else ""
         rows.append(f'<tr{style}><th scope="row">{escape(model_title(model))}</th>{"".join(cells)}</tr>')
     if results.gap_closed:
@@ -181,13 +181,13 @@ def _table(results: Results) -> str:
     )
 
 
-def _cell(score: Score | None, style: str) -> str:
+def _cell(score: Score | None, write: Write, style: str) -> str:
     if score is None or score.value is None:
         return f'<td class="none">{MISSING}</td>'
-    interval = span(score.low, score.high)
+    interval = span(score.low, score.high, write)
     exact = f"{score.value!r}"
     mark = f' class="{style}"' if style else ""
-    return f'<td{mark} title="{exact}">{number(score.value)}<small>{interval}</small></td>'
+    return f'<td{mark} title="{exact}">{write(score.value)}<small>{interval}</small></td>'
 
 
 def _conditions(run: RunFolder) -> str:

@@ -1,6 +1,6 @@
 """The result in numbers: one sentence, and a table of models and tasks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ from opd_ray.report.run_folder import mapping, numbers
 from opd_ray.report.wording import (
     MISSING,
     WORDS,
+    Write,
+    alike,
     count,
     duration,
     join,
     model_title,
-    number,
     percent,
     span,
 )
@@ -51,6 +52,11 @@ class Results:
     """By task; tasks without a teacher have none."""
     own: Mapping[str, str]
     """Task -> the model that teaches it, as `teacher:<name>`."""
+
+    def write(self, task: str) -> Write:
+        """How this task's scores are written, in the same way for every model."""
+        found = [score for (_, other), score in self.scores.items() if other == task]
+        return alike(x for score in found for x in (score.value, score.low, score.high))
 
     @classmethod
     def read(cls, result: Mapping[str, Any]) -> "Results":
@@ -101,7 +107,8 @@ def summary(result: Mapping[str, Any], seconds: float | None = None) -> str:
     for task in results.tasks:
         base, student = (results.scores.get((model, task)) for model in ("base", "student"))
         if task not in results.own and base and student:
-            others.append(f"{task} {number(base.value)} → {number(student.value)}")
+            write = results.write(task)
+            others.append(f"{task} {write(base.value)} → {write(student.value)}")
     untaught = f"Without a teacher: {join(others)}." if others else ""
     return " ".join(filter(None, [sentence, untaught, stopped]))
 
@@ -119,7 +126,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
         table.add_column(Text(task.replace(":", ":\n")), justify="right", overflow="fold")
     for model in results.models:
         cells = [
-            _cell(results.scores.get((model, task)), number, own=results.own.get(task) == model)
+            _cell(results.scores.get((model, task)), results.write(task), own=results.own.get(task) == model)
             for task in results.tasks
         ]
         last = model == results.models[-1]
@@ -131,7 +138,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def _cell(score: Score | None, write: Callable[[float | None], str], *, own: bool = False) -> Text:
+def _cell(score: Score | None, write: Write, *, own: bool = False) -> Text:
     if score is None:
         return Text(MISSING, style="dim")
     text = Text()

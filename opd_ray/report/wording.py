@@ -1,9 +1,11 @@
 """How numbers, durations and names are written, in the same way wherever a person reads them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["MISSING", "count", "duration", "join", "model_title", "number", "percent", "span"]
+__all__ = ["MISSING", "Write", "alike", "count", "duration", "join", "model_title", "number", "percent", "span"]
+
+Write = Callable[[float | None], str]
 
 MISSING = "–"  # noqa: RUF001 (an en dash, also between the ends of a range)
 """Stands where there is no value."""
@@ -24,6 +26,21 @@ def number(value: float | None) -> str:
     return f"{value:.{min(decimals, 5 if abs(value) < 0.01 else 3)}f}"
 
 
+def alike(values: Iterable[float | None]) -> Write:
+    """How to write numbers that are compared: all with the decimals that the largest needs for three digits."""
+    largest = max((abs(value) for value in values if value is not None and math.isfinite(value)), default=0.0)
+    if not 1e-4 <= largest < 1e5:
+        return number
+    decimals = max(0, 3 - math.ceil(math.log10(largest)))
+
+    def write(value: float | None) -> str:
+        if value is None or not math.isfinite(value):
+            return MISSING
+        return f"{value:.{decimals}f}"
+
+    return write
+
+
 def percent(value: float | None) -> str:
     """A share as a whole percentage."""
     if value is None or not math.isfinite(value):
@@ -31,7 +48,7 @@ def percent(value: float | None) -> str:
     return f"{round(100 * value)} %".replace("-", "−")  # noqa: RUF001 (a minus sign)
 
 
-def span(low: float | None, high: float | None, write: Callable[[float | None], str] = number) -> str:
+def span(low: float | None, high: float | None, write: Write = number) -> str:
     """An interval, or nothing where a bound is missing."""
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         return ""

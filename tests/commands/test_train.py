@@ -61,7 +61,7 @@ def in_round(monkeypatch, number, act):
 
 
 def test_what_others_print_is_not_in_the_result(run, monkeypatch):
-    in_round(monkeypatch, 1, lambda: print("a worker died"))
+    in_round(monkeypatch, 1, lambda: sys.stdout.write("a worker died\n"))
     done = run("-o", "rounds=2")
     assert json.loads(done.out)["status"] == "done" and "a worker died" in done.err
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from opd_ray.report.table import result_table, summary
-from opd_ray.report.wording import MISSING, duration, number, percent
+from opd_ray.report.wording import MISSING, alike, duration, number, percent
 from tests.report.run_folders import SCORES, TASKS, result
 
 
@@ -33,9 +33,13 @@ def test_headings_are_whole_on_80_columns():
     data = result()
     for scores in data["scores"].values():
         scores |= {f"mixed:{name}": scores["mixed:compose"] for name in ("text", "look")}
+    data["scores"]["base"]["mixed:text"] = {"value": 5.7e-8, "low": 1.5e-13, "high": 1.7e-7, "n": 64}
+    data["scores"]["teacher:compose"]["mixed:text"] = {"value": 0.00535, "low": 0.00209, "high": 0.00941, "n": 64}
     console = Console(file=io.StringIO(), width=80)
     console.print(result_table(data))
     lines = console.file.getvalue().splitlines()
+    rows = lines[next(i for i, line in enumerate(lines) if "base" in line) :]
+    assert next(i for i, line in enumerate(rows) if "text" in line) == 6, "no cell takes more than three lines"
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
     assert lines[2].split() == ["compose", "text", "look", "compose", "text", "look"]
 
@@ -84,6 +88,21 @@ def test_summary_without_scores(status, expected):
 )
 def test_number(value, text):
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ((0.84, 7.9e-5, 1.0, None), ["0.840", "0.000", "1.000", MISSING]),
+        ((22.31, -0.5, math.nan), ["22.3", "-0.5", MISSING]),
+        ((0.0412, 0.0003), ["0.0412", "0.0003"]),
+        ((0.0, 0.0), ["0", "0"]),
+        ((3e-7, 2e-9), ["3.0e-7", "2.0e-9"]),
+    ],
+)
+def test_scores_that_are_compared_have_the_same_decimals(values, texts):
+    write = alike(values)
+    assert [write(value) for value in values] == texts
 
 
 @pytest.mark.parametrize(
