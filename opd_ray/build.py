@@ -51,9 +51,11 @@ def build(config: Config, folder: Path, live: Live, *, resume: bool = False) -> 
     Raises:
         UserError: what is wrong with the configuration, its files, the folder or the cluster.
     """
+    folder = folder.resolve()  # as in `anchored`
     algorithm = make_algorithm(config)
     train, held_out = preflight(config, algorithm)
     attempt = claim(folder, identity(config), resume=resume)
+    config = anchored(config)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     with ExitStack() as failed, live:
         failed.callback(abandon, folder)
@@ -106,6 +108,20 @@ def identity(config: Config) -> dict[str, Any]:
     if config.optimizer.schedule == "cosine":
         free.remove("rounds")  # the learning rate of every round depends on their number
     return config.model_dump(mode="json", exclude=free)
+
+
+def anchored(config: Config) -> Config:
+    """Local paths made absolute: workers of a Ray that was there before us have another working directory."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).resolve()) if path.partition("/")[0] != "world" and Path(path).exists() else path
+
+    teachers = {
+        name: teacher.model_copy(update={"lora": absolute(teacher.lora)}) for name, teacher in config.teachers.items()
+    }
+    model = config.model.model_copy(update={"path": absolute(config.model.path)})
+    recorded = absolute(config.recorded) if config.recorded else None
+    return config.model_copy(update={"teachers": teachers, "model": model, "recorded": recorded})
 
 
 def make_backend(config: Config) -> Backend:
@@ -186,7 +202,9 @@ def _pools(config: Config, folder: Path, dispatcher: Dispatcher, algorithm: Algo
     return Pools(
         rollout=None if recorded else pool("rollout", cluster.rollout, _rollout_factory(config, algorithm)),
         teachers=_teacher_pools(config, pool) if algorithm.needs_teachers else {},
-        reward=pool("reward", cluster.rewards["default"], _reward_factory(config)) if rewards else None,
+        reward=pool("reward", cluster.rewards.get("default", RolePlacement()), _reward_factory(config))
+        if rewards
+        else None,
         reader=pool("reader", cluster.rollout, _reader_factory(recorded)) if recorded else None,
     )
 

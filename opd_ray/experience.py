@@ -48,6 +48,10 @@ class ExperienceSource(Protocol):
         """Prompts of each task that were consumed before this round."""
         ...
 
+    def prompts(self) -> dict[str, str]:
+        """Task -> hash of all that there is to take, in its order."""
+        ...
+
 
 def cut(config: Config, algorithm: Algorithm, stream: PromptStream, round: int) -> tuple[WorkItem, ...]:
     """The work items of a round, in (task, item) order: a pure function of the configuration and the round."""
@@ -103,8 +107,12 @@ class RolloutSource:
         """Prompts of each task that were consumed before this round."""
         return dict.fromkeys(self.stream.tasks, _cursor(self.config, round))
 
+    def prompts(self) -> dict[str, str]:
+        """Task -> hash of its prompts."""
+        return self.stream.digests()
+
     def _item(self, item: WorkItem, weights: Weights) -> Collected:
-        args = (item, weights.version, weights.sha256, self.reward is not None)
+        args = (item, weights.version, weights.sha256, self.algorithm.whole_paths, self.reward is not None)
         draw = self._submit(Job(self.rollout, "draw", args, 2, f"drawing {item}", weights=weights))
         mark = score = None
         if self.teachers:
@@ -188,6 +196,10 @@ class RecordedSource:
     def cursors(self, round: int) -> dict[str, int]:
         """Recordings of each task that were consumed before this round."""
         return dict.fromkeys(self.stream.tasks, round * self.items_per_task)
+
+    def prompts(self) -> dict[str, str]:
+        """Task -> hash of the names of its recordings."""
+        return self.stream.digests()
 
 
 def _recorded(item: WorkItem, read: Job) -> Callable[[], Share]:

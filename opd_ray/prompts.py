@@ -30,8 +30,8 @@ Row = tuple[str, Mapping[str, Any]]
 def read_prompts(spec: str | Mapping[str, str], what: str) -> dict[str, tuple[Prompt, ...]]:
     """Read every prompt, by task, in the order of the files.
 
-    A prompt's id is its row's own or else a hash of task and text. A repeated text is kept; from
-    its second occurrence on, its number is part of the hash's id.
+    A prompt's id is its task and its row's own id, or else a hash of task and text: ids name noise, which two tasks
+    must not share by accident. A repeated text is kept; from its second occurrence on, its number is part of the id.
 
     Args:
         spec: one file whose rows name their task, or a file for each task.
@@ -100,6 +100,13 @@ class PromptStream:
             taken.extend(rows[index] for index in order)
         return tuple(taken), cursor + count
 
+    def digests(self) -> dict[str, str]:
+        """Task -> sha256 of its prompts, ids and texts in their order: what a continued run must find again."""
+        return {
+            task: hashlib.sha256(json.dumps([(row.id, row.text) for row in rows]).encode()).hexdigest()
+            for task, rows in self._prompts.items()
+        }
+
     def _order(self, task: str, epoch: int) -> list[int]:
         rng = generator(self._seed, "order", task, epoch)
         order: list[int] = torch.randperm(len(self._prompts[task]), generator=rng).tolist()
@@ -135,8 +142,10 @@ def _add(
         seen[name] += 1
         if seen[name] > 1:
             name = f"{name}-{seen[name]}"
-    if name in by_id:
-        raise PromptError(f"{where} has id {name!r}, but task {task!r} has it already")
+    else:
+        if f"{task}/{name}" in by_id:
+            raise PromptError(f"{where} has id {name!r}, but task {task!r} has it already")
+        name = f"{task}/{name}"
     by_id[name] = Prompt(name, text, task)
 
 

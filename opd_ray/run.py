@@ -20,7 +20,7 @@ from opd_ray.report.live import Live
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import LearnerGroup
 from opd_ray.runtime.handle import Weights
-from opd_ray.storage.run_folder import newest_attempt, write_json_atomic
+from opd_ray.storage.run_folder import newest_attempt, read_json, write_json_atomic
 
 __all__ = ["Run"]
 
@@ -81,19 +81,28 @@ class Run:
         if driver is None:
             self.live.note("no checkpoint to resume from: starting at round 0")
         else:
-            if driver["cursors"] != self.source.cursors(round):
-                raise RunFolderError(
-                    f"{self.folder}: checkpoint of round {round} consumed prompts {driver['cursors']}, this "
-                    f"configuration would have consumed {self.source.cursors(round)}; the prompt files changed"
-                )
-            if driver["teachers"] != self.facts["teachers"]:
-                raise RunFolderError(
-                    f"{self.folder}: the teachers' files are not those of round {round}; put them back"
-                )
+            self._require_same(driver, round)
             self.totals = driver["totals"]
             self.live.note(f"going on after round {round} of {self.rounds}")
         self.round = round
         self.log.truncate_from(round)
+
+    def _require_same(self, driver: Mapping[str, Any], round: int) -> None:
+        """What was trained with until then is what is here. Where it lies may have changed."""
+        for what, before, now in (
+            ("prompts of", driver["prompts"], self.source.prompts()),
+            ("file of teacher", driver["teachers"], self._teachers()),
+        ):
+            for name in sorted(before.keys() | now.keys()):
+                if before.get(name) != now.get(name):
+                    raise RunFolderError(
+                        f"{self.folder}: the {what} {name!r} are not those of round {round}; put them back, "
+                        "or start another run"
+                    )
+
+    def _teachers(self) -> dict[str, str]:
+        """Teacher -> sha256 of its file."""
+        return {name: facts["sha256"] for name, facts in self.facts["teachers"].items()}
 
     def finish_round(self, batch: Round, updates: Sequence[Sequence[UpdateReport]], weights: Weights) -> None:
         """Write the round's row, and what is due after it."""
@@ -129,7 +138,10 @@ class Run:
         start = time.perf_counter()
         driver = {
             "cursors": self.source.cursors(self.round),
-            "teachers": self.facts["teachers"],
+            "prompts": self.source.prompts(),
+            "teachers": self._teachers(),
+            "attempt": self.attempt,
+            "identity_sha256": read_json(self.folder / "run.json")["identity_sha256"],
             "totals": self.totals,
         }
         self.learner.save(self.folder, self.round, driver, attempt=self.attempt, keep=self.config.checkpoint.keep)
@@ -161,7 +173,13 @@ class Run:
             self.status(status)
 
     def status(self, status: str = "running") -> None:
-        """The heartbeat."""
+        """The heartbeat.
+
+        Raises:
+            RunFolderError: a newer attempt has the folder; this one must leave it alone.
+        """
+        if (newest := newest_attempt(self.folder)) != self.attempt:
+            raise RunFolderError(f"{self.folder}: attempt {newest} has taken over; attempt {self.attempt} ends here")
         beat = {"status": status, "round": self.round, "rounds": self.rounds, "attempt": self.attempt}
         write_json_atomic(self.folder / "status.json", beat | {"time": time.time(), "pid": os.getpid()})
 

@@ -80,15 +80,18 @@ class Trajectory:
     weights: WeightVersion
     """The version that drew it."""
     sigmas: Tensor  # [S] float32, descending from 1 to 0
-    latents: Tensor  # [B, S, C, H, W] float32, index 0 = noise
+    latents: Tensor  # [B, S, C, H, W] float32, index 0 = noise; fewer states where nobody reads the later ones
     cond: Conditioning
     uncond: Conditioning  # of the empty prompt, each tensor [1, ...]; {} when nobody's guidance differs from 1
 
     def __post_init__(self) -> None:
         shape = tuple(self.latents.shape)
-        expected = (len(self.item.prompts), len(self.sigmas))
-        if shape[:2] != expected:
-            raise ValueError(f"latents of {self.item} are {shape}, expected {(*expected, 'C', 'H', 'W')}")
+        states = range(max(self.item.steps, default=-1) + 1, len(self.sigmas) + 1)
+        if len(shape) != 5 or shape[0] != len(self.item.prompts) or shape[1] not in states:
+            raise ValueError(
+                f"latents of {self.item} are {shape}, expected {len(self.item.prompts)} rows of "
+                f"{states[0]} to {states[-1]} states of C, H, W"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,7 @@ REFUSED = [
     ("cluster.rollout.threads", 0, "f: cluster.rollout.threads: Input should be greater than or equal to 1, got 0"),
     ("cluster.rollout.resources", {"cpu": -1}, "f: cluster.rollout.resources: amounts are 0 or more"),
     ("cluster.rollout.resources", {"gpu": 1}, "f: cluster.rollout.resources: this version computes on CPU; set gpu t"),
+    ("cluster.rewards.look", {"workers": 2}, "f: cluster.rewards.look: one worker scores every reward; only `default`"),
     ("cluster.teachers.txt", {"workers": 2}, "f: cluster.teachers.txt: no such teacher; known: text, look"),
     (
         "cluster",

@@ -105,7 +105,7 @@ def test_every_item_goes_to_its_own_teacher_whatever_the_round(first):
         for one, collected in zip(batch.items, batch.collected, strict=True):
             draw, mark = collected.jobs  # no scores: distillation needs no rewards
             teacher = TASKS[one.task]
-            assert draw.pool == "rollout" and draw.args == (one, WEIGHTS.version, "abc", False)
+            assert draw.pool == "rollout" and draw.args == (one, WEIGHTS.version, "abc", False, False)
             assert draw.weights is WEIGHTS
             assert mark.pool == pools[teacher] and mark.label == f"{teacher} marking {one}" and mark.after == (draw,)
     assert source.cursors(3) == dict.fromkeys(TASKS, 12)

@@ -22,7 +22,7 @@ RUNG = {name: rung for rung, names in enumerate(RUNGS) for name in names}
 
 # Where any exception may end: work-item errors (Ray catches those of remote workers, `local` its
 # own), and the top of the command line.
-SUPERVISION = {"runtime/pool.py", "runtime/local.py", "cli.py"}
+SUPERVISION = {"runtime/local.py"}
 # Together they are what a newcomer has to read.
 CORE = {"loop", "build", "actors", "learners", "runtime", "diffusion"}
 

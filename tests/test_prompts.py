@@ -39,8 +39,8 @@ def write(path, rows=ROWS):
 def test_every_format_gives_the_same_prompts(tmp_path, kind):
     prompts = read_prompts(write(tmp_path / f"p.{kind}"), "prompts.train")
     assert prompts == {
-        "text": (Prompt("s1", ROWS[0]["prompt"], "text"),),
-        "count": (Prompt("7", ROWS[1]["prompt"], "count"), Prompt("8", "drei Bäume", "count")),
+        "text": (Prompt("text/s1", ROWS[0]["prompt"], "text"),),
+        "count": (Prompt("count/7", ROWS[1]["prompt"], "count"), Prompt("count/8", "drei Bäume", "count")),
     }
 
 
@@ -62,7 +62,7 @@ def test_a_file_for_each_task(tmp_path):
     prompts = read_prompts({"a": str(tmp_path / "a.txt"), "b": other}, "x")
     assert [p.text for p in prompts["a"]] == ["one", "two", "three"]
     assert [(p.text, p.task) for p in prompts["b"]] == [("four", "b"), ("five", "b")]
-    assert prompts["b"][1].id == "3"
+    assert prompts["b"][1].id == "b/3"
 
 
 def test_ids_come_from_task_and_text_alone(tmp_path):

@@ -55,6 +55,8 @@ class SampleRequest:
     seed: int
     prompts: tuple[Prompt, ...]
     samples: tuple[int, ...]
+    weights: tuple[WeightVersion, str] | None = None
+    """Version and sha256 of the student's."""
 
 
 def probe_velocity(family: Family, guidance: float, seed: int) -> Tensor:
@@ -124,21 +126,26 @@ class RolloutActor:
         """The bound policy's velocity at the fixed probe input."""
         return probe_velocity(self.family, self.policy.guidance, self.policy.seed)
 
-    def draw(self, item: WorkItem, version: WeightVersion, sha256: str) -> Trajectory:
+    def draw(self, item: WorkItem, version: WeightVersion, sha256: str, *, whole: bool = True) -> Trajectory:
         """The behaviour policy's own path for one work item; no gradient.
+
+        Args:
+            item: what to draw.
+            version: of the weights to draw with.
+            sha256: of these weights.
+            whole: down to the image, not only to the item's last trained step.
 
         Raises:
             StaleWeightsError: these weights were not bound and proven here.
         """
-        if self.bound is None or (self.bound.version, self.bound.sha256) != (version, sha256):
-            raise StaleWeightsError(f"{item} asks for weights {version}, bound is {self.bound}")
+        self._require_bound(str(item), (version, sha256))
         cond = self.family.encode([prompt.text for prompt in item.prompts])
         uncond = self.empty() if self.policy.negatives else {}
         rows = [(prompt.id, sample) for prompt, sample in zip(item.prompts, item.samples, strict=True)]
         seed, kernel = self.policy.seed, KERNELS[self.policy.kernel]
         x = noise([fold(seed, "init_noise", item.round, *row) for row in rows], self.family.latent_shape)
         states = [x]
-        for j in range(len(self.sigmas) - 1):
+        for j in range(len(self.sigmas) - 1 if whole else max(item.steps)):
             t, t_next = float(self.sigmas[j]), float(self.sigmas[j + 1])
             velocity = self._velocity(x, t, cond, uncond, self.policy.guidance)
             step = kernel(x, velocity, t, t_next, self.policy.noise_level)
@@ -149,6 +156,10 @@ class RolloutActor:
             states.append(x)
         return Trajectory(item, version, self.sigmas, torch.stack(states, dim=1), cond, uncond)
 
+    def _require_bound(self, what: str, asked: tuple[WeightVersion, str] | None) -> None:
+        if self.bound is None or (self.bound.version, self.bound.sha256) != asked:
+            raise StaleWeightsError(f"{what} asks for weights {asked and asked[0]}, bound is {self.bound}")
+
     def decode(self, trajectory: Trajectory) -> Tensor:
         """The drawn pictures, [B, 3, H, W] in [0, 1]."""
         return self.family.decode(trajectory.latents[:, -1])
@@ -157,10 +168,10 @@ class RolloutActor:
         """Pictures [B, 3, H, W] in [0, 1] of any model of the run, at seeds that all models share.
 
         Raises:
-            StaleWeightsError: the student's, and no weights were bound and proven here.
+            StaleWeightsError: the student's, and these weights were not bound and proven here.
         """
-        if request.model == "student" and self.bound is None:
-            raise StaleWeightsError("pictures of the student were asked for before any weights were bound")
+        if request.model == "student":
+            self._require_bound("a picture of the student", request.weights)
         with self.family.adapter(self._adapter_of(request)):
             return draw_pictures(self.family, request)
 

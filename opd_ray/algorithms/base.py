@@ -50,6 +50,8 @@ class Algorithm(ABC):
     """Extra adapters that start as copies of the student and follow it (`follow`)."""
     needs_rollouts: ClassVar[bool] = True
     """False: experience is recorded, and comes from a data set."""
+    whole_paths: ClassVar[bool] = True
+    """False: it reads no state behind the last trained step, so that a drawing without pictures stops there."""
     needs_teachers: ClassVar[bool] = False
     needs_rewards: ClassVar[bool] = False
     updates_per_round: int = 1

@@ -29,6 +29,7 @@ class Opd(Algorithm):
     """One optimizer step a round over all tasks, each marked by its own teacher."""
 
     needs_teachers: ClassVar[bool] = True
+    whole_paths: ClassVar[bool] = False
 
     def __init__(self, config: OpdConfig) -> None:
         self.config = config

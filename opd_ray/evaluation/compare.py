@@ -122,6 +122,7 @@ class Evaluation:
         self, model: Contestant, task: str, prompts: Sequence[Prompt], start: int, weights: Weights, pictures: bool
     ) -> Job:
         part = tuple(prompts[start : start + self.config.evaluation.batch])
+        bound = weights if model.label == "student" else None
         request = SampleRequest(
             model.model,
             model.lora,
@@ -130,10 +131,10 @@ class Evaluation:
             self.config.seed,
             part,
             (0,) * len(part),
+            (bound.version, bound.sha256) if bound else None,
         )
         shown = range(start, min(start + len(part), PICTURES_PER_TASK)) if pictures else ()
         files = [str(self.folder / self._file(model, task, index)) for index in shown]
-        bound = weights if model.label == "student" else None
         label, books = f"pictures of {model.label}", "evaluation"
         draw = Job(self.rollout, "sample", (request, files), 1, label, weights=bound, books=books)
         texts = [prompt.text for prompt in part]

@@ -123,9 +123,22 @@ def read_lora(name: str, path: str, *, revision: str | None = None, subfolder: s
     alphas = {key: tensors.pop(key) for key in list(tensors) if key.endswith(ALPHA)}
     config = _scaling(what, written, tensors, alphas)
     _require_pairs(what, tensors)
-    if not any(tensors[key].any() and tensors[key.removesuffix(A) + B].any() for key in tensors if key.endswith(A)):
-        raise ModelError(f"{what} changes nothing: its lora_B (or lora_A) are zero everywhere")
-    return LoraFile(name, file, sha256, tensors, config)
+    found = LoraFile(name, file, sha256, tensors, config)
+    if not any(_changes(found, module) for module in found.modules):
+        raise ModelError(f"{what} changes nothing: alpha, lora_A or lora_B are zero everywhere")
+    return found
+
+
+def _changes(file: LoraFile, module: str) -> bool:
+    """Whether alpha B A of a module is other than zero."""
+    from peft.utils.other import get_pattern_key
+
+    patterns = file.config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(patterns.keys(), module), file.config["lora_alpha"])
+    down, up = file.tensors[module + A].float(), file.tensors[module + B].float()
+    if up.shape[1] != len(down):
+        return True  # no pair: whoever binds it says so
+    return alpha != 0 and bool((up.flatten(1) @ down.flatten(1)).any())
 
 
 def _require_pairs(what: str, tensors: Mapping[str, Tensor]) -> None:

@@ -88,10 +88,12 @@ class RolloutHost:
             self._probed = True
         return clock.done(ack)
 
-    def draw(self, item: WorkItem, version: WeightVersion, sha256: str, images: bool) -> tuple[Flat, Flat, Done]:
+    def draw(
+        self, item: WorkItem, version: WeightVersion, sha256: str, whole: bool, images: bool
+    ) -> tuple[Flat, Flat, Done]:
         """A trajectory, its pictures (empty unless asked for), and their record."""
         clock = _Clock(self.actor.family)
-        trajectory = self.actor.draw(item, version, sha256)
+        trajectory = self.actor.draw(item, version, sha256, whole=whole or images)
         flat, record = pack_trajectory(trajectory)
         pictures, manifest = pack({"images": self.actor.decode(trajectory)} if images else {})
         return flat, pictures, clock.done(Drawn(record, manifest if images else None))

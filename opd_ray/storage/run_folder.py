@@ -16,6 +16,7 @@ from opd_ray.errors import RunFolderError
 __all__ = [
     "abandon",
     "claim",
+    "differences",
     "locked",
     "newest_attempt",
     "read_json",
@@ -61,10 +62,9 @@ def claim(run_dir: Path, identity: Mapping[str, Any], *, resume: bool = False) -
             raise RunFolderError(f"{run_dir} has a run already; go on with it by --resume or choose another name")
         else:
             run["attempt"] += 1
-            if differences := _differences(run["identity"], plain):
+            if other := differences(run["identity"], plain):
                 raise RunFolderError(
-                    f"{run_dir} belongs to another run: {'; '.join(differences)}. "
-                    "Choose another name, or start it as it was"
+                    f"{run_dir} belongs to another run: {'; '.join(other)}. Choose another name, or start it as it was"
                 )
         run |= {"identity": plain, "identity_sha256": _sha256(plain)}
         write_json_atomic(path, run)
@@ -184,7 +184,7 @@ def _sha256(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The first differing keys, dotted, with both values."""
     before, now = _flat(old), _flat(new)
     keys = [key for key in {**before, **now} if before.get(key, "absent") != now.get(key, "absent")]

@@ -107,8 +107,8 @@ def test_pictures_are_the_decoded_last_states(actor, whole):
     assert torch.equal(images, whole.decode(path.latents[:, -1]))
 
 
-def request(model, lora=None, guidance=1.5):
-    return SampleRequest(model, lora, guidance, 4, 7, (prompt(TEXTS[0]), prompt(TEXTS[1])), (0, 0))
+def request(model, lora=None, guidance=1.5, weights=None):
+    return SampleRequest(model, lora, guidance, 4, 7, (prompt(TEXTS[0]), prompt(TEXTS[1])), (0, 0), weights)
 
 
 def test_pictures_of_all_models_begin_at_the_same_noise(tiny, actor, whole, tmp_path):
@@ -119,7 +119,7 @@ def test_pictures_of_all_models_begin_at_the_same_noise(tiny, actor, whole, tmp_
         starts = []
         predict = whole.predict
         whole.predict = lambda x, *rest, starts=starts, predict=predict: (starts.append(x), predict(x, *rest))[1]
-        drawn[name] = one.sample(request(name, lora))
+        drawn[name] = one.sample(request(name, lora, weights=(VERSION, one.sha256)))
         del whole.predict
         first = noise([fold(7, "eval", p.id, 0) for p in request(name).prompts], whole.latent_shape)
         assert torch.equal(starts[0], torch.cat([first, first])), name
@@ -127,7 +127,7 @@ def test_pictures_of_all_models_begin_at_the_same_noise(tiny, actor, whole, tmp_
     assert not torch.equal(drawn["base"], drawn["one"])
     assert not torch.equal(drawn["student"], drawn["one"])
     assert whole.active == "student"
-    assert torch.equal(one.sample(request("student")), drawn["student"])
+    assert torch.equal(one.sample(request("student", weights=(VERSION, one.sha256))), drawn["student"])
 
 
 def test_pictures_of_the_base_are_those_of_a_model_without_adapters(actor, tiny):
@@ -145,6 +145,9 @@ def test_only_weights_that_were_proven_are_drawn_with(actor):
         one.draw(item(), newer, one.sha256)
     with pytest.raises(StaleWeightsError, match=r"asks for weights 0\.0\.0"):
         one.draw(item(), VERSION, "0" * 64)
+    for asked in (None, (VERSION, "0" * 64), (newer, one.sha256)):
+        with pytest.raises(StaleWeightsError, match="a picture of the student asks for weights"):
+            one.sample(request("student", weights=asked))
     for bad, message in [
         ({n: w for n, w in weights.items() if n != name}, rf"{name} is missing, here \(4, 32\)"),
         (weights | {name: torch.ones(1, 32)}, rf"{name} is \(1, 32\), here \(4, 32\)"),
@@ -152,7 +155,10 @@ def test_only_weights_that_were_proven_are_drawn_with(actor):
     ]:
         with pytest.raises(StaleWeightsError, match=message):
             one.bind(bad, newer, digest(bad))
-        for late in (lambda: one.draw(item(), VERSION, one.sha256), lambda: one.sample(request("student"))):
+        for late in (
+            lambda: one.draw(item(), VERSION, one.sha256),
+            lambda: one.sample(request("student", weights=(VERSION, one.sha256))),
+        ):
             with pytest.raises(StaleWeightsError):
                 late()
     ack = one.bind(weights, newer, digest(weights))

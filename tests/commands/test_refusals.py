@@ -1,13 +1,17 @@
 """The user's errors: exit code 2, one line that says what, where, what was allowed and what to do; nothing started."""
 
 import json
+import os
 import shutil
+import time
 
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from opd_ray.storage.run_folder import claim
+from opd_ray.build import identity
+from opd_ray.recipes import load
+from opd_ray.storage.run_folder import claim, write_json_atomic
 from tests.commands.conftest import BRIGHT
 from tests.models.tiny_sd3 import make_tiny_sd3
 
@@ -103,7 +107,7 @@ def test_loras(refused, tiny_teachers, tmp_path, kind):
         "other width": "It was made for another architecture",
         "half a pair": "would bind 44 of 45 tensors; the first of the others is 'transformer_blocks.0.",
         "no strength": "does not say its alpha, so its strength is unknown",
-        "zero": "changes nothing: its lora_B (or lora_A) are zero everywhere",
+        "zero": "changes nothing: alpha, lora_A or lora_B are zero everywhere",
         "empty": "would bind 0 of 0 tensors",
         "not safetensors": "cannot be read",
     }
@@ -181,16 +185,29 @@ class TestFolders:
         claim(tmp_path / "mine", config)
         (tmp_path / "mine" / "lora").mkdir()
         error = cli("demo", "--out", tmp_path, "-o", "name=mine").error
-        assert f"{tmp_path / 'mine'} holds another run than the demo; move it away" in error
+        assert f"{tmp_path / 'mine'} holds another run than this demo (" in error and "move it away" in error
         (tmp_path / "demo").mkdir()
         assert "is there and is no run" in cli("demo", "--out", tmp_path).error
         assert (tmp_path / "mine" / "lora").is_dir() and (tmp_path / "demo").is_dir()
 
     def test_a_demo_that_cannot_start_keeps_the_last_one(self, cli, tmp_path):
-        sources = {"teachers": {"look": {"lora": "world/look"}}, "prompts": {"train": {"look": "world/look/train"}}}
-        claim(tmp_path / "demo", {"model": {"path": "world"}} | sources)
-        assert cli("demo", "--out", tmp_path, "-o", "teachers.look.lora=/no/lora").error
+        settings = ("-o", "model.path=./gone")
+        claim(tmp_path / "demo", identity(load("demo", ["model.path=./gone"])))
+        write_json_atomic(tmp_path / "demo" / "status.json", {"status": "done"})
+        assert "model './gone'" in cli("demo", "--out", tmp_path, *settings).error
         assert (tmp_path / "demo" / "run.json").exists()
+
+    def test_the_demo_removes_no_demo_of_other_settings(self, cli, tmp_path, no_start):
+        claim(tmp_path / "demo", identity(load("demo", ["rounds=400"])))
+        write_json_atomic(tmp_path / "demo" / "status.json", {"status": "done"})
+        error = cli("demo", "--out", tmp_path).error
+        assert "holds another run than this demo (rounds was 400, now 80); move it away" in error
+
+    def test_a_demo_under_way_is_left_alone(self, cli, tmp_path, no_start):
+        claim(tmp_path / "demo", identity(load("demo")))
+        beat = {"status": "running", "pid": os.getpid(), "time": time.time()}
+        write_json_atomic(tmp_path / "demo" / "status.json", beat)
+        assert f"is being made by process {os.getpid()}; wait for it" in cli("demo", "--out", tmp_path).error
 
     @pytest.mark.parametrize("content", [None, "", "{}"])
     def test_report_of_what_is_no_run(self, cli, tmp_path, content):

@@ -66,8 +66,8 @@ def test_a_gap_is_closed_by_as_much_as_the_scores_say(result):
 
 
 def test_work_is_counted_by_role_and_evaluation_apart(result, rows):
-    """Guided rows count twice: 2 tasks x 2 images x 3 steps are drawn, 2 of the 3 are trained on."""
-    each = {"rollout": 2 * 2 * 3 * 2, "teacher": 2 * 2 * 1 + 2 * 2 * 2, "learner": 2 * 2 * 2 * 2}
+    """Guided rows count twice: 2 tasks x 2 images; steps 0 and 1 of 3 are trained on, so 1 step is drawn."""
+    each = {"rollout": 2 * 2 * 1 * 2, "teacher": 2 * 2 * 1 + 2 * 2 * 2, "learner": 2 * 2 * 2 * 2}
     assert [row["forwards"] for row in rows] == [each] * 2
     pictures = 3 * 4 * 2  # 3 tasks, 4 prompts, 2 steps
     evaluation = pictures * 2 + pictures * (2 + 1 + 2 + 2)  # the student after round 1; base, teachers and student

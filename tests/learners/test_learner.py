@@ -29,6 +29,9 @@ class Following(Opd):
         return 0.5 if adapter == "old" else 1.0
 
 
+ORDER = (("a", 0), ("a", 1), ("b", 0))
+
+
 def following():
     return Following(OpdConfig())
 
@@ -246,6 +249,23 @@ def test_the_probe_is_that_of_the_weights_that_are_published(tiny, family):
                 parameter.copy_(one.weights(average=average)[name])
         assert torch.equal(probe, twin.probe())
     assert digest(one.student) == raw and one.family.active == "student"
+
+
+def test_gradients_come_in_the_order_of_tasks_items_and_steps_whatever_arrived_first(tiny, family, monkeypatch):
+    one, seen = learner(tiny), []
+    items = [item(task=task, index=index, position=position) for position, (task, index) in enumerate(ORDER)]
+    loss = Opd.loss
+
+    def counting(self, forward, velocity):
+        seen.append((forward.cond["pooled_projections"][0, 0].item(), forward.step))
+        return loss(self, forward, velocity)
+
+    monkeypatch.setattr(Opd, "loss", counting)
+    experience = [random_experience(family, work, seed=work.position) for work in items]
+    one.stage(items, experience[::-1], [(work, {}) for work in items])
+    one.update(0)
+    names = [part.trajectory.cond["pooled_projections"][0, 0].item() for part in experience]
+    assert seen == [(name, step) for name in names for step in items[0].steps]
 
 
 def test_staging_twice_observes_once(tiny, family):

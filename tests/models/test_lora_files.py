@@ -282,6 +282,30 @@ def test_a_lora_that_changes_nothing_is_refused(family, saved, half):
     assert "changes nothing" in refused(family, saved)
 
 
+@pytest.mark.parametrize("where", ["lora_alpha", "alpha_pattern"])
+def test_a_lora_of_no_strength_is_refused(family, saved, where):
+    told = json.loads(header(saved / FILE)["lora_adapter_metadata"])
+    told[f"transformer.{where}"] = 0 if where == "lora_alpha" else dict.fromkeys(LoraConfig().targets, 0)
+    rewrite(saved, dict, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(told)})
+    assert "changes nothing: alpha, lora_A or lora_B" in refused(family, saved)
+
+
+def test_halves_that_cancel_are_refused(family, saved):
+    def cancel(tensors):
+        """A's rows are equal, and B's columns sum to zero."""
+        new = {}
+        for key, tensor in tensors.items():
+            if "lora_A" in key:
+                new[key] = tensor[:1].expand_as(tensor).contiguous()
+            else:
+                signs = torch.tensor([1.0, -1.0]).repeat(tensor.shape[1] // 2)
+                new[key] = torch.ones_like(tensor) * signs
+        return new
+
+    rewrite(saved, cancel)
+    assert "changes nothing" in refused(family, saved)
+
+
 def test_an_unknown_alpha_is_refused(family, saved):
     rewrite(saved, dict, metadata={"format": "pt"})
     message = refused(family, saved)

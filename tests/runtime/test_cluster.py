@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import ray
+import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, OwnerDiedError, RayTaskError
 
 from opd_ray.errors import InputLostError, NotFiniteError, PlacementError, WorkerLostError
@@ -15,12 +16,13 @@ from opd_ray.runtime import cluster
 from opd_ray.runtime.cluster import RayBackend, classify
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import Done, WorkerSpec
+from opd_ray.runtime.local import LocalBackend
 from opd_ray.runtime.pool import Job, Pool
 from tests.runtime.runs import nowhere
 from tests.runtime.toys import Toy
 
 pytestmark = pytest.mark.ray
-SPEC = WorkerSpec("toy", Toy, 1, {"cpu": 0.25})
+SPEC = WorkerSpec("toy", Toy, 2, {"cpu": 0.25})
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +115,20 @@ def test_wait_sleeps_until_something_is_done_and_takes_all_of_it(backend, toy) -
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("OMP_NUM_THREADS", "1"), ("CUDA_VISIBLE_DEVICES", ""), ("OMP_WAIT_POLICY", "PASSIVE")]
+    ("name", "value"), [("OMP_NUM_THREADS", "2"), ("CUDA_VISIBLE_DEVICES", ""), ("OMP_WAIT_POLICY", "PASSIVE")]
 )
 def test_workers_have_their_threads_set_and_see_no_card(backend, toy, name, value) -> None:
     assert finish(backend, toy.call("environment", name, bulk=0)).value == value
+    assert finish(backend, toy.call("threads", bulk=0)).value == 2
+
+
+def test_in_this_process_each_role_has_its_threads_too() -> None:
+    before, local = torch.get_num_threads(), LocalBackend()
+    try:
+        handles = [local.start(replace(SPEC, threads=threads), f"toy-{threads}") for threads in (1, 2)]
+        assert [local.result(one.call("threads", bulk=0).done).value for one in [*handles, *handles]] == [1, 2, 1, 2]
+    finally:
+        torch.set_num_threads(before)
 
 
 def lost_object(kind=ObjectLostError):

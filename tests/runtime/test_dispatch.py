@@ -264,8 +264,6 @@ def test_a_worker_that_does_not_start_is_a_placement_error_with_what_is_missing(
     studio.backend.never_start = {"rollout-1", "rollout-2"}
     studio.backend.lack = "no room for 2 workers: asked {CPU: 2}; free per node {CPU: 0}; missing {CPU: 2}"
     with pytest.raises(PlacementError, match=r"rollout-1 did not start in 30 s; .*asked .*free per node .*missing"):
-        # rollout-0 came up, and yet the pool as a whole never did
-        studio.painters._came_up = False
         studio.open()
     assert studio.backend.clock() < 32
     assert studio.backend.asked == [(2, True)], "what has started is not asked for again"

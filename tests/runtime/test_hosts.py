@@ -65,7 +65,7 @@ def painter(tiny):
 def drawn(painter, published):
     painter.bind(*published)
     weights, _ = published
-    return painter.draw(ITEM, VERSION, weights.sha256, True)
+    return painter.draw(ITEM, VERSION, weights.sha256, False, True)
 
 
 def test_a_learners_weights_arrive_bit_by_bit(learner, painter, published) -> None:
@@ -105,7 +105,7 @@ def test_weights_that_changed_on_the_way_are_refused(painter, published, change)
     with pytest.raises(StaleWeightsError):
         painter.bind(weights, flat)
     with pytest.raises(StaleWeightsError):
-        painter.draw(ITEM, VERSION, weights.sha256, False)
+        painter.draw(ITEM, VERSION, weights.sha256, True, False)
 
 
 def test_weights_over_another_base_are_refused_by_the_probe(published, tmp_path) -> None:
@@ -133,7 +133,7 @@ def test_a_draw_for_weights_that_were_not_proven_is_refused(painter, published, 
         painter.bind(*published)
     version = WeightVersion(0, 0, 1) if bound else VERSION
     with pytest.raises(StaleWeightsError, match="asks for weights"):
-        painter.draw(ITEM, version, weights.sha256, False)
+        painter.draw(ITEM, version, weights.sha256, True, False)
 
 
 def test_a_fresh_worker_proves_the_average_as_well_as_the_raw_weights(tiny, make_config) -> None:
@@ -161,8 +161,17 @@ def test_a_drawing_comes_back_as_it_was_made(painter, drawn) -> None:
 
 def test_pictures_are_left_out_unless_asked_for(painter, published) -> None:
     painter.bind(*published)
-    _, pictures, done = painter.draw(ITEM, VERSION, published[0].sha256, False)
+    _, pictures, done = painter.draw(ITEM, VERSION, published[0].sha256, True, False)
     assert pictures.nbytes == 0 and done.value.images is None
+
+
+def test_a_drawing_that_nobody_looks_at_ends_at_the_last_trained_step(painter, drawn) -> None:
+    weights = painter.actor.bound
+    flat, _, done = painter.draw(ITEM, VERSION, weights.sha256, False, False)
+    part, whole = unpack_trajectory(flat, done.value.trajectory), unpack_trajectory(drawn[0], drawn[2].value.trajectory)
+    last = max(ITEM.steps)
+    assert torch.equal(part.latents, whole.latents[:, : last + 1]) and whole.latents.shape[1] == 5
+    assert done.forwards == last * 2 * 2, "steps, rows, guidance"
 
 
 def test_a_mark_comes_back_as_it_was_made_and_changes_no_stored_byte(tiny, tiny_teachers, drawn) -> None:
@@ -233,4 +242,4 @@ def test_trajectories_pack_without_loss(painter, published) -> None:
     painter.bind(*published)
     trajectory = painter.actor.draw(ITEM, VERSION, published[0].sha256)
     again, _ = pack_trajectory(trajectory)
-    assert (again == painter.draw(ITEM, VERSION, published[0].sha256, False)[0]).all()
+    assert (again == painter.draw(ITEM, VERSION, published[0].sha256, True, False)[0]).all()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from opd_ray.actors import TeacherActor
+from opd_ray.algorithms import make_algorithm
 from opd_ray.errors import NotFiniteError, Stopped, UserError
 from opd_ray.storage import checkpoint
 from opd_ray.storage.run_folder import read_json
@@ -29,16 +30,21 @@ def test_another_seed_is_another_student(make_config, whole, tmp_path) -> None:
     assert other.result["student_sha256"] != whole.result["student_sha256"]
 
 
-def test_no_forward_is_wasted(whole) -> None:
-    """Rows: 4 images of each of 2 tasks, 4 drawing steps, 2 trained steps; guidance other than 1 doubles them."""
+def test_no_forward_is_wasted(make_config, whole) -> None:
+    """Rows: 4 images of each of 2 tasks in items of 2, 2 trained steps; guidance other than 1 doubles them.
+
+    An item is drawn as far as the last step that it is trained on.
+    """
+    config = make_config()
+    algorithm, drawn = make_algorithm(config), []
+    for number in range(3):
+        last = [max(algorithm.steps(4, config.seed, number, task, index)) for task in "ab" for index in (0, 1)]
+        drawn.append(sum(last) * 2 * 2)
+    assert len(set(drawn)) > 1 and max(drawn) < 2 * 4 * 4 * 2
     assert [row["forwards"] for row in whole.rows] == [
-        {
-            "rollout": 2 * 4 * 4 * 2,
-            "teacher": 4 * 2 * 1 + 4 * 2 * 2,
-            "learner": 2 * 4 * 2 * 2,
-        }
-    ] * 3
-    assert whole.result["forwards"] == {"rollout": 192, "teacher": 72, "learner": 96}
+        {"rollout": rollout, "teacher": 4 * 2 * 1 + 4 * 2 * 2, "learner": 2 * 4 * 2 * 2} for rollout in drawn
+    ]
+    assert whole.result["forwards"] == {"rollout": sum(drawn), "teacher": 72, "learner": 96}
 
 
 def test_strictly_on_policy_unless_asked_otherwise(whole) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import ray
@@ -109,6 +110,31 @@ def test_killed_workers_change_no_bit(make_config, ray_session, reference, tmp_p
     assert len([note for note in done.notes if "was lost" in note]) == 3
     assert same(done, reference(4))
     assert not alive(done.pids)
+
+
+def test_an_evaluation_whose_reward_worker_is_killed_scores_as_local(
+    make_config, ray_session, prompts, tiny, tiny_teachers, tmp_path, monkeypatch
+) -> None:
+    """All paths are relative to a directory in which Ray's workers are not."""
+    monkeypatch.chdir(tmp_path)
+    bright, killers = "tests.commands.scoring:brightness", []
+    settings = {
+        "rounds": 1,
+        "model": {"path": os.path.relpath(tiny)},
+        "teachers": {name: {"lora": os.path.relpath(tiny_teachers[name]), "guidance": 2.0} for name in "ab"},
+        "prompts": {"train": os.path.relpath(prompts), "eval": os.path.relpath(prompts)},
+        "rewards": {bright: {}},
+        "evaluation": {"images_per_task": 4, "steps": 2, "batch": 2, "rewards": {"a": [bright], "b": [bright]}},
+    }
+    local = go(make_config(**settings), Path("local"))
+    done = go(
+        make_config("ray", cluster=SHARED | {"rewards": {"default": SMALL | {"workers": 2}}}, **settings),
+        Path("run"),
+        watch=lambda run, live: killers.append(Killer(run, {"reward": 1})),
+    )
+    assert len(killers[0].killed) == 1 and killers[0].killed[0].startswith("reward")
+    assert same(done, local) and done.result["scores"] == local.result["scores"]
+    assert len(list(Path("run/samples").glob("*/*.png"))) == 4 * 2 * 4, "models, tasks, pictures"
 
 
 @pytest.mark.verify

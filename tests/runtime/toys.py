@@ -5,6 +5,7 @@ import signal
 import time
 
 import numpy as np
+import torch
 
 from opd_ray.runtime.handle import Done
 
@@ -23,6 +24,9 @@ class Toy:
 
     def environment(self, name):
         return Done(os.environ.get(name), 0.0, 0)
+
+    def threads(self):
+        return Done(torch.get_num_threads(), 0.0, 0)
 
     def fail(self):
         raise ZeroDivisionError("own")

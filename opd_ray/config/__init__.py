@@ -1,0 +1,43 @@
+"""The configuration: what a run is (method) and where it runs (cluster), as frozen pydantic models.
+
+Unknown keys are errors, so a typo never becomes a default. An algorithm is a named variant whose defaults are the
+vetted run. ``recipes.load`` turns a recipe's name or a YAML file into one ``Config``.
+"""
+
+from opd_ray.config.cluster import ClusterConfig, LearnerPlacement, Placement, RolePlacement
+from opd_ray.config.method import (
+    ATTENTION,
+    AlgorithmConfig,
+    BatchConfig,
+    EmaConfig,
+    EvaluationConfig,
+    LoraConfig,
+    ModelConfig,
+    OpdConfig,
+    OptimizerConfig,
+    PluginAlgorithmConfig,
+    SamplingConfig,
+    TeacherConfig,
+)
+from opd_ray.config.run import Config, parse
+
+__all__ = [
+    "ATTENTION",
+    "AlgorithmConfig",
+    "BatchConfig",
+    "ClusterConfig",
+    "Config",
+    "EmaConfig",
+    "EvaluationConfig",
+    "LearnerPlacement",
+    "LoraConfig",
+    "ModelConfig",
+    "OpdConfig",
+    "OptimizerConfig",
+    "Placement",
+    "PluginAlgorithmConfig",
+    "RolePlacement",
+    "SamplingConfig",
+    "TeacherConfig",
+    "parse",
+]

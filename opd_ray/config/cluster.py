@@ -1,0 +1,62 @@
+"""Where a run runs: the workers of each role and what they get."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from opd_ray.config.section import Frozen
+
+__all__ = ["ClusterConfig", "LearnerPlacement", "Placement", "RolePlacement"]
+
+
+class Placement(Frozen):
+    """What each worker of a role gets."""
+
+    threads: int = Field(1, ge=1)
+    """Torch threads."""
+    resources: dict[str, float] = {"cpu": 1.0}
+    """Of each worker: cpu, gpu, and custom Ray resources such as teacher_node. Ray only counts them."""
+
+    @field_validator("resources")
+    @classmethod
+    def _runs_on_cpu(cls, resources: dict[str, float]) -> dict[str, float]:
+        if any(amount < 0 for amount in resources.values()):
+            raise ValueError("amounts are 0 or more")
+        if resources.get("gpu"):
+            raise ValueError("this version computes on CPU; set gpu to 0")
+        return resources
+
+
+class RolePlacement(Placement):
+    """Workers of one elastic role."""
+
+    workers: int = Field(1, ge=1)
+
+
+class LearnerPlacement(Placement):
+    """The learner group."""
+
+    backend: Literal["ddp"] = "ddp"
+    ranks: int = Field(1, ge=1)
+
+
+class ClusterConfig(Frozen):
+    """Where a run runs."""
+
+    runtime: Literal["ray", "local"] = "ray"
+    """`local`: every role in this process, one after the other, for debugging."""
+    max_staleness: int = Field(0, ge=0)
+    """Rounds that the drawing weights may be behind the training ones; 0 is strictly on-policy."""
+    share_teachers: bool = False
+    """One pool whose workers hold every teacher LoRA; otherwise each teacher has workers of its own."""
+    rollout: RolePlacement = RolePlacement()
+    teachers: dict[str, RolePlacement] = {"default": RolePlacement()}
+    """By teacher name; `default` serves the others, and all of them when they are shared."""
+    rewards: dict[str, RolePlacement] = {"default": RolePlacement()}
+    learner: LearnerPlacement = LearnerPlacement()
+    start_timeout_s: float = Field(300, gt=0)
+    """How long workers may take to start before the run says what is missing and stops."""
+    call_timeout_s: float = Field(600, gt=0)
+    """How long one request may take before its worker counts as lost."""
+    object_store_mb: int = Field(256, ge=80)
+    """Object store of a Ray that this run starts itself."""

@@ -1,0 +1,185 @@
+"""What a run is: the model, what is trained on what and how, and how it is judged."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from opd_ray.config.section import Frozen
+
+__all__ = [
+    "ATTENTION",
+    "AlgorithmConfig",
+    "BatchConfig",
+    "CheckpointConfig",
+    "EmaConfig",
+    "EvaluationConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OpdConfig",
+    "OptimizerConfig",
+    "PluginAlgorithmConfig",
+    "PromptsConfig",
+    "SamplingConfig",
+    "StudentConfig",
+    "TeacherConfig",
+]
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+ATTENTION = tuple(
+    f"attn.{name}"
+    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+)
+"""The eight attention projections that the paper trains."""
+
+
+class ModelConfig(Frozen):
+    """The base model that student and LoRA teachers share."""
+
+    family: str = "sd3"
+    """A built-in family (sd3) or your own as package.module:Class."""
+    path: str
+    """A diffusers folder, a hub id, or `world` for the built-in tiny model."""
+    revision: str | None = None
+    subfolder: str | None = None
+    max_sequence_length: int = Field(128, ge=1, le=512)
+    """Tokens of the T5 encoder (the paper's 128); never more than its tokenizer's own limit."""
+
+
+class LoraConfig(Frozen):
+    """The student's adapter. Defaults are the paper's."""
+
+    rank: int = Field(32, ge=1)
+    alpha: float = Field(64, gt=0)
+    targets: tuple[str, ...] = ATTENTION
+    """Module name endings that get an adapter."""
+
+
+class StudentConfig(Frozen):
+    """What is trained."""
+
+    lora: LoraConfig = LoraConfig()
+    guidance: float = Field(4.5, ge=0)
+    """Classifier-free guidance of the student: one value for rollout, training and evaluation."""
+
+
+class SamplingConfig(Frozen):
+    """The student's denoising path."""
+
+    steps: int = Field(10, ge=1)
+    """Denoising steps of a rollout (paper: 10)."""
+
+
+class OpdConfig(Frozen):
+    """On-policy distillation (arXiv 2605.15055)."""
+
+    name: Literal["opd"] = "opd"
+    objective: Literal["mean", "kl"] = "mean"
+    """`mean`: 1/2 |mu_S - mu_T|^2 (Eq. 12, default). `kl`: divided by the kernel's variance (Eq. 11), needs noise."""
+    loss_target: Literal["xt", "v", "x0"] = "xt"
+    """The space in which `mean` compares: next state (paper), velocity, or clean prediction."""
+    kernel: Literal["flow", "dance", "cps", "ddim"] = "flow"
+    """The step that draws and that the loss compares."""
+    noise_level: float = Field(0.0, ge=0)
+    """Stochasticity `a` of the kernel; 0 is the ODE (paper's default)."""
+    timestep_fraction: float = Field(0.99, gt=0, le=1)
+    """The first int(fraction * steps) steps are trained on (paper: 0.99, so that the last is left out)."""
+    steps_per_item: int | None = Field(None, ge=1)
+    """How many of the trained steps each work item uses, drawn at random from the item's seed; null: all."""
+    task_weights: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Relative weight of each task's loss; 1 where not given."""
+
+
+class PluginAlgorithmConfig(Frozen):
+    """Your own algorithm: name is package.module:Class, args are its keyword arguments."""
+
+    name: str = Field(pattern=r"^[\w.]+:\w+$")
+    args: dict[str, Any] = {}
+
+
+def _algorithm_tag(value: Any) -> str:
+    if isinstance(value, dict):
+        name = value.get("name", "opd")
+    else:  # `algorithm: opd` is text, not a section
+        name = value.name if isinstance(value, OpdConfig | PluginAlgorithmConfig) else ""
+    return "plugin" if ":" in str(name) else str(name)
+
+
+AlgorithmConfig = Annotated[
+    Annotated[OpdConfig, Tag("opd")] | Annotated[PluginAlgorithmConfig, Tag("plugin")],
+    Discriminator(
+        _algorithm_tag,
+        custom_error_type="unknown_algorithm",
+        custom_error_message="unknown algorithm; known: opd. For your own use package.module:Class",
+    ),
+]
+
+
+class OptimizerConfig(Frozen):
+    """AdamW. Defaults are the reference's."""
+
+    lr: float = Field(3e-4, gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    clip: float = Field(1.0, gt=0)
+    """Largest gradient norm."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """`cosine` decays to zero over the run's rounds."""
+
+
+class EmaConfig(Frozen):
+    """Exponential moving average of the trained weights: what is saved, sampled and scored when it is on."""
+
+    decay: float = Field(0.9, gt=0, lt=1)
+    every: int = Field(8, ge=1)
+    """Optimizer steps between two averages."""
+
+
+class BatchConfig(Frozen):
+    """How experience is cut. A work item is the forward batch on every role."""
+
+    images_per_task: int = Field(24, ge=1)
+    """Images of each task in a round (paper: 24)."""
+    item_size: int = Field(8, ge=1)
+    images_per_prompt: int = Field(1, ge=1)
+
+
+class TeacherConfig(Frozen):
+    """One frozen specialist."""
+
+    lora: str
+    """A LoRA in diffusers' format over the same base: folder, file, hub id, or `world/<name>`."""
+    revision: str | None = None
+    subfolder: str | None = None
+    guidance: float = Field(4.5, ge=0)
+    tasks: tuple[str, ...] = ()
+    """The tasks it teaches; its own name when empty."""
+
+
+class PromptsConfig(Frozen):
+    """Prompt files: one file whose rows name their task, or one file a task."""
+
+    train: str | dict[str, str]
+    eval: str | dict[str, str] | None = None
+    """Held-out prompts; tasks without a teacher are allowed here and are only scored."""
+
+
+class EvaluationConfig(Frozen):
+    """Scores of base, teachers and student on the same prompts and seeds."""
+
+    images_per_task: int = Field(64, ge=0)
+    """0: no evaluation."""
+    steps: int = Field(40, ge=1)
+    batch: int = Field(32, ge=1)
+    every: int = Field(0, ge=0)
+    """Rounds between two evaluations of the student; 0: only at the end."""
+    rewards: dict[str, tuple[str, ...]] = {}
+    """Task -> the rewards that score it, its own first; the reward of the task's own name where not given."""
+
+
+class CheckpointConfig(Frozen):
+    """When a resumable state is written."""
+
+    every: int = Field(10, ge=1)
+    """Rounds."""
+    keep: int = Field(3, ge=1)

@@ -1,0 +1,166 @@
+"""One run: all sections together, and whether they fit."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from opd_ray.config.cluster import ClusterConfig
+from opd_ray.config.method import (
+    AlgorithmConfig,
+    BatchConfig,
+    CheckpointConfig,
+    EmaConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OpdConfig,
+    OptimizerConfig,
+    PromptsConfig,
+    SamplingConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from opd_ray.config.section import Frozen
+from opd_ray.errors import ConfigError
+
+__all__ = ["Config", "parse"]
+
+ROLES = ("rollout", "teacher", "reward", "learner", "default", "base", "student", "reference", "old")
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+
+
+class Config(Frozen):
+    """One run."""
+
+    name: str = Field(pattern=NAME)
+    """The run folder is runs/<name>."""
+    seed: int = Field(0, ge=0)
+    rounds: int = Field(ge=1)
+    model: ModelConfig
+    precision: Literal["auto", "fp32"] = "auto"
+    student: StudentConfig = StudentConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    algorithm: AlgorithmConfig = OpdConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig | None = EmaConfig()
+    batch: BatchConfig = BatchConfig()
+    teachers: dict[str, TeacherConfig] = {}
+    rewards: dict[str, dict[str, Any]] = {}
+    """By built-in name or package.module:attr; the value holds its keyword arguments."""
+    prompts: PromptsConfig | None = None
+    recorded: str | None = None
+    """Folder of recorded experience (<task>/<name>.safetensors), for algorithms that need no rollouts."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        if self.batch.images_per_task % self.batch.item_size:
+            raise ValueError(
+                f"batch.item_size {self.batch.item_size} does not divide batch.images_per_task "
+                f"{self.batch.images_per_task}; every work item has the same size"
+            )
+        if self.batch.item_size % self.batch.images_per_prompt:
+            raise ValueError(
+                f"batch.images_per_prompt {self.batch.images_per_prompt} does not divide batch.item_size "
+                f"{self.batch.item_size}; a prompt's images stay in one work item"
+            )
+        if isinstance(self.algorithm, OpdConfig):
+            self._check_opd(self.algorithm)
+        for name in self.teachers:
+            if name in ROLES or not re.match(NAME, name):
+                raise ValueError(f"teacher name {name!r} is not free; roles are {', '.join(ROLES)}. Choose another")
+        if self.cluster.runtime == "local" and self.cluster.learner.ranks > 1:
+            raise ValueError("cluster.learner.ranks: runtime local has one rank; use runtime: ray")
+        tasks = self.teacher_of_task or self._own_files()
+        items = len(tasks) * (self.batch.images_per_task // self.batch.item_size)
+        if tasks and items < self.cluster.learner.ranks:
+            raise ValueError("cluster.learner.ranks: a round has fewer work items than ranks; lower batch.item_size")
+        known = ", ".join(self.teachers) or "none"
+        for name in sorted(self.cluster.teachers.keys() - {"default"}):
+            if name not in self.teachers:
+                raise ValueError(f"cluster.teachers.{name}: no such teacher; known: {known}")
+            if self.cluster.share_teachers:
+                raise ValueError(f"cluster.teachers.{name}: teachers are shared, so only `default` applies")
+        for name in sorted(self.cluster.rewards.keys() - {"default"}):
+            raise ValueError(f"cluster.rewards.{name}: one worker scores every reward; only `default` is known")
+        if (self.prompts is None) == (self.recorded is None):
+            raise ValueError("give either prompts (rollouts draw on them) or recorded (experience to read)")
+        if self._own_files():
+            self.check_tasks(self._own_files())
+        return self
+
+    def _own_files(self) -> tuple[str, ...]:
+        """The tasks that have a prompt file of their own; the others are known once their file is read."""
+        train = self.prompts.train if self.prompts else {}
+        return tuple(train) if isinstance(train, dict) else ()
+
+    def _check_opd(self, opd: OpdConfig) -> None:
+        if not self.teachers:
+            raise ValueError("teachers is empty; algorithm opd learns from at least one")
+        if int(opd.timestep_fraction * self.sampling.steps) < 1:
+            raise ValueError(
+                f"algorithm.timestep_fraction {opd.timestep_fraction} of {self.sampling.steps} steps leaves no step to "
+                "train on; raise one of them"
+            )
+        if opd.objective == "kl" and opd.noise_level == 0:
+            raise ValueError(
+                "algorithm.objective kl divides by the kernel's variance, which is 0 at noise_level 0; set "
+                "algorithm.noise_level (paper's ablation: 0.7) or objective: mean"
+            )
+        if opd.objective == "kl" and opd.loss_target != "xt":
+            raise ValueError(f"algorithm.loss_target {opd.loss_target} belongs to objective mean; kl compares xt")
+        known = ", ".join(self.teacher_of_task)
+        for task in sorted(opd.task_weights.keys() - self.teacher_of_task.keys()):
+            raise ValueError(f"algorithm.task_weights.{task}: no such task; known: {known}")
+
+    @property
+    def teacher_of_task(self) -> dict[str, str]:
+        """Routing: task -> teacher."""
+        routes: dict[str, str] = {}
+        for name, teacher in self.teachers.items():
+            for task in teacher.tasks or (name,):
+                if task in routes:
+                    raise ValueError(f"task {task!r} has two teachers, {routes[task]} and {name}; give it one")
+                routes[task] = name
+        return routes
+
+    def check_tasks(self, tasks: Sequence[str]) -> None:
+        """Every trained task has a teacher and every teacher a task, where there are teachers at all."""
+        if not self.teachers:
+            return
+        routes = self.teacher_of_task
+        for task in tasks:
+            if task not in routes:
+                raise ConfigError(
+                    f"task {task!r} of prompts.train has no teacher; teachers serve {', '.join(sorted(routes))}. "
+                    f"Add it to a teacher's tasks or remove the prompts"
+                )
+        for task, name in routes.items():
+            if task not in tasks:
+                raise ConfigError(
+                    f"teacher {name!r} serves task {task!r}, which has no training prompts; "
+                    f"prompts.train has {', '.join(sorted(tasks))}. Add prompts or remove the teacher"
+                )
+
+
+def parse(data: dict[str, Any], where: str) -> Config:
+    """A configuration from plain data; ``where`` names it in errors."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + "; ".join(_problem(item) for item in error.errors())) from None
+
+
+def _problem(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"] if part not in {"opd", "plugin"})
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return f"{where} is missing"
+    value = item["input"]
+    if item["type"] == "unknown_algorithm" and isinstance(value, dict):
+        value = value["name"]
+    seen = "" if item["type"] == "value_error" else f", got {value!r}"
+    return f"{where}: {message}{seen}" if where else message
