@@ -164,6 +164,9 @@ def _wire(
         evaluation = Evaluation(
             config, held_out, dispatcher, rollout=pools.rollout, reward=pools.reward, folder=samples
         )
+        evaluation.prove()
+    elif config.rewards and not algorithm.needs_rewards:
+        live.note("rewards are not used: there is nothing to score without prompts.eval and evaluation.images_per_task")
     facts = _facts(pools.teachers)
     _note_facts(folder, facts)
     run = Run(

@@ -5,6 +5,7 @@
     │   ├── ConfigError           a configuration that cannot run (also ValueError)
     │   ├── PromptError           a prompt file that cannot be read or a row without a task
     │   ├── ModelError            a checkpoint or LoRA that is missing or does not fit
+    │   ├── RewardError           a reward that answers with something else than numbers
     │   ├── RunFolderError        an output folder that belongs to another run, or a broken checkpoint
     │   └── PlacementError        workers that the cluster has no room for
     ├── Stopped                   exit 3: the run stopped and can be resumed
@@ -25,6 +26,7 @@ __all__ = [
     "OpdRayError",
     "PlacementError",
     "PromptError",
+    "RewardError",
     "RunFolderError",
     "RuntimeFault",
     "StaleWeightsError",
@@ -56,6 +58,10 @@ class PromptError(UserError, ValueError):
 
 class ModelError(UserError, ValueError):
     """A checkpoint or LoRA that is missing, has another architecture, or changes nothing."""
+
+
+class RewardError(UserError, ValueError):
+    """A reward that answers with another shape, or not with numbers."""
 
 
 class RunFolderError(UserError):

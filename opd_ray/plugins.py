@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,6 +33,12 @@ def load(name: str, builtins: Mapping[str, str], kind: str) -> Any:
     except (ImportError, ValueError) as error:
         raise ConfigError(
             f"{kind} {name!r}: cannot import {module_name!r} ({error}). Install it or put its folder on PYTHONPATH"
+        ) from error
+    except Exception as error:  # a module of the user's may raise anything when it is imported
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"{kind} {name!r}: importing {module_name!r} raised {type(error).__name__}: {error} "
+            f"({last.filename}, line {last.lineno})"
         ) from error
     if not hasattr(module, attribute):
         public = sorted(key for key in vars(module) if not key.startswith("_"))

@@ -175,7 +175,8 @@ def _rows(path: Path) -> Iterator[Row]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise PromptError(f"cannot be read ({error.strerror})") from None
+        where = "" if path.is_absolute() else f"; looked in {Path.cwd()}"
+        raise PromptError(f"cannot be read ({error.strerror}{where})") from None
     if kind == ".parquet":
         return _parquet(data)
     try:

@@ -33,9 +33,12 @@ def find(name: str, kind: str = "configs") -> Path:
         if path.is_file():
             return path
         raise ConfigError(f"{name}: no such file")
+    if path.is_dir() and len(path.parts) > 1:
+        raise ConfigError(f"{name} is a folder; give the path of a YAML file")
     known = recipes(kind)
     if name not in known:
-        raise ConfigError(f"no recipe {name!r}; known: {', '.join(known) or 'none'}. Or give the path of a YAML file")
+        what = "recipe" if kind == "configs" else "cluster file"
+        raise ConfigError(f"no {what} {name!r}; known: {', '.join(known) or 'none'}. Or give the path of a YAML file")
     return known[name]
 
 
@@ -86,6 +89,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     """
     path = find(name)
     data = _read(path)
+    data.setdefault("name", path.stem)
     cluster = data.get("cluster", "local")
     for assignment in [a for a in overrides if a.startswith("cluster=")]:
         cluster = assignment.partition("=")[2]

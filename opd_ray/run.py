@@ -152,8 +152,8 @@ class Run:
         ema, updates = self.config.ema, self.rounds * self.algorithm.updates_per_round
         if ema is not None and updates < ema.every:
             self.live.note(
-                f"the average is still the untrained start: {updates} optimizer steps, ema.every is {ema.every}; "
-                "lower it, or set ema to null"
+                f"no average was taken in {updates} optimizer steps, since ema.every is {ema.every}: lora/ holds the "
+                "last weights"
             )
         self.learner.export(self.folder / "lora")
         result = self.result("done")

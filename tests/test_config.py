@@ -258,9 +258,9 @@ def test_the_last_override_wins(recipe):
         ("rounds=0", "mine.yaml: rounds: Input should be greater than or equal to 1, got 0"),
         ("algorithm.objective=kl", "mine.yaml: algorithm.objective kl divides by the kernel's variance"),
         ("cluster.rollout.resources={cpu: -2}", "mine.yaml: cluster.rollout.resources: amounts are 0 or more"),
-        ("cluster=nowhere", "no recipe 'nowhere'; known: "),
+        ("cluster=nowhere", "no cluster file 'nowhere'; known: "),
         ("cluster=nowhere.yaml", "nowhere.yaml: no such file"),
-        ("cluster=3", "no recipe '3'; known: "),
+        ("cluster=3", "no cluster file '3'; known: "),
         ("model=3", "mine.yaml: model: Input should be a valid dictionary or instance of ModelConfig, got 3"),
     ],
 )

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from opd_ray.errors import RewardError
 from opd_ray.rewards.base import Reward
 
 __all__ = ["RewardActor"]
@@ -25,7 +26,7 @@ class RewardActor:
             prompts: B prompts.
 
         Raises:
-            ValueError: a reward answered with another shape, or not with numbers.
+            RewardError: a reward answered with another shape, or not with numbers.
         """
         scores = {}
         for name, reward in self.rewards.items():
@@ -33,12 +34,12 @@ class RewardActor:
             try:
                 score = torch.as_tensor(answer, dtype=torch.float32)
             except (TypeError, ValueError, RuntimeError):
-                raise ValueError(f"reward {name} answered {answer!r}, expected [{len(prompts)}] numbers") from None
+                raise RewardError(f"reward {name} answered {answer!r}, expected [{len(prompts)}] numbers") from None
             if score.shape != (len(prompts),):
-                raise ValueError(
+                raise RewardError(
                     f"reward {name} answered {list(score.shape)}, expected [{len(prompts)}], a number a picture"
                 )
             if score.isinf().any():
-                raise ValueError(f"reward {name} answered infinity; NaN is for pictures that it does not apply to")
+                raise RewardError(f"reward {name} answered infinity; NaN is for pictures that it does not apply to")
             scores[name] = score
         return scores

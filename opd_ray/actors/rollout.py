@@ -1,7 +1,7 @@
 """The rollout actor: encodes prompts, draws along the behaviour policy's own denoising path, decodes pictures."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,7 +72,7 @@ def probe_velocity(family: Family, guidance: float, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def draw_pictures(family: Family, request: SampleRequest) -> Tensor:
+def draw_pictures(family: Family, request: SampleRequest, after_step: Callable[[], None] = lambda: None) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1] by the ODE with the adapter in use; first noises depend on prompts and seed."""
     cond = family.encode([prompt.text for prompt in request.prompts])
     uncond = family.encode([""]) if request.guidance != 1 else {}
@@ -81,6 +81,7 @@ def draw_pictures(family: Family, request: SampleRequest) -> Tensor:
     sigmas = family.sigmas(request.steps).tolist()
     for t, t_next in itertools.pairwise(sigmas):
         x = x + (t_next - t) * family.velocity(x, t, cond, uncond, request.guidance)
+        after_step()
     return family.decode(x)
 
 

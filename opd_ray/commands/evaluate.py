@@ -3,15 +3,16 @@
 import json as json_module
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from opd_ray.commands.options import Json, Seed, require_folder
+from opd_ray.commands.options import Json, Seed, Threads, require_folder
 from opd_ray.console import console, errors
 from opd_ray.errors import ConfigError, RunFolderError
 from opd_ray.report.wording import MISSING, Write, alike, span
@@ -41,10 +42,13 @@ def evaluate(
     ] = None,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a forward.")] = 64,
+    threads: Threads = 1,
     out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
     json: Json = False,
 ) -> None:
     """Score models on the tiny world's held-out prompts: mean and 95 % bootstrap interval."""
+    import torch
+
     from opd_ray.evaluation.compare import held_out
     from opd_ray.evaluation.models import find_model
     from opd_ray.evaluation.statistics import mean
@@ -57,9 +61,10 @@ def evaluate(
     found = [find_model(name) for name in models]  # all of them before the first one costs minutes
     files = {task: str(prompts_path(task, "heldout")) for task in TASKS}
     prompts = held_out(read_prompts(files, "the tiny world"), images, seed)
+    torch.set_num_threads(threads)
     rewards = make_rewards({name: {} for name in ("compose", "text", "look")})
     result: dict[str, Any] = {"seed": seed, "images_per_task": images, "models": {}}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, disable=json, transient=True) as progress:
         total = len(models) * sum(len(rows) for rows in prompts.values())
         bar = progress.add_task("drawing and scoring", total=total)
@@ -67,6 +72,8 @@ def evaluate(
             scale = scales.get(name, model.guidance if model.guidance is not None else 4.5)
             chosen = steps or model.steps or 10
             how = (scale, chosen, seed, batch)
+            if not (json or errors.is_terminal):
+                errors.print(f"drawing and scoring {name}", soft_wrap=True)
             scores = _score(model.load(), prompts, rewards, how, lambda done: progress.advance(bar, done))
             means = {key: mean(values) for key, values in scores.items()}
             result["models"][name] = {"guidance": scale, "steps": chosen, "scores": means}
@@ -114,7 +121,7 @@ def _score(
     prompts: Mapping[str, Sequence["Prompt"]],
     rewards: Mapping[str, "Reward"],
     how: tuple[float, int, int, int],
-    advance: Callable[[int], None],
+    advance: Callable[[float], None],
 ) -> dict[str, list[float]]:
     """Score key -> one number a prompt. ``how``: guidance, steps, seed and pictures a forward."""
     from opd_ray.actors.rollout import SampleRequest, draw_pictures
@@ -125,12 +132,11 @@ def _score(
         for start in range(0, len(rows), batch):
             part = tuple(rows[start : start + batch])
             request = SampleRequest("", None, guidance, steps, seed, part, (0,) * len(part))
-            pictures = draw_pictures(family, request)
+            pictures = draw_pictures(family, request, partial(advance, len(part) / steps))
             for reward in TASKS[task]:
                 key = task if reward == task else f"{task}:{reward}"
                 found = rewards[reward](pictures, [prompt.text for prompt in part])
                 scores.setdefault(key, []).extend(found.tolist())
-            advance(len(part))
     return scores
 
 

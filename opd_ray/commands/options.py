@@ -8,7 +8,7 @@ import typer
 
 from opd_ray.errors import RunFolderError
 
-__all__ = ["Json", "Override", "RunSeed", "Runs", "Seed", "overrides", "require_folder"]
+__all__ = ["Json", "Override", "RunSeed", "Runs", "Seed", "Threads", "overrides", "require_folder"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on stdout.")]
 Override = Annotated[
@@ -17,6 +17,9 @@ Override = Annotated[
 ]
 Runs = Annotated[Path, typer.Option(help="Where run folders go.")]
 RunSeed = Annotated[int | None, typer.Option(min=0, help="Short for -o seed=N.")]
+Threads = Annotated[
+    int, typer.Option(min=1, help="Torch threads on the CPU; 1 draws the very bits that a run's workers draw.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same prompts and first noises.")]
 
 

@@ -1,7 +1,7 @@
 """Draw and score every model of a run on the same prompts and first noises, through the run's own workers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,7 +12,7 @@ from opd_ray.evaluation.statistics import gap_closed, mean
 from opd_ray.prompts import PromptStream
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import Weights
-from opd_ray.runtime.pool import Job, Output, Pool
+from opd_ray.runtime.pool import PROBE, Job, Output, Pool
 from opd_ray.storage.run_folder import write_json_atomic
 from opd_ray.types import Prompt
 
@@ -64,6 +64,19 @@ class Evaluation:
         self.config, self.dispatcher, self.folder = config, dispatcher, folder
         self.rollout, self.reward = rollout, reward
         self.prompts = held_out(prompts, config.evaluation.images_per_task, config.seed)
+
+    def prove(self) -> None:
+        """Draw and score one rough picture of each task before any training: a broken reward shows now.
+
+        Raises:
+            RewardError: a reward answered with something else than a number a picture.
+        """
+        base = replace(contestants(self.config)[0], guidance=1.0)
+        jobs = [
+            self._job(base, task, prompts[:1], 0, None, False, steps=1, books=PROBE)
+            for task, prompts in self.prompts.items()
+        ]
+        self.dispatcher.wait(jobs)
 
     def student_means(self, weights: Weights) -> dict[str, float]:
         """The student's mean score by task."""
@@ -119,7 +132,16 @@ class Evaluation:
         return scores
 
     def _job(
-        self, model: Contestant, task: str, prompts: Sequence[Prompt], start: int, weights: Weights, pictures: bool
+        self,
+        model: Contestant,
+        task: str,
+        prompts: Sequence[Prompt],
+        start: int,
+        weights: Weights | None,
+        pictures: bool,
+        *,
+        steps: int | None = None,
+        books: str = "evaluation",
     ) -> Job:
         part = tuple(prompts[start : start + self.config.evaluation.batch])
         bound = weights if model.label == "student" else None
@@ -127,7 +149,7 @@ class Evaluation:
             model.model,
             model.lora,
             model.guidance,
-            self.config.evaluation.steps,
+            steps or self.config.evaluation.steps,
             self.config.seed,
             part,
             (0,) * len(part),
@@ -135,7 +157,7 @@ class Evaluation:
         )
         shown = range(start, min(start + len(part), PICTURES_PER_TASK)) if pictures else ()
         files = [str(self.folder / self._file(model, task, index)) for index in shown]
-        label, books = f"pictures of {model.label}", "evaluation"
+        label = f"pictures of {model.label}"
         draw = Job(self.rollout, "sample", (request, files), 1, label, weights=bound, books=books)
         texts = [prompt.text for prompt in part]
         score = Job(

@@ -60,6 +60,14 @@ def _other(path: Path) -> Found:
     runs = sorted(run.parent.name for run in path.parent.glob("*/run.json"))
     if runs and not path.exists():  # before a hub is asked for it
         raise RunFolderError(f"{path}: no such run; {path.parent} has {', '.join(runs)}")
+    if path.is_file():
+        raise RunFolderError(f"{path} is a file; give a diffusers folder, a hub id or a run folder")
+    if (path / "pytorch_lora_weights.safetensors").is_file():
+        raise RunFolderError(f"{path} is a LoRA without its base; give its run folder, for instance {path.parent}")
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        inside = ", ".join(sorted(run.parent.name for run in path.glob("*/run.json")))
+        hint = f"its runs are {inside}" if inside else "there is neither model_index.json nor run.json in it"
+        raise RunFolderError(f"{path} is no diffusers folder and no run folder; {hint}")
     return Found(str(path), ModelConfig(path=str(path)))
 
 

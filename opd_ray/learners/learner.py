@@ -158,9 +158,9 @@ class Learner:
         return item.position % self.engine.ranks
 
     def weights(self, *, average: bool = False) -> dict[str, Tensor]:
-        """The behaviour policy's raw weights, or the student's moving average (raw where there is none)."""
+        """The behaviour policy's raw weights, or the student's moving average (raw until one was taken)."""
         if average:
-            return dict(self.ema) if self.ema is not None else {k: p.detach() for k, p in self.student.items()}
+            return dict(self._mean())
         parameters = self.family.adapter_parameters(self.algorithm.behaviour)
         return {name: parameter.detach() for name, parameter in parameters.items()}
 
@@ -173,9 +173,8 @@ class Learner:
     def _averaged(self, average: bool) -> Iterator[None]:
         """The moving average in the student's place, where there is one."""
         raw = {name: parameter.detach().clone() for name, parameter in self.student.items()}
-        chosen = self.ema if average and self.ema is not None else raw
         try:
-            self._copy(self.student, chosen)
+            self._copy(self.student, self._mean() if average else raw)
             yield
         finally:
             self._copy(self.student, raw)
@@ -187,7 +186,8 @@ class Learner:
 
     def hashes(self) -> dict[str, str | None]:
         """Identity of the raw student and of its moving average."""
-        return {"student_sha256": digest(self.student), "ema_sha256": digest(self.ema) if self.ema else None}
+        average = digest(self._mean()) if self.ema is not None else None
+        return {"student_sha256": digest(self.student), "ema_sha256": average}
 
     def export(self, folder: Path) -> None:
         """Write the LoRA that users load: the moving average where it is on."""
@@ -257,6 +257,12 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
+
+    def _mean(self) -> Mapping[str, Tensor]:
+        """The student's moving average, or its weights until there is one: before that it is the untrained start."""
+        if self.ema is not None and self.training.ema is not None and self.updates >= self.training.ema.every:
+            return self.ema
+        return {name: parameter.detach() for name, parameter in self.student.items()}
 
     def _average(self) -> None:
         """EMA once an optimizer step, at its interval; the decay warms up, since the start is the base."""

@@ -1,6 +1,7 @@
 """Finding and loading the parts of a diffusers checkpoint, from a folder or a hub."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ def require_hub_id(path: str, what: str) -> None:
     Raises:
         ModelError: names it, before anything is asked of a network.
     """
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would hide the one line that counts
     if not HUB_ID.fullmatch(path):
         raise ModelError(f"{what}: there is no such file or folder, and it is no hub id (owner/name)")
 

@@ -27,7 +27,7 @@ def write_grid(run_dir: Path, out: Path, rows_per_task: int = 2, scale: int = 3)
     if run.samples is None:
         raise RunFolderError(
             f"{run_dir}: no samples/index.json with rows in it, so there is nothing to draw. "
-            f"Finish the run with evaluation on"
+            f"Finish the run with an evaluation (prompts.eval and rewards)"
         )
     chosen: dict[str, list[Sample]] = {}
     for row in run.samples.rows:

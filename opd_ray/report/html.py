@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 from opd_ray.report.pictures import picture_grid
-from opd_ray.report.run_folder import RunFolder, mapping
+from opd_ray.report.run_folder import RunFolder, mapping, numbers
 from opd_ray.report.table import Results, Score, summary
 from opd_ray.report.training import curves, gap_heat, time_spent
 from opd_ray.report.wording import MISSING, Write, count, duration, model_title, percent, span
@@ -190,12 +190,18 @@ def _cell(score: Score | None, write: Write, style: str) -> str:
     return f'<td{mark} title="{exact}">{write(score.value)}<small>{interval}</small></td>'
 
 
+def _counts(scores: object) -> list[float]:
+    return [found["n"] for score in mapping(scores).values() if "n" in (found := numbers(score))]
+
+
 def _conditions(run: RunFolder) -> str:
     """How the scores were made, in one line."""
     test = mapping(run.result.get("evaluation"))
     said = ["Outlined: a teacher on the task it teaches."]
-    if "images_per_task" in test:
-        said.append(f"{test['images_per_task']} images a task, the same prompts and seeds for every model.")
+    counts = {int(n) for scores in mapping(run.result.get("scores")).values() for n in _counts(scores)}
+    if counts:
+        amount = "to".join(f" {n} " for n in sorted({min(counts), max(counts)})).strip()
+        said.append(f"{amount} images a task, the same prompts and seeds for every model.")
     if "steps" in test:
         said.append(f"{test['steps']} denoising steps, seed {test.get('seed', MISSING)}.")
     guidance = mapping(test.get("guidance"))

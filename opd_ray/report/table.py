@@ -97,7 +97,8 @@ def summary(result: Mapping[str, Any], seconds: float | None = None) -> str:
     closed = {task: gap for task, gap in results.gap_closed.items() if gap.value is not None}
     if not closed:
         known = stopped or f"Trained for {effort}."
-        why = "no teacher's gap was measured" if results.scores else "the models were not evaluated"
+        untold = "the models were not evaluated, which takes prompts.eval and rewards"
+        why = "no teacher's gap was measured" if results.scores else untold
         return f"{known} How close the student came is unknown: {why}."
     shares = join([f"{percent(gap.value)} ({task})" for task, gap in closed.items()])
     amount = len({results.own.get(task, task) for task in closed})

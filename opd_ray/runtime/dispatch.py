@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from opd_ray.errors import InputLostError, RuntimeFault, StaleWeightsError, Stopped, WorkerLostError
 from opd_ray.runtime.handle import Backend, Call, Done, Ref
-from opd_ray.runtime.pool import Job, Pool
+from opd_ray.runtime.pool import PROBE, Job, Pool
 
 __all__ = ["Dispatcher"]
 
@@ -144,5 +144,5 @@ class Dispatcher:
         except (WorkerLostError, StaleWeightsError) as error:
             pool.lose(ref, str(error))
         else:
-            if job is not None:
+            if job is not None and job.books != PROBE:
                 self.account(job.books or pool.spec.role.partition(".")[0], result)

@@ -11,7 +11,10 @@ from opd_ray.runtime.handle import Backend, Call, Done, Handle, Ref, Weights, Wo
 from opd_ray.runtime.health import Event, Health, State
 from opd_ray.types import WeightVersion
 
-__all__ = ["Job", "Output", "Pool", "Worker"]
+__all__ = ["PROBE", "Job", "Output", "Pool", "Worker"]
+
+PROBE = "probe"
+"""Books of what is no work of the run: it is counted nowhere."""
 
 MAX_LOSSES = 3
 """Workers of one pool lost one after the other without a single answer, before the run stops."""

@@ -16,6 +16,7 @@ from tests.commands.conftest import BRIGHT
 from tests.models.tiny_sd3 import make_tiny_sd3
 
 pytestmark = pytest.mark.usefixtures("no_start")
+FILE = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def refused(cli, recipe, tmp_path):
         ("rounds", ["-o rounds: expected key=value, for instance -o rounds=6"]),
         ("name.first=x", ["-o name.first=x: name is a value, not a section"]),
         ("rounds=[", ["-o rounds=[: '[' is not a YAML value"]),
-        ("cluster=nowhere", ["no recipe 'nowhere'; known: local"]),
+        ("cluster=nowhere", ["no cluster file 'nowhere'; known: local"]),
         (
             "teachers.c.lora=x",
             ["teacher 'c' serves task 'c', which has no training prompts", "has a, b. Add prompts or"],
@@ -227,9 +228,14 @@ class TestModels:
         rest = ["-p", "a cat", "--out", tmp_path / "out"] if verb == "sample" else []
         (tmp_path / "empty").mkdir()
         claim(tmp_path / "unfinished", {})
+        (tmp_path / "lora").mkdir()
+        (tmp_path / "lora" / FILE).touch()
         for model, expected in [
             ("/no/model", "model '/no/model': there is no such file or folder, and it is no hub id (owner/name)"),
-            (tmp_path / "empty", "has no readable scheduler/scheduler_config.json"),
+            (tmp_path / "empty", "is no diffusers folder and no run folder; there is neither model_index.json nor"),
+            (tmp_path, "is no diffusers folder and no run folder; its runs are unfinished"),
+            (tmp_path / "lora", f"is a LoRA without its base; give its run folder, for instance {tmp_path}"),
+            (tmp_path / "lora" / FILE, "is a file; give a diffusers folder, a hub id or a run folder"),
             ("world/nope", "world has no specialist 'nope'. Known: compose, text, look"),
             (
                 tmp_path / "unfinished",

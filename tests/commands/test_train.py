@@ -74,6 +74,22 @@ def test_what_others_print_is_not_in_the_result(run, monkeypatch):
     assert json.loads(done.out)["status"] == "done" and "a worker died" in done.err
 
 
+def test_a_broken_reward_shows_before_the_first_round(cli, recipe, tmp_path):
+    reward = "tests.commands.scoring:total"
+    path = recipe(rewards={reward: {}}, evaluation={"rewards": dict.fromkeys(("a", "b", "mixed"), [reward])})
+    done = cli("train", path, "--out", tmp_path)
+    assert done.code == 2 and "Traceback" not in done.err
+    line = done.err.splitlines()[-1]
+    assert line == f"error: reward {reward} answered [], expected [1], a number a picture"
+    assert not (tmp_path / "small" / "metrics.jsonl").exists()
+    done = cli("train", recipe(), "--out", tmp_path)
+    assert done.code == 0 and "rewards are not used" not in done.err, "its name is free"
+
+
+def test_rewards_that_nobody_asks_are_said_to_be_idle(run):
+    assert "rewards are not used: there is nothing to score without prompts.eval" in run("-o", "rounds=1").err
+
+
 def test_a_signal_ends_the_round_and_leaves_a_checkpoint(run, whole, monkeypatch, tmp_path):
     in_round(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -265,7 +281,9 @@ def test_what_is_saved_is_the_average(whole, whole_folder):
 
 def test_an_average_that_was_never_taken_is_said(run):
     done = run("-o", "rounds=1", "-o", "ema.every=2")
-    assert "the average is still the untrained start: 1 optimizer steps, ema.every is 2" in done.err
+    assert "no average was taken in 1 optimizer steps, since ema.every is 2: lora/ holds the last weights" in done.err
+    told = json.loads(done.out)
+    assert told["ema_sha256"] == told["student_sha256"]
 
 
 def test_an_older_attempt_leaves_the_folder_to_the_newer_one(run, monkeypatch, tmp_path):

@@ -31,6 +31,16 @@ def test_what_is_not_there_is_refused_in_one_line(name, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_module_that_does_not_import_is_refused_with_its_line(tmp_path, monkeypatch):
+    (tmp_path / "broken_plugin.py").write_text("x = 1\nclass Mine(Algorithm): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        plugins.load("broken_plugin:Mine", KNOWN, "reward")
+    message = str(caught.value)
+    assert "importing 'broken_plugin' raised NameError: name 'Algorithm' is not defined" in message
+    assert message.endswith("broken_plugin.py, line 2)") and "\n" not in message
+
+
 def score(images, prompts, *, sharpness=1.0, mode="mean"):
     return images
 

@@ -51,5 +51,5 @@ def test_large_pictures_are_fitted(run, tmp_path):
 
 def test_without_samples_the_error_says_what_to_do(run, tmp_path):
     (run / "samples/index.json").unlink()
-    with pytest.raises(RunFolderError, match="evaluation on"):
+    with pytest.raises(RunFolderError, match=r"prompts\.eval and rewards"):
         write_grid(run, tmp_path / "grid.png")
