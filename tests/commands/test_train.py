@@ -76,7 +76,7 @@ def test_what_others_print_is_not_in_the_result(run, monkeypatch):
 
 def test_a_broken_reward_shows_before_the_first_round(cli, recipe, tmp_path):
     reward = "tests.commands.scoring:total"
-    path = recipe(rewards={reward: {}}, evaluation={"rewards": dict.fromkeys(("a", "b", "mixed"), [reward])})
+    path = recipe(rewards={reward: {}}, evaluation={"rewards": {key: [reward] for key in ("a", "b", "mixed")}})
     done = cli("train", path, "--out", tmp_path)
     assert done.code == 2 and "Traceback" not in done.err
     line = done.err.splitlines()[-1]
