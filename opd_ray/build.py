@@ -16,14 +16,16 @@ from opd_ray import world
 from opd_ray.actors import Policy, RewardActor, RolloutActor, TeacherActor
 from opd_ray.actors.recorded import RecordedActor, recordings
 from opd_ray.algorithms import Algorithm, make_algorithm
-from opd_ray.config import Config, Placement, RolePlacement
+from opd_ray.config import Config, ModelConfig, Placement, RolePlacement, TeacherConfig
 from opd_ray.errors import PlacementError, PromptError
 from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, RecordedSource, RolloutSource
 from opd_ray.learners import DdpEngine, Learner
 from opd_ray.learners.learner import Training
 from opd_ray.metrics import MetricsLog
-from opd_ray.models.base import check_adapters, load_family, sigmas_of
+from opd_ray.models.base import Family, check_adapters, load_family, sigmas_of
+from opd_ray.models.precision import dtype_of
+from opd_ray.models.teachers import check_checkpoint, same_text, teacher_model
 from opd_ray.prompts import PromptStream, read_prompts
 from opd_ray.report.live import Live
 from opd_ray.rewards.base import check_rewards, make_rewards
@@ -84,6 +86,9 @@ def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
     check_rewards(config.rewards, config.evaluation.rewards, tuple(held_out))
     algorithm.check(sigmas_of(config.model, config.sampling.steps))
     check_adapters(config.model, config.student.lora, config.teachers)
+    for name, teacher in config.teachers.items():
+        if teacher.model is not None:
+            check_checkpoint(name, config.model, teacher_model(config.model, teacher))
     return train, held_out
 
 
@@ -117,7 +122,8 @@ def anchored(config: Config) -> Config:
         return str(Path(path).resolve()) if path.partition("/")[0] != "world" and Path(path).exists() else path
 
     teachers = {
-        name: teacher.model_copy(update={"lora": absolute(teacher.lora)}) for name, teacher in config.teachers.items()
+        name: teacher.model_copy(update={"lora" if teacher.lora else "model": absolute(teacher.path)})
+        for name, teacher in config.teachers.items()
     }
     model = config.model.model_copy(update={"path": absolute(config.model.path)})
     recorded = absolute(config.recorded) if config.recorded else None
@@ -127,10 +133,18 @@ def anchored(config: Config) -> Config:
 def make_backend(config: Config) -> Backend:
     """Ray, or this process."""
     if config.cluster.runtime == "local":
+        if _wants_card(config) and not torch.cuda.is_available():
+            raise PlacementError("a role asks for a gpu, and this process sees none; set resources.gpu to 0")
         return LocalBackend()
     from opd_ray.runtime.cluster import RayBackend  # a local run does not import Ray
 
     return RayBackend(object_store_mb=config.cluster.object_store_mb)
+
+
+def _wants_card(config: Config) -> bool:
+    cluster = config.cluster
+    placements = [cluster.rollout, cluster.learner, *cluster.teachers.values(), *cluster.rewards.values()]
+    return any(placement.device == "cuda" for placement in placements)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,15 +288,28 @@ def _rollout_factory(config: Config, algorithm: Algorithm) -> Any:
         kernel=algorithm.kernel,
         noise_level=algorithm.noise_level,
         seed=config.seed,
+        probe_tolerance=_probe_tolerance(config),
         negatives=any(guidance != 1 for guidance in guidances),
     )
     sigmas = tuple(sigmas_of(config.model, config.sampling.steps).tolist())
     return partial(RolloutHost, partial(make_rollout, config, policy, sigmas))
 
 
+def _probe_tolerance(config: Config) -> float:
+    """Other thread counts differ by about 1e-6, half precision by a percent or two, another adapter by far more."""
+    roles = (
+        (config.precision.rollout, config.cluster.rollout.device),
+        (config.precision.learner, config.cluster.learner.device),
+    )
+    exact = all(precision == "fp32" or (precision == "auto" and device == "cpu") for precision, device in roles)
+    return 1e-3 if exact else 5e-2
+
+
 def make_rollout(config: Config, policy: Policy, sigmas: tuple[float, ...]) -> RolloutActor:
     """Text encoders, denoiser and VAE."""
-    family = load_family(config.model, text=True, image=True)
+    device = config.cluster.rollout.device
+    dtype = dtype_of(config.precision.rollout, device)
+    family = load_family(config.model, text=True, image=True, device=device, dtype=dtype)
     return RolloutActor(family, policy, torch.tensor(sigmas))
 
 
@@ -291,9 +318,20 @@ def _teacher_factory(config: Config, names: tuple[str, ...]) -> Any:
 
 
 def make_teacher(config: Config, names: tuple[str, ...]) -> TeacherActor:
-    """The denoiser alone, with these teachers' LoRAs over it."""
-    family = load_family(config.model, text=False, image=False)
-    return TeacherActor(family, {name: config.teachers[name] for name in names})
+    """Denoisers alone, one for all teachers that may share it; text encoders where a teacher's are its own."""
+    placements = config.cluster.teachers
+    device = placements.get(names[0], placements.get("default", RolePlacement())).device
+    loaded: dict[tuple[ModelConfig, torch.dtype], Family] = {}
+
+    def base(teacher: TeacherConfig) -> Family:
+        model = teacher_model(config.model, teacher)
+        key = (model, dtype_of(teacher.precision or config.precision.teacher, device))
+        if key not in loaded:
+            text = not same_text(config.model, model)
+            loaded[key] = load_family(model, text=text, image=False, device=device, dtype=key[1])
+        return loaded[key]
+
+    return TeacherActor(base, {name: config.teachers[name] for name in names})
 
 
 def _reader_factory(folder: str) -> Any:
@@ -311,7 +349,9 @@ def make_reward(config: Config) -> RewardActor:
 
 def make_learner(config: Config, rank: int) -> Learner:
     """The denoiser alone, with the student's adapter over it."""
-    family = load_family(config.model, text=False, image=False)
+    device = config.cluster.learner.device
+    dtype = dtype_of(config.precision.learner, device)
+    family = load_family(config.model, text=False, image=False, device=device, dtype=dtype)
     training = Training(
         lora=config.student.lora,
         guidance=config.student.guidance,
@@ -319,8 +359,11 @@ def make_learner(config: Config, rank: int) -> Learner:
         ema=config.ema,
         seed=config.seed,
         rounds=config.rounds,
+        gradient_checkpointing=config.student.gradient_checkpointing,
     )
-    return Learner(family, make_algorithm(config), training, DdpEngine(rank, config.cluster.learner.ranks))
+    return Learner(
+        family, make_algorithm(config), training, DdpEngine(rank, config.cluster.learner.ranks, device=device)
+    )
 
 
 def _facts(teachers: Mapping[str, Pool]) -> dict[str, Any]:
@@ -328,14 +371,10 @@ def _facts(teachers: Mapping[str, Pool]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for pool in dict.fromkeys(teachers.values()):
         for name, facts in pool.workers[0].facts.items():
-            found[name] = {
-                "path": facts.lora.path,
-                "sha256": facts.lora.sha256,
-                "tensors": facts.lora.tensors,
-                "rank": facts.lora.rank,
-                "alpha": facts.lora.alpha,
-                "guidance": facts.guidance,
-            }
+            lora = facts.lora
+            of_lora = {"tensors": lora.tensors, "rank": lora.rank, "alpha": lora.alpha} if lora else {}
+            about = {"path": facts.path, "sha256": facts.sha256, **of_lora, "guidance": facts.guidance}
+            found[name] = about | {"precision": facts.precision, "own_text_encoders": facts.own_text}
     packages = ("ray", "torch", "diffusers", "transformers", "accelerate", "peft")
     return {"teachers": found, "versions": {name: importlib.metadata.version(name) for name in packages}}
 

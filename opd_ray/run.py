@@ -114,6 +114,7 @@ class Run:
         row["seconds"] = dict(self._seconds)
         self._book()
         self.round = batch.number + 1
+        self._remark(batch.number, row)
         every = self.config.evaluation.every
         if self.evaluation is not None and every and self.round % every == 0 and self.round < self.rounds:
             row["evaluation"] = self.evaluation.student_means(self.learner.average())
@@ -125,6 +126,18 @@ class Run:
             self.save()
         if self.stopping and self.round < self.rounds:
             raise Stopped(f"stopped after round {self.round} of {self.rounds}; --resume goes on from there")
+
+    def _remark(self, number: int, row: Mapping[str, Any]) -> None:
+        """What of a round a person should know at once."""
+        if row["skipped_steps"]:
+            self.live.note(
+                f"round {number + 1}: the fp16 gradient overflowed; the step was skipped, the loss scale halved"
+            )
+        if number == 0:
+            for task, steps in row.get("gap", {}).items():
+                if steps and not any(steps.values()):
+                    name = self.config.teacher_of_task.get(task, task)
+                    self.live.note(f"teacher {name} answers {task} exactly as the student does: it teaches nothing yet")
 
     def _book(self) -> None:
         """Add what the workers did since the last time to the run's totals."""
@@ -215,6 +228,7 @@ class Run:
             "loss": loss,
             "grad_norm": last[0].grad_norm,
             "lr": last[0].lr,
+            "skipped_steps": sum(reports[0].skipped for reports in updates),
             "staleness": staleness,
             "weight_version": str(weights.version),
             "busy": dict(self.dispatcher.seconds),

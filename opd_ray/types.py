@@ -5,7 +5,8 @@ number in [0, 1]; 1 is noise. velocity = eps - x0.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from torch import Tensor
 
@@ -93,6 +94,11 @@ class Trajectory:
                 f"{states[0]} to {states[-1]} states of C, H, W"
             )
 
+    def to(self, device: str) -> Self:
+        """The same on another device. The schedule stays on the CPU, where steps read their numbers."""
+        cond, uncond = ({name: tensor.to(device) for name, tensor in side.items()} for side in (self.cond, self.uncond))
+        return replace(self, latents=self.latents.to(device), cond=cond, uncond=uncond)
+
 
 @dataclass(frozen=True, slots=True)
 class TeacherAnswer:
@@ -106,6 +112,10 @@ class TeacherAnswer:
         if self.velocity.shape[1] != len(self.steps):
             raise ValueError(f"{self.teacher} answered {self.velocity.shape[1]} steps, asked {len(self.steps)}")
 
+    def to(self, device: str) -> Self:
+        """The same on another device."""
+        return replace(self, velocity=self.velocity.to(device))
+
 
 @dataclass(frozen=True, slots=True)
 class Experience:
@@ -116,3 +126,13 @@ class Experience:
     answer: TeacherAnswer | None = None
     scores: Mapping[str, Tensor] = field(default_factory=dict)  # reward name -> [B] float32
     recorded: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: str) -> Self:
+        """The same on another device."""
+        return replace(
+            self,
+            trajectory=self.trajectory and self.trajectory.to(device),
+            answer=self.answer and self.answer.to(device),
+            scores={name: tensor.to(device) for name, tensor in self.scores.items()},
+            recorded={name: tensor.to(device) for name, tensor in self.recorded.items()},
+        )

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opd_ray.config import LoraConfig
+from opd_ray.config import LoraConfig, ModelConfig
 from opd_ray.diffusion import KERNELS, sample
 from opd_ray.digest import digest
 from opd_ray.errors import ModelError, StaleWeightsError
-from opd_ray.models.base import Family
+from opd_ray.models.base import Family, load_family
 from opd_ray.seeds import fold, generator, noise
 from opd_ray.types import Conditioning, Prompt, Trajectory, WeightVersion, WorkItem
 
@@ -38,6 +38,8 @@ class Policy:
     kernel: str
     noise_level: float
     seed: int
+    probe_tolerance: float
+    """How far its velocity at the probe may be from the learner's, relative to the largest: formats may differ."""
     negatives: bool
     """Whether embeddings of the empty prompt travel along: some participant's guidance is not 1."""
 
@@ -57,6 +59,8 @@ class SampleRequest:
     samples: tuple[int, ...]
     weights: tuple[WeightVersion, str] | None = None
     """Version and sha256 of the student's."""
+    checkpoint: ModelConfig | None = None
+    """Of a teacher that is no LoRA."""
 
 
 def probe_velocity(family: Family, guidance: float, seed: int) -> Tensor:
@@ -64,8 +68,11 @@ def probe_velocity(family: Family, guidance: float, seed: int) -> Tensor:
 
     The conditioning is random too, since learners hold no text encoder.
     """
-    x = noise([fold(seed, "eval", "probe")], family.latent_shape)
-    cond, uncond = (family.random_conditioning(generator(seed, "eval", name)) for name in ("cond", "uncond"))
+    x = noise([fold(seed, "eval", "probe")], family.latent_shape).to(family.device)
+    cond, uncond = (
+        {key: tensor.to(family.device) for key, tensor in family.random_conditioning(rng).items()}
+        for rng in (generator(seed, "eval", name) for name in ("cond", "uncond"))
+    )
     with torch.no_grad():
         velocity = family.velocity(x, 0.5, cond, uncond, guidance)
     return velocity
@@ -77,7 +84,7 @@ def draw_pictures(family: Family, request: SampleRequest, after_step: Callable[[
     cond = family.encode([prompt.text for prompt in request.prompts])
     uncond = family.encode([""]) if request.guidance != 1 else {}
     rows = zip(request.prompts, request.samples, strict=True)
-    x = noise([fold(request.seed, "eval", prompt.id, n) for prompt, n in rows], family.latent_shape)
+    x = noise([fold(request.seed, "eval", prompt.id, n) for prompt, n in rows], family.latent_shape).to(family.device)
     sigmas = family.sigmas(request.steps).tolist()
     for t, t_next in itertools.pairwise(sigmas):
         x = x + (t_next - t) * family.velocity(x, t, cond, uncond, request.guidance)
@@ -99,6 +106,7 @@ class RolloutActor:
         family.use(policy.adapter)
         self.bound: Ack | None = None
         self._empty: Conditioning | None = None
+        self._other: Family | None = None
 
     def bind(self, weights: Mapping[str, Tensor], version: WeightVersion, sha256: str) -> Ack:
         """Copy weights into the behaviour adapter and prove it by reading the parameters back.
@@ -144,7 +152,7 @@ class RolloutActor:
         uncond = self.empty() if self.policy.negatives else {}
         rows = [(prompt.id, sample) for prompt, sample in zip(item.prompts, item.samples, strict=True)]
         seed, kernel = self.policy.seed, KERNELS[self.policy.kernel]
-        x = noise([fold(seed, "init_noise", item.round, *row) for row in rows], self.family.latent_shape)
+        x = self._noise([fold(seed, "init_noise", item.round, *row) for row in rows])
         states = [x]
         for j in range(len(self.sigmas) - 1 if whole else max(item.steps)):
             t, t_next = float(self.sigmas[j]), float(self.sigmas[j + 1])
@@ -153,7 +161,7 @@ class RolloutActor:
             x = step.mean
             if self.policy.noise_level > 0:
                 seeds = [fold(seed, "step_noise", item.round, *row, j) for row in rows]
-                x = sample(step, noise(seeds, self.family.latent_shape))
+                x = sample(step, self._noise(seeds))
             states.append(x)
         return Trajectory(item, version, self.sigmas, torch.stack(states, dim=1), cond, uncond)
 
@@ -173,8 +181,21 @@ class RolloutActor:
         """
         if request.model == "student":
             self._require_bound("a picture of the student", request.weights)
+        if request.checkpoint is not None:
+            return self._of_checkpoint(request, request.checkpoint)
         with self.family.adapter(self._adapter_of(request)):
             return draw_pictures(self.family, request)
+
+    def _of_checkpoint(self, request: SampleRequest, model: ModelConfig) -> Tensor:
+        """Pictures of another whole model. One at a time is held, since it may be as large as the student's."""
+        own = self.family
+        if self._other is None or self._other.model != model:
+            self._other = None
+            self._other = load_family(model, text=True, image=True, device=own.device, dtype=own.dtype)
+        before = self._other.forwards
+        pictures = draw_pictures(self._other, request)
+        own.forwards += self._other.forwards - before
+        return pictures
 
     def empty(self) -> Conditioning:
         """Embeddings of the empty prompt, each [1, ...]."""
@@ -192,6 +213,10 @@ class RolloutActor:
             path, revision, subfolder = request.lora
             self.family.load_lora(name, path, revision=revision, subfolder=subfolder)
         return name
+
+    def _noise(self, seeds: Sequence[int]) -> Tensor:
+        """Drawn on the CPU, so that it is the same on every device."""
+        return noise(seeds, self.family.latent_shape).to(self.family.device)
 
     @torch.no_grad()
     def _velocity(self, x: Tensor, t: float, cond: Conditioning, uncond: Conditioning, guidance: float) -> Tensor:

@@ -1,14 +1,16 @@
 """The teacher actor: a frozen specialist's guided velocity at the student's own states."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from opd_ray.config import TeacherConfig
+from opd_ray.digest import digest
 from opd_ray.errors import ModelError, NotFiniteError
 from opd_ray.models.base import Family
 from opd_ray.models.lora import LoraInfo
+from opd_ray.models.precision import NAMES
 from opd_ray.types import TeacherAnswer, Trajectory
 
 __all__ = ["TeacherActor", "TeacherFacts"]
@@ -18,19 +20,41 @@ __all__ = ["TeacherActor", "TeacherFacts"]
 class TeacherFacts:
     """What is known of a loaded teacher; it goes into run.json and the checkpoint."""
 
+    path: str
+    sha256: str
+    """Of the LoRA's file, or of the checkpoint's denoiser."""
     guidance: float
-    lora: LoraInfo
+    precision: str
+    lora: LoraInfo | None = None
+    own_text: bool = False
+    """Its text encoders are not the student's: it encodes the prompts for itself."""
 
 
 class TeacherActor:
-    """One frozen base with one or several teacher LoRAs over it, unmerged, each with its own guidance."""
+    """Frozen teachers: LoRAs over a shared base, unmerged, and full checkpoints, each with its own guidance."""
 
-    def __init__(self, family: Family, teachers: Mapping[str, TeacherConfig]) -> None:
-        self.family = family
+    def __init__(self, base: Callable[[TeacherConfig], Family], teachers: Mapping[str, TeacherConfig]) -> None:
+        """``base`` gives what a teacher stands on: the same family for those that may share one."""
+        self.families: dict[str, Family] = {}
         self.facts: dict[str, TeacherFacts] = {}
         for name, teacher in teachers.items():
-            info = family.load_lora(name, teacher.lora, revision=teacher.revision, subfolder=teacher.subfolder)
-            self.facts[name] = TeacherFacts(teacher.guidance, info)
+            family = self.families[name] = base(teacher)
+            info = None
+            if teacher.lora is not None:
+                info = family.load_lora(name, teacher.lora, revision=teacher.revision, subfolder=teacher.subfolder)
+            self.facts[name] = TeacherFacts(
+                path=info.path if info else family.model.path,
+                sha256=info.sha256 if info else digest(dict(family.network.named_parameters())),
+                guidance=teacher.guidance,
+                precision=NAMES[family.dtype],
+                lora=info,
+                own_text=family.encodes,
+            )
+
+    @property
+    def forwards(self) -> int:
+        """Rows that went through any of its denoisers."""
+        return sum(family.forwards for family in {id(family): family for family in self.families.values()}.values())
 
     @torch.no_grad()
     def score(self, trajectory: Trajectory, teacher: str) -> TeacherAnswer:
@@ -39,14 +63,18 @@ class TeacherActor:
         Raises:
             NotFiniteError: the answer holds NaN or infinity; names teacher, round and prompts.
         """
-        if not torch.equal(self.family.sigmas(len(trajectory.sigmas) - 1), trajectory.sigmas):
+        family, facts = self.families[teacher], self.facts[teacher]
+        if not torch.equal(family.sigmas(len(trajectory.sigmas) - 1), trajectory.sigmas):
             raise ModelError(f"teacher {teacher}'s sigma schedule is not the trajectory's; use the student's base")
-        item, guidance = trajectory.item, self.facts[teacher].guidance
-        with self.family.adapter(teacher):
+        item, guidance = trajectory.item, facts.guidance
+        there = trajectory.to(family.device)
+        cond, uncond = there.cond, there.uncond
+        if facts.own_text:
+            cond = family.encode([prompt.text for prompt in item.prompts])
+            uncond = family.encode([""]) if guidance != 1 else {}
+        with family.adapter(teacher if facts.lora else None):
             velocities = [
-                self.family.velocity(
-                    trajectory.latents[:, j], float(trajectory.sigmas[j]), trajectory.cond, trajectory.uncond, guidance
-                )
+                family.velocity(there.latents[:, j], float(trajectory.sigmas[j]), cond, uncond, guidance)
                 for j in item.steps
             ]
         answer = TeacherAnswer(teacher, item.steps, torch.stack(velocities, dim=1))

@@ -16,6 +16,8 @@ from opd_ray.config.method import (
     OpdConfig,
     OptimizerConfig,
     PluginAlgorithmConfig,
+    Precision,
+    PrecisionConfig,
     SamplingConfig,
     TeacherConfig,
 )
@@ -36,6 +38,8 @@ __all__ = [
     "OptimizerConfig",
     "Placement",
     "PluginAlgorithmConfig",
+    "Precision",
+    "PrecisionConfig",
     "RolePlacement",
     "SamplingConfig",
     "TeacherConfig",

@@ -19,12 +19,15 @@ class Placement(Frozen):
 
     @field_validator("resources")
     @classmethod
-    def _runs_on_cpu(cls, resources: dict[str, float]) -> dict[str, float]:
+    def _amounts(cls, resources: dict[str, float]) -> dict[str, float]:
         if any(amount < 0 for amount in resources.values()):
             raise ValueError("amounts are 0 or more")
-        if resources.get("gpu"):
-            raise ValueError("this version computes on CPU; set gpu to 0")
         return resources
+
+    @property
+    def device(self) -> str:
+        """Where its workers compute: on a card where they ask for one, or for a part of one."""
+        return "cuda" if self.resources.get("gpu") else "cpu"
 
 
 class RolePlacement(Placement):

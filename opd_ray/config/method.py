@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from opd_ray.config.section import Frozen
 
@@ -18,12 +18,16 @@ __all__ = [
     "OpdConfig",
     "OptimizerConfig",
     "PluginAlgorithmConfig",
+    "Precision",
+    "PrecisionConfig",
     "PromptsConfig",
     "SamplingConfig",
     "StudentConfig",
     "TeacherConfig",
 ]
 
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+"""auto: fp32 on the CPU; on a GPU bf16 where it has it, else fp16."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 ATTENTION = tuple(
     f"attn.{name}"
@@ -45,6 +49,16 @@ class ModelConfig(Frozen):
     """Tokens of the T5 encoder (the paper's 128); never more than its tokenizer's own limit."""
 
 
+class PrecisionConfig(Frozen):
+    """What each role's denoiser computes in. Latents, step arithmetic, adapters and the VAE are float32 always."""
+
+    rollout: Precision = "auto"
+    teacher: Precision = "auto"
+    """A teacher may have its own."""
+    learner: Precision = "auto"
+    """fp16 scales the loss, and skips a step whose gradient overflows."""
+
+
 class LoraConfig(Frozen):
     """The student's adapter. Defaults are the paper's."""
 
@@ -60,6 +74,8 @@ class StudentConfig(Frozen):
     lora: LoraConfig = LoraConfig()
     guidance: float = Field(4.5, ge=0)
     """Classifier-free guidance of the student: one value for rollout, training and evaluation."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
 
 
 class SamplingConfig(Frozen):
@@ -147,13 +163,28 @@ class BatchConfig(Frozen):
 class TeacherConfig(Frozen):
     """One frozen specialist."""
 
-    lora: str
-    """A LoRA in diffusers' format over the same base: folder, file, hub id, or `world/<name>`."""
+    lora: str | None = None
+    """A LoRA in diffusers' or PEFT's format over the student's base: folder, file, hub id, or `world/<name>`."""
+    model: str | None = None
+    """Instead of a LoRA: a full checkpoint with the student's latent space and schedule (folder or hub id)."""
     revision: str | None = None
     subfolder: str | None = None
     guidance: float = Field(4.5, ge=0)
     tasks: tuple[str, ...] = ()
     """The tasks it teaches; its own name when empty."""
+    precision: Precision | None = None
+    """precision.teacher where not given."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "TeacherConfig":
+        if (self.lora is None) == (self.model is None):
+            raise ValueError("give either lora (over the student's base) or model (a full checkpoint)")
+        return self
+
+    @property
+    def path(self) -> str:
+        """Its LoRA or its checkpoint, as the configuration names it."""
+        return str(self.lora or self.model)
 
 
 class PromptsConfig(Frozen):

@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from opd_ray.config.cluster import ClusterConfig
 from opd_ray.config.method import (
@@ -16,6 +16,8 @@ from opd_ray.config.method import (
     ModelConfig,
     OpdConfig,
     OptimizerConfig,
+    Precision,
+    PrecisionConfig,
     PromptsConfig,
     SamplingConfig,
     StudentConfig,
@@ -38,7 +40,8 @@ class Config(Frozen):
     seed: int = Field(0, ge=0)
     rounds: int = Field(ge=1)
     model: ModelConfig
-    precision: Literal["auto", "fp32"] = "auto"
+    precision: PrecisionConfig = PrecisionConfig()
+    """One of auto, fp32, bf16, fp16 for all roles, or a section with one for each."""
     student: StudentConfig = StudentConfig()
     sampling: SamplingConfig = SamplingConfig()
     algorithm: AlgorithmConfig = OpdConfig()
@@ -54,6 +57,14 @@ class Config(Frozen):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _for_all_roles(cls, value: Any) -> Any:
+        known = get_args(Precision)
+        if isinstance(value, str) and value not in known:
+            raise ValueError(f"expected one of {', '.join(known)}, or a section with one for each role, got {value!r}")
+        return dict.fromkeys(PrecisionConfig.model_fields, value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":

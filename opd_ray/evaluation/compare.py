@@ -7,8 +7,9 @@ from typing import Any
 from urllib.parse import quote
 
 from opd_ray.actors import SampleRequest
-from opd_ray.config import Config
+from opd_ray.config import Config, ModelConfig
 from opd_ray.evaluation.statistics import gap_closed, mean
+from opd_ray.models.teachers import teacher_model
 from opd_ray.prompts import PromptStream
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import Weights
@@ -30,13 +31,20 @@ class Contestant:
     model: str
     guidance: float
     lora: tuple[str, str | None, str | None] | None = None
+    checkpoint: ModelConfig | None = None
 
 
 def contestants(config: Config) -> list[Contestant]:
     """Base, every teacher at its own guidance, and the student."""
     own = config.student.guidance
     teachers = [
-        Contestant(f"teacher:{name}", name, teacher.guidance, (teacher.lora, teacher.revision, teacher.subfolder))
+        Contestant(
+            f"teacher:{name}",
+            name,
+            teacher.guidance,
+            (teacher.lora, teacher.revision, teacher.subfolder) if teacher.lora else None,
+            None if teacher.lora else teacher_model(config.model, teacher),
+        )
         for name, teacher in config.teachers.items()
     ]
     return [Contestant("base", "base", own), *teachers, Contestant("student", "student", own)]
@@ -154,6 +162,7 @@ class Evaluation:
             part,
             (0,) * len(part),
             (bound.version, bound.sha256) if bound else None,
+            model.checkpoint,
         )
         shown = range(start, min(start + len(part), PICTURES_PER_TASK)) if pictures else ()
         files = [str(self.folder / self._file(model, task, index)) for index in shown]

@@ -46,13 +46,13 @@ class DdpEngine:
         RuntimeError: accelerate set up another backend or world than asked for. On CPU it does so silently.
     """
 
-    def __init__(self, rank: int, ranks: int, *, cpu: bool = True) -> None:
+    def __init__(self, rank: int, ranks: int, *, device: str = "cpu") -> None:
         # No buffer changes while training, and a broadcast would hang where one rank alone runs a forward (a probe).
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
         handlers: list[Any] = [ddp]
         if ranks > 1 and (meeting := os.environ.get(MEETING)):
             handlers.append(InitProcessGroupKwargs(init_method=f"file://{meeting}"))
-        self.accelerator = Accelerator(cpu=cpu, kwargs_handlers=handlers)
+        self.accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=handlers)
         self.rank, self.ranks = rank, ranks
         kind = self.accelerator.distributed_type
         expected = {DistributedType.NO} if ranks == 1 else {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}

@@ -34,6 +34,7 @@ class Training:
     ema: EmaConfig | None
     seed: int
     rounds: int
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class UpdateReport:
     """Task -> step -> metric -> (sum, forwards)."""
     grad_norm: float
     lr: float
+    skipped: bool = False
+    """The fp16 gradient overflowed: no weight was changed, and the loss is scaled by less from now on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,10 @@ class Learner:
         family.use("student")
         family.train_adapter("student")
         self.student = family.adapter_parameters("student")
+        if training.gradient_checkpointing:
+            family.save_memory()
         family.denoiser = engine.prepare(family.denoiser)
+        self.scaler = torch.amp.GradScaler(family.device, enabled=family.dtype == torch.float16)
         chosen = training.optimizer
         self.optimizer = torch.optim.AdamW(
             list(self.student.values()), chosen.lr, chosen.betas, chosen.eps, chosen.weight_decay
@@ -93,7 +99,7 @@ class Learner:
             scores: every item's, the same on every rank.
         """
         self._items = tuple(items)
-        self._experience = {one.item.position: one for one in experience}
+        self._experience = {one.item.position: one.to(self.family.device) for one in experience}
         self._scores = scores
 
     def update(self, update: int) -> UpdateReport:
@@ -125,7 +131,7 @@ class Learner:
                 # An infinite loss may have a finite gradient: NaN travels to the other ranks as well.
                 weight = self.algorithm.item_weight(item, selected) / count if math.isfinite(value) else math.nan
                 share = loss.value * weight
-                self.engine.backward(share)
+                self.engine.backward(self.scaler.scale(share))
             if not math.isfinite(value) and not broken:
                 broken = f"; first in {item} step {forward.step}, prompt {item.prompts[0].text!r}"
             total += float(share.detach())
@@ -134,15 +140,28 @@ class Learner:
                 seen, times = steps[item.task][forward.step].get(name, (0.0, 0))
                 steps[item.task][forward.step][name] = (seen + float(metric), times + 1)
         lr = self._set_lr()
-        norm = self.engine.clip(self.student.values(), self.training.optimizer.clip)
-        if not math.isfinite(norm):
-            raise NotFiniteError(f"the gradient of update {self.updates} is not finite{broken}; no weight was changed")
-        self.optimizer.step()
+        norm, skipped = self._step(broken)
         self.updates += 1
-        self._average()
+        if not skipped:
+            self._average()
         counts = {task: sum(item.task == task for item in by_rank[self.engine.rank]) for task in tasks}
         per_task = {task: (value, counts[task]) for task, value in tasks.items()}
-        return UpdateReport(total, per_task, {t: dict(by_step) for t, by_step in steps.items()}, norm, lr)
+        return UpdateReport(total, per_task, {t: dict(by_step) for t, by_step in steps.items()}, norm, lr, skipped)
+
+    def _step(self, broken: str) -> tuple[float, bool]:
+        """Clip and step; returns the gradient's norm, and whether an overflow in fp16 made this a step of nothing.
+
+        Gradients were reduced before, so that every rank decides alike.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = self.engine.clip(self.student.values(), self.training.optimizer.clip)
+        overflow = not math.isfinite(norm)
+        scale = self.scaler.get_scale()
+        if overflow and (broken or not self.scaler.is_enabled() or scale <= 1):
+            raise NotFiniteError(f"the gradient of update {self.updates} is not finite{broken}; no weight was changed")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return (0.0 if overflow else norm), overflow
 
     def finish_round(self, round: int) -> None:
         """Let the extra adapters follow the student, and let go of the round's inputs."""
@@ -201,7 +220,8 @@ class Learner:
             for name, parameter in self.student.items()
             for slot, value in self.optimizer.state.get(parameter, {}).items()
         }
-        return LearnerState(tensors, {"updates": self.updates, "algorithm": self.algorithm.state_dict()})
+        values = {"updates": self.updates, "algorithm": self.algorithm.state_dict(), "scaler": self.scaler.state_dict()}
+        return LearnerState(tensors, values)
 
     def load_state(self, state: LearnerState) -> None:
         """Take back what ``state`` gave.
@@ -232,6 +252,8 @@ class Learner:
             self.optimizer.state[self.student[name]][slot] = value.clone()
         self.updates = int(state.values["updates"])
         self.algorithm.load_state_dict(state.values["algorithm"])
+        if state.values["scaler"]:
+            self.scaler.load_state_dict(state.values["scaler"])
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
         """What is saved beside the optimizer: the live tensors by group and name."""

@@ -76,6 +76,7 @@ class Adapters:
         )
         with self._new_slot(name) as slot:
             self.network.add_adapter(config, slot)
+            self._in_float32(name)
         with torch.no_grad():
             for key, parameter in self.adapter_parameters(name).items():
                 if key.endswith(".lora_A.weight"):
@@ -107,8 +108,17 @@ class Adapters:
         config = {**file.config, "target_modules": file.modules}
         with refusing(str(file)), self._new_slot(name) as slot:
             self.network.load_lora_adapter(dict(file.tensors), prefix=None, adapter_name=slot, metadata=config)
+            self._in_float32(name, file.tensors)
             self._require_bound(name, file)
         return file.info()
+
+    def _in_float32(self, name: str, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """PEFT makes an adapter in its base's number format; what that rounded is read again."""
+        for key, parameter in self.adapter_parameters(name).items():
+            if parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+                if tensors is not None and key in tensors:
+                    parameter.data.copy_(tensors[key])
 
     def _require_bound(self, name: str, file: LoraFile) -> None:
         """Read the parameters back: as many as the file has, and each equal to its tensor."""

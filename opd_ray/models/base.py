@@ -47,12 +47,17 @@ OTHER_SCHEDULES = (
 
 
 class Family(Adapters, ABC):
-    """One base model (text encoders, denoiser, VAE), frozen, in float32, with adapters on top."""
+    """One base model (text encoders, denoiser, VAE), frozen, with float32 adapters on top.
+
+    Denoiser and text encoders compute in ``dtype``, under autocast; latents, velocities and the VAE are float32.
+    """
 
     denoiser: nn.Module
     """What ``predict`` calls: the network, or what the learner's engine has put around it."""
     latent_shape: tuple[int, int, int]
     """C, H, W."""
+    encodes: bool
+    """Whether its text encoders were loaded."""
     forwards: int
     """Rows that went through the denoiser so far; a guided image counts two."""
 
@@ -63,18 +68,29 @@ class Family(Adapters, ABC):
         *,
         latent_shape: tuple[int, int, int],
         device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(network)
         self.model = model
         self.denoiser = network
         self.latent_shape = latent_shape
         self.device = device
+        self.dtype = dtype
         self.shift = self.read_shift(model)
         self.forwards = 0
+        self.encodes = False
 
     @classmethod
     @abstractmethod
-    def load(cls, model: ModelConfig, *, text: bool, image: bool, device: str = "cpu") -> Self:
+    def load(
+        cls,
+        model: ModelConfig,
+        *,
+        text: bool,
+        image: bool,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
         """The denoiser; the text encoders only if ``text``, the VAE only if ``image``.
 
         Raises:
@@ -114,9 +130,10 @@ class Family(Adapters, ABC):
         Weights are proven with it: sender and receiver compare their velocities on it.
         """
 
+    @classmethod
     @abstractmethod
-    def fingerprint(self) -> dict[str, object]:
-        """What has to agree wherever one trajectory is read: latent space, prediction, schedule."""
+    def fingerprint(cls, model: ModelConfig) -> dict[str, object]:
+        """What has to agree wherever one trajectory is read: latent space, prediction, schedule. From configs alone."""
 
     @classmethod
     def read_shift(cls, model: ModelConfig) -> float:
@@ -140,6 +157,14 @@ class Family(Adapters, ABC):
                 f"with a constant shift over {NUM_TRAIN_TIMESTEPS} timesteps is known"
             )
         return float(config["shift"])
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in ``dtype``. Casts are kept no longer than one forward: adapters change in between."""
+        return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
+
+    def save_memory(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them (gradient checkpointing)."""
+        self.network.enable_gradient_checkpointing()
 
     def sigmas(self, num_steps: int) -> Tensor:
         """[num_steps + 1] float32 on the CPU, from 1 (noise) down to 0 (image)."""
@@ -176,7 +201,8 @@ class Family(Adapters, ABC):
             raise ValueError(f"{rows} latents and {len(cond[wrong[0]])} rows of {wrong[0]}")
         if guidance == 1:
             self.forwards += rows
-            return self.predict(x, timestep, cond).float()
+            with self.autocast():
+                return self.predict(x, timestep, cond).float()
         if uncond.keys() != cond.keys():
             raise ValueError(
                 f"guidance {guidance} needs the empty prompt's {', '.join(sorted(cond))}, got "
@@ -186,8 +212,9 @@ class Family(Adapters, ABC):
             name: torch.cat([uncond[name].expand(rows, *tensor.shape[1:]), tensor]) for name, tensor in cond.items()
         }
         self.forwards += 2 * rows
-        answer = self.predict(torch.cat([x, x]), timestep.repeat(2), both)
-        without, given = answer.chunk(2)
+        with self.autocast():
+            answer = self.predict(torch.cat([x, x]), timestep.repeat(2), both)
+        without, given = answer.float().chunk(2)
         return guide(without, given, guidance)
 
 
@@ -203,9 +230,13 @@ def family_class(name: str) -> type[Family]:
     return found
 
 
-def load_family(model: ModelConfig, *, text: bool, image: bool, device: str = "cpu") -> Family:
+def load_family(
+    model: ModelConfig, *, text: bool, image: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Family:
     """``family_class(model.family).load(...)``."""
-    return family_class(model.family).load(model, text=text, image=image, device=device)
+    family = family_class(model.family).load(model, text=text, image=image, device=device, dtype=dtype)
+    family.encodes = text
+    return family
 
 
 def read_shift(model: ModelConfig) -> float:
@@ -221,6 +252,8 @@ def check_adapters(model: ModelConfig, student: LoraConfig, teachers: Mapping[st
     """
     network = family_class(model.family).skeleton(model)
     for name, teacher in teachers.items():
+        if teacher.lora is None:
+            continue
         file = read_lora(name, teacher.lora, revision=teacher.revision, subfolder=teacher.subfolder)
         check_fits(file, network)
     Adapters(network).add_lora("student", student, 0)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -92,14 +93,17 @@ def _quiet(local: bool) -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def load_component(kind: Any, model: ModelConfig, name: str, device: str, **options: Any) -> nn.Module:
-    """One part of the checkpoint, float32, frozen, in eval mode, every weight from the file.
+def load_component(
+    kind: Any, model: ModelConfig, name: str, device: str, dtype: torch.dtype = torch.float32, **options: Any
+) -> nn.Module:
+    """One part of the checkpoint, frozen, in eval mode, every weight from the file.
 
     Args:
         kind: a diffusers or transformers model class.
         model: the checkpoint.
         name: its folder in the checkpoint, such as ``transformer``.
         device: where it goes.
+        dtype: what its weights are kept in.
         options: further arguments of ``from_pretrained``.
 
     Raises:
@@ -113,10 +117,11 @@ def load_component(kind: Any, model: ModelConfig, name: str, device: str, **opti
             revision=model.revision,
             use_safetensors=True,
             output_loading_info=True,
+            dtype=dtype,
             **options,
         )
     unset = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if unset:
         raise ModelError(f"{what}: {len(unset)} weights are not in it, the first is {unset[0]}")
-    module: nn.Module = component.to(device).float().requires_grad_(False).eval()
+    module: nn.Module = component.to(device, dtype).requires_grad_(False).eval()
     return module

@@ -21,24 +21,40 @@ __all__ = ["SD3"]
 class SD3(Family):
     """StableDiffusion3Pipeline's checkpoints, with or without the T5 encoder."""
 
-    def __init__(self, model: ModelConfig, network: Any, *, text: Any, vae: Any, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        network: Any,
+        *,
+        text: Any,
+        vae: Any,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         size = network.config.sample_size
         shape = (network.config.in_channels, size, size)
-        super().__init__(model, network, latent_shape=shape, device=device)
+        super().__init__(model, network, latent_shape=shape, device=device, dtype=dtype)
         self._text = text
         self._vae = vae
-        self._latents = read_config(model, "vae/config.json")
 
     @classmethod
-    def load(cls, model: ModelConfig, *, text: bool, image: bool, device: str = "cpu") -> Self:
+    def load(
+        cls,
+        model: ModelConfig,
+        *,
+        text: bool,
+        image: bool,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
         """See ``Family.load``."""
         index = _index(model)
         from diffusers import AutoencoderKL, SD3Transformer2DModel
 
-        network = load_component(SD3Transformer2DModel, model, "transformer", device)
+        network = load_component(SD3Transformer2DModel, model, "transformer", device, dtype)
         vae = load_component(AutoencoderKL, model, "vae", device) if image else None
-        pipeline = _text_pipeline(model, index, network, device) if text else None
-        return cls(model, network, text=pipeline, vae=vae, device=device)
+        pipeline = _text_pipeline(model, index, network, device, dtype) if text else None
+        return cls(model, network, text=pipeline, vae=vae, device=device, dtype=dtype)
 
     @classmethod
     def skeleton(cls, model: ModelConfig) -> nn.Module:
@@ -72,7 +88,7 @@ class SD3(Family):
             do_classifier_free_guidance=False,
             max_sequence_length=length,
         )
-        return {"encoder_hidden_states": states, "pooled_projections": pooled}
+        return {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}
 
     def predict(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         """See ``Family.predict``."""
@@ -97,15 +113,18 @@ class SD3(Family):
             "pooled_projections": torch.randn(1, config.pooled_projection_dim, generator=generator),
         }
 
-    def fingerprint(self) -> dict[str, object]:
+    @classmethod
+    def fingerprint(cls, model: ModelConfig) -> dict[str, object]:
         """See ``Family.fingerprint``."""
+        _index(model)
+        vae = read_config(model, "vae/config.json")
         return {
-            "latent_channels": self._latents["latent_channels"],
-            "vae_scaling_factor": self._latents["scaling_factor"],
-            "vae_shift_factor": self._latents["shift_factor"],
+            "latent channels": vae["latent_channels"],
+            "VAE scaling factor": vae["scaling_factor"],
+            "VAE shift factor": vae["shift_factor"],
             "prediction": "velocity",
             "scheduler": "FlowMatchEulerDiscreteScheduler",
-            "shift": self.shift,
+            "shift": cls.read_shift(model),
         }
 
 
@@ -118,7 +137,9 @@ def _index(model: ModelConfig) -> dict[str, Any]:
     return index
 
 
-def _text_pipeline(model: ModelConfig, index: dict[str, Any], network: nn.Module, device: str) -> Any:
+def _text_pipeline(
+    model: ModelConfig, index: dict[str, Any], network: nn.Module, device: str, dtype: torch.dtype
+) -> Any:
     """The stock pipeline with nothing but what ``encode_prompt`` reads."""
     from diffusers import StableDiffusion3Pipeline
     from transformers import (
@@ -135,7 +156,7 @@ def _text_pipeline(model: ModelConfig, index: dict[str, Any], network: nn.Module
         encoder, tokenizer = f"text_encoder{suffix}", f"tokenizer{suffix}"
         if suffix == "_3" and index.get(encoder, [None])[0] is None:
             continue  # published without T5
-        parts[encoder] = load_component(encoder_kind, model, encoder, device, dtype=torch.float32)
+        parts[encoder] = load_component(encoder_kind, model, encoder, device, dtype)
         with refusing(f"model {model.path!r}: its {tokenizer} cannot be loaded"):
             parts[tokenizer] = tokenizer_kind.from_pretrained(
                 resolve(model.path),

@@ -37,19 +37,16 @@ from opd_ray.types import Experience, WeightVersion, WorkItem
 
 __all__ = ["Drawn", "LearnerHost", "RecordedHost", "RewardHost", "RolloutHost", "Share", "TeacherHost"]
 
-PROBE_TOLERANCE = 1e-3
-"""Relative; other thread counts differ by about 1e-6, another adapter by far more."""
-
 
 class _Clock:
     """Seconds and denoiser rows of one call."""
 
-    def __init__(self, family: Family | None) -> None:
-        self._family, self._start = family, time.perf_counter()
-        self._rows = family.forwards if family else 0
+    def __init__(self, counter: Family | TeacherActor | None) -> None:
+        self._counter, self._start = counter, time.perf_counter()
+        self._rows = counter.forwards if counter else 0
 
     def done(self, value: Any) -> Done:
-        rows = self._family.forwards - self._rows if self._family else 0
+        rows = self._counter.forwards - self._rows if self._counter else 0
         return Done(value, time.perf_counter() - self._start, rows)
 
 
@@ -80,10 +77,11 @@ class RolloutHost:
         ack = self.actor.bind(tensors, weights.version, weights.sha256)
         if not self._probed:
             own = self.actor.probe()
-            if not torch.allclose(own, probe, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE):
+            apart, allowed = float((own.cpu() - probe).abs().max()), self.actor.policy.probe_tolerance
+            if not apart <= allowed * float(probe.abs().max()):
                 raise StaleWeightsError(
-                    f"the probe of weights {weights.version} differs from the learner's by up to "
-                    f"{float((own - probe).abs().max()):.3g}: base model or adapter differ"
+                    f"the probe of weights {weights.version} differs from the learner's by up to {apart:.3g}: "
+                    "base model or adapter differ"
                 )
             self._probed = True
         return clock.done(ack)
@@ -137,7 +135,7 @@ class TeacherHost:
 
     def score(self, record: TrajectoryRecord, teacher: str, flat: Flat) -> tuple[Flat, Done]:
         """The teacher's velocities on a trajectory."""
-        clock = _Clock(self.actor.family)
+        clock = _Clock(self.actor)
         answer, answer_record = pack_answer(self.actor.score(unpack_trajectory(flat, record), teacher))
         return answer, clock.done(answer_record)
 

@@ -179,6 +179,6 @@ def test_bound_weights_are_copies(actor):
 def test_another_schedule_than_the_models_own_is_refused(tiny, whole):
     from opd_ray.actors import Policy, RolloutActor
 
-    policy = Policy(LORA, "student", 1.5, "flow", 0.0, 7, True)
+    policy = Policy(LORA, "student", 1.5, "flow", 0.0, 7, 1e-3, True)
     with pytest.raises(ModelError, match=r"schedule .* is not the run's \[1.0"):
         RolloutActor(whole, policy, flow_sigmas(4, 2.0))

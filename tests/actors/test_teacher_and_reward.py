@@ -7,7 +7,7 @@ from opd_ray.actors import RewardActor, TeacherActor
 from opd_ray.config import TeacherConfig
 from opd_ray.errors import ModelError, NotFiniteError
 from opd_ray.rewards import make_rewards
-from tests.algorithms.parts import TEXTS, flat, item, load, random_experience, write_loras
+from tests.algorithms.parts import TEXTS, flat, item, load, on, random_experience, write_loras
 
 NAN = float("nan")
 
@@ -16,12 +16,12 @@ NAN = float("nan")
 def teacher(tiny, tmp_path_factory):
     paths = write_loras(tiny, tmp_path_factory.mktemp("loras"), ["one", "two"])
     configs = {name: TeacherConfig(lora=path, guidance=2) for name, path in paths.items()}
-    return TeacherActor(load(tiny), configs)
+    return TeacherActor(on(load(tiny)), configs)
 
 
 @pytest.fixture(scope="module")
 def path(teacher):
-    return random_experience(teacher.family, item(TEXTS[:3], round=6, steps=(1, 3))).trajectory
+    return random_experience(teacher.families["one"], item(TEXTS[:3], round=6, steps=(1, 3))).trajectory
 
 
 def test_teachers_that_share_a_base_answer_as_they_would_alone(teacher, path):
@@ -29,14 +29,14 @@ def test_teachers_that_share_a_base_answer_as_they_would_alone(teacher, path):
     assert torch.equal(one.velocity, again.velocity)
     assert not torch.equal(one.velocity, two.velocity)
     assert (one.teacher, one.steps, two.teacher) == ("one", (1, 3), "two")
-    assert teacher.family.active is None  # as before the question
+    assert teacher.families["one"].active is None  # as before the question
 
 
 def test_facts_hold_guidance_and_the_bound_file(teacher):
     facts = teacher.facts["two"]
     assert facts.guidance == 2
     assert (facts.lora.rank, facts.lora.alpha) == (4, 8)
-    assert facts.lora.tensors == len(teacher.family.adapter_parameters("two"))
+    assert facts.lora.tensors == len(teacher.families["one"].adapter_parameters("two"))
     assert facts.lora.sha256 != teacher.facts["one"].lora.sha256
 
 
@@ -58,8 +58,8 @@ def test_another_schedule_is_refused(teacher, path):
 
 def test_a_teacher_carries_no_gradient(teacher, path):
     assert not teacher.score(path, "one").velocity.requires_grad
-    assert not any(p.requires_grad for p in teacher.family.network.parameters())
-    assert flat(teacher.family.adapter_parameters("one")).abs().max() > 0
+    assert not any(p.requires_grad for p in teacher.families["one"].network.parameters())
+    assert flat(teacher.families["one"].adapter_parameters("one")).abs().max() > 0
 
 
 IMAGES = torch.stack([torch.full((3, 4, 4), value) for value in (0.25, 0.75)])

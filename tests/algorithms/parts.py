@@ -1,6 +1,6 @@
 """What the tests of algorithms, actors, learners and runs are put together from, over the tiny random SD3."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from opd_ray.actors import Policy, RolloutActor
 from opd_ray.algorithms import Algorithm
 from opd_ray.algorithms.opd import Opd
-from opd_ray.config import Config, LoraConfig, ModelConfig, OpdConfig, OptimizerConfig, parse
+from opd_ray.config import Config, LoraConfig, ModelConfig, OpdConfig, OptimizerConfig, TeacherConfig, parse
 from opd_ray.learners import DdpEngine, Learner
 from opd_ray.learners.learner import Training
 from opd_ray.models import Family, load_family
@@ -37,6 +37,11 @@ def load(tiny: Path, *, whole: bool = False) -> Family:
 
 def prompt(text: str, task: str = "a") -> Prompt:
     return Prompt(text.replace(" ", "-"), text, task)
+
+
+def on(family: Family) -> Callable[[TeacherConfig], Family]:
+    """All teachers stand on this one."""
+    return lambda teacher: family
 
 
 def item(
@@ -81,6 +86,7 @@ def rollout_actor(tiny: Path, *, family: Family | None = None, num_steps: int = 
         "kernel": "flow",
         "noise_level": 0.0,
         "seed": 7,
+        "probe_tolerance": 1e-3,
         "negatives": True,
     }
     family = family or load(tiny, whole=True)

@@ -20,6 +20,7 @@ from tests.algorithms.parts import (
     item,
     learner,
     load,
+    on,
     random_experience,
     rollout_actor,
     stage,
@@ -50,7 +51,7 @@ def test_a_teacher_that_is_the_student_teaches_exactly_nothing(tiny, loras, guid
     weights = fill(drawing.family, "student", 1)  # what the file of teacher `one` holds
     sha256 = bind(drawing, 1)
     path = drawing.draw(item(), VERSION, sha256)
-    teacher = TeacherActor(load(tiny), {"one": TeacherConfig(lora=loras["one"], guidance=guidance)})
+    teacher = TeacherActor(on(load(tiny)), {"one": TeacherConfig(lora=loras["one"], guidance=guidance)})
     one = learner(tiny, Opd(OpdConfig()), guidance=guidance)
     fill(one.family, "student", 1)
     assert torch.equal(flat(one.student), flat(weights))
@@ -58,7 +59,7 @@ def test_a_teacher_that_is_the_student_teaches_exactly_nothing(tiny, loras, guid
     report = one.update(0)
     assert report.loss == 0.0 and report.grad_norm == 0.0
     assert not flat(gradients(one)).any()
-    other = TeacherActor(load(tiny), {"two": TeacherConfig(lora=loras["two"], guidance=guidance)})
+    other = TeacherActor(on(load(tiny)), {"two": TeacherConfig(lora=loras["two"], guidance=guidance)})
     stage(one, [Experience(path.item, path, other.score(path, "two"))])
     assert one.update(0).loss > 0
 
@@ -141,17 +142,17 @@ def test_the_teacher_is_asked_at_its_own_guidance_and_for_the_trained_steps_alon
         "plain": TeacherConfig(lora=loras["one"], guidance=1.0),
         "guided": TeacherConfig(lora=loras["one"], guidance=4.5),
     }
-    teacher = TeacherActor(load(tiny), configs)
+    teacher = TeacherActor(on(load(tiny)), configs)
     path = random_experience(family, item(steps=(0, 2))).trajectory
     plain = teacher.score(path, "plain")
-    assert teacher.family.forwards == 2 * 2  # rows x steps
+    assert teacher.forwards == 2 * 2  # rows x steps
     guided = teacher.score(path, "guided")
-    assert teacher.family.forwards == 2 * 2 + 2 * 2 * 2  # a guided row counts twice
+    assert teacher.forwards == 2 * 2 + 2 * 2 * 2  # a guided row counts twice
     assert plain.steps == (0, 2) and plain.velocity.shape == (2, 2, *family.latent_shape)
-    with teacher.family.adapter("plain"), torch.no_grad():
+    with teacher.families["plain"].adapter("plain"), torch.no_grad():
         x, t = path.latents[:, 2], float(path.sigmas[2])
-        assert torch.equal(plain.velocity[:, 1], teacher.family.velocity(x, t, path.cond, {}, 1))
-        assert torch.equal(guided.velocity[:, 1], teacher.family.velocity(x, t, path.cond, path.uncond, 4.5))
+        assert torch.equal(plain.velocity[:, 1], teacher.families["plain"].velocity(x, t, path.cond, {}, 1))
+        assert torch.equal(guided.velocity[:, 1], teacher.families["plain"].velocity(x, t, path.cond, path.uncond, 4.5))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 1.5])

@@ -173,7 +173,7 @@ def test_a_teachers_nan_stops_the_run_with_nothing_lost(run, whole, monkeypatch,
     def broken(self, trajectory, teacher):
         with monkeypatch.context() as patch:
             if (trajectory.item.round, teacher) == (3, "b"):
-                patch.setattr(self.family, "velocity", lambda x, *rest: torch.full_like(x, math.nan))
+                patch.setattr(self.families[teacher], "velocity", lambda x, *rest: torch.full_like(x, math.nan))
             return score(self, trajectory, teacher)
 
     monkeypatch.setattr(TeacherActor, "score", broken)

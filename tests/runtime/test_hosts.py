@@ -16,6 +16,7 @@ from opd_ray.runtime.handle import Weights
 from opd_ray.runtime.hosts import LearnerHost, RecordedHost, RewardHost, RolloutHost, Share, TeacherHost
 from opd_ray.storage.packing import pack, pack_trajectory, unpack, unpack_answer, unpack_trajectory
 from opd_ray.types import Prompt, WeightVersion, WorkItem
+from tests.algorithms.parts import on
 from tests.models.tiny_sd3 import make_tiny_sd3
 
 VERSION = WeightVersion(0, 0, 0)
@@ -32,6 +33,7 @@ def rollout(path, **changes):
         "kernel": "flow",
         "noise_level": 0.0,
         "seed": 0,
+        "probe_tolerance": 1e-3,
         "negatives": True,
     }
     return RolloutHost(lambda: RolloutActor(family, Policy(**chosen | changes), family.sigmas(4)))
@@ -180,7 +182,7 @@ def test_a_mark_comes_back_as_it_was_made_and_changes_no_stored_byte(tiny, tiny_
     flat.flags.writeable = False
     family = load_family(ModelConfig(path=str(tiny)), text=False, image=False)
     config = TeacherConfig(lora=str(tiny_teachers["a"]), guidance=2.0)
-    host = TeacherHost(lambda: TeacherActor(family, {"a": config}))
+    host = TeacherHost(lambda: TeacherActor(on(family), {"a": config}))
     before = flat.copy()
     answer, marked = host.score(done.value.trajectory, "a", flat)
     back = unpack_answer(answer, marked.value)
@@ -195,7 +197,7 @@ def test_a_mark_comes_back_as_it_was_made_and_changes_no_stored_byte(tiny, tiny_
 def test_a_share_takes_its_arrays_in_order(tiny, tiny_teachers, drawn) -> None:
     flat, _, done = drawn
     family = load_family(ModelConfig(path=str(tiny)), text=False, image=False)
-    host = TeacherHost(lambda: TeacherActor(family, {"a": TeacherConfig(lora=str(tiny_teachers["a"]))}))
+    host = TeacherHost(lambda: TeacherActor(on(family), {"a": TeacherConfig(lora=str(tiny_teachers["a"]))}))
     answer, marked = host.score(done.value.trajectory, "a", flat)
     recorded, manifest = pack({"x": torch.ones(3)})
     share = Share(ITEM, done.value.trajectory, marked.value, manifest, {"ocr": [0.5, 1.0]})
@@ -227,7 +229,7 @@ def test_a_recording_comes_back_as_it_was_saved(tmp_path) -> None:
 def test_staged_work_is_a_copy(learner, drawn, tiny, tiny_teachers) -> None:
     flat, _, done = drawn
     family = load_family(ModelConfig(path=str(tiny)), text=False, image=False)
-    host = TeacherHost(lambda: TeacherActor(family, {"a": TeacherConfig(lora=str(tiny_teachers["a"]))}))
+    host = TeacherHost(lambda: TeacherActor(on(family), {"a": TeacherConfig(lora=str(tiny_teachers["a"]))}))
     answer, marked = host.score(done.value.trajectory, "a", flat)
     flat.flags.writeable = answer.flags.writeable = False
     before = flat.copy(), answer.copy()

@@ -134,7 +134,7 @@ def test_nan_of_a_teacher_stops_the_run_resumably_and_is_named(make_config, whol
     def broken(self, trajectory, teacher):
         with monkeypatch.context() as patch:
             if (trajectory.item.round, teacher) == (1, "b"):
-                patch.setattr(self.family, "velocity", lambda x, *rest: torch.full_like(x, math.nan))
+                patch.setattr(self.families[teacher], "velocity", lambda x, *rest: torch.full_like(x, math.nan))
             return score(self, trajectory, teacher)
 
     monkeypatch.setattr(TeacherActor, "score", broken)
