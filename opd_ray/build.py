@@ -5,35 +5,30 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from opd_ray import world
-from opd_ray.actors import Policy, RewardActor, RolloutActor, TeacherActor
-from opd_ray.actors.recorded import RecordedActor, recordings
+from opd_ray import roles, world
+from opd_ray.actors.recorded import recordings
 from opd_ray.algorithms import Algorithm, make_algorithm
-from opd_ray.config import Config, ModelConfig, Placement, RolePlacement, TeacherConfig
+from opd_ray.config import Config, Placement, RolePlacement
 from opd_ray.errors import PlacementError, PromptError
 from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, RecordedSource, RolloutSource
-from opd_ray.learners import DdpEngine, Learner
-from opd_ray.learners.learner import Training
 from opd_ray.metrics import MetricsLog
-from opd_ray.models.base import Family, check_adapters, load_family, sigmas_of
-from opd_ray.models.precision import dtype_of
-from opd_ray.models.teachers import check_checkpoint, same_text, teacher_model
+from opd_ray.models.base import check_adapters, sigmas_of
+from opd_ray.models.teachers import check_checkpoint, teacher_model
 from opd_ray.prompts import PromptStream, read_prompts
 from opd_ray.report.live import Live
-from opd_ray.rewards.base import check_rewards, make_rewards
+from opd_ray.rewards.base import check_rewards
+from opd_ray.roles import Bases
 from opd_ray.run import Run
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import LearnerGroup
 from opd_ray.runtime.handle import Backend, WorkerSpec
-from opd_ray.runtime.hosts import LearnerHost, RecordedHost, RewardHost, RolloutHost, TeacherHost
 from opd_ray.runtime.local import LocalBackend
 from opd_ray.runtime.pool import Pool
 from opd_ray.storage.run_folder import abandon, claim, read_json, write_json_atomic
@@ -170,8 +165,9 @@ def _wire(
     dispatcher = Dispatcher(backend, call_timeout_s=config.cluster.call_timeout_s)
     dispatcher.note = live.note
     evaluated = bool(held_out) and config.evaluation.images_per_task > 0
-    pools = _pools(config, folder, dispatcher, algorithm, rewards=algorithm.needs_rewards or evaluated)
-    learner = _start(config, folder, dispatcher, live, attempt)
+    bases = Bases(share=config.cluster.share_base)
+    pools = _pools(config, folder, dispatcher, algorithm, bases, rewards=algorithm.needs_rewards or evaluated)
+    learner = _start(config, folder, dispatcher, live, attempt, bases)
     evaluation = None
     if evaluated and pools.rollout is not None and pools.reward is not None:
         samples = folder / "samples"
@@ -200,7 +196,9 @@ def _wire(
     return run
 
 
-def _pools(config: Config, folder: Path, dispatcher: Dispatcher, algorithm: Algorithm, *, rewards: bool) -> Pools:
+def _pools(
+    config: Config, folder: Path, dispatcher: Dispatcher, algorithm: Algorithm, bases: Bases, *, rewards: bool
+) -> Pools:
     cluster = config.cluster
 
     def pool(role: str, placement: RolePlacement, factory: Any) -> Pool:
@@ -217,22 +215,21 @@ def _pools(config: Config, folder: Path, dispatcher: Dispatcher, algorithm: Algo
 
     recorded = config.recorded
     return Pools(
-        rollout=None if recorded else pool("rollout", cluster.rollout, _rollout_factory(config, algorithm)),
-        teachers=_teacher_pools(config, pool) if algorithm.needs_teachers else {},
-        reward=pool("reward", cluster.rewards.get("default", RolePlacement()), _reward_factory(config))
+        rollout=None if recorded else pool("rollout", cluster.rollout, roles.rollout(config, algorithm, bases)),
+        teachers=_teacher_pools(config, pool, bases) if algorithm.needs_teachers else {},
+        reward=pool("reward", cluster.rewards.get("default", RolePlacement()), roles.reward(config))
         if rewards
         else None,
-        reader=pool("reader", cluster.rollout, _reader_factory(recorded)) if recorded else None,
+        reader=pool("reader", cluster.rollout, roles.reader(recorded)) if recorded else None,
     )
 
 
-def _start(config: Config, folder: Path, dispatcher: Dispatcher, live: Live, attempt: int) -> LearnerGroup:
+def _start(
+    config: Config, folder: Path, dispatcher: Dispatcher, live: Live, attempt: int, bases: Bases
+) -> LearnerGroup:
     """Start the learner and everything that is in the pools; wait until all of it is up."""
     placement, timeout = config.cluster.learner, config.cluster.start_timeout_s
-    ranks = [
-        _spec("learner", placement, partial(LearnerHost, partial(make_learner, config, rank)), folder)
-        for rank in range(placement.ranks)
-    ]
+    ranks = [_spec("learner", placement, roles.learner(config, rank, bases), folder) for rank in range(placement.ranks)]
     elastic = [pool.spec for pool in dispatcher.pools for _ in range(pool.size)]
     lack = dispatcher.backend.shortage([*ranks, *elastic])
     if lack:
@@ -262,108 +259,21 @@ def _source(
     )
 
 
-def _teacher_pools(config: Config, pool: Any) -> dict[str, Pool]:
+def _teacher_pools(config: Config, pool: Any, bases: Bases) -> dict[str, Pool]:
     """One pool for all teachers, or one for each."""
     placements = config.cluster.teachers
     default = placements.get("default", RolePlacement())
     if config.cluster.share_teachers:
-        shared: Pool = pool("teacher", default, _teacher_factory(config, tuple(config.teachers)))
+        shared: Pool = pool("teacher", default, roles.teacher(config, tuple(config.teachers), bases))
         return dict.fromkeys(config.teachers, shared)
     return {
-        name: pool(f"teacher.{name}", placements.get(name, default), _teacher_factory(config, (name,)))
+        name: pool(f"teacher.{name}", placements.get(name, default), roles.teacher(config, (name,), bases))
         for name in config.teachers
     }
 
 
 def _spec(role: str, placement: Placement, factory: Any, folder: Path) -> WorkerSpec:
     return WorkerSpec(role, factory, placement.threads, dict(placement.resources), (folder / "logs").resolve())
-
-
-def _rollout_factory(config: Config, algorithm: Algorithm) -> Any:
-    guidances = [config.student.guidance, *(teacher.guidance for teacher in config.teachers.values())]
-    policy = Policy(
-        lora=config.student.lora,
-        adapter="student",
-        guidance=config.student.guidance,
-        kernel=algorithm.kernel,
-        noise_level=algorithm.noise_level,
-        seed=config.seed,
-        probe_tolerance=_probe_tolerance(config),
-        negatives=any(guidance != 1 for guidance in guidances),
-    )
-    sigmas = tuple(sigmas_of(config.model, config.sampling.steps).tolist())
-    return partial(RolloutHost, partial(make_rollout, config, policy, sigmas))
-
-
-def _probe_tolerance(config: Config) -> float:
-    """Other thread counts differ by about 1e-6, half precision by a percent or two, another adapter by far more."""
-    roles = (
-        (config.precision.rollout, config.cluster.rollout.device),
-        (config.precision.learner, config.cluster.learner.device),
-    )
-    exact = all(precision == "fp32" or (precision == "auto" and device == "cpu") for precision, device in roles)
-    return 1e-3 if exact else 5e-2
-
-
-def make_rollout(config: Config, policy: Policy, sigmas: tuple[float, ...]) -> RolloutActor:
-    """Text encoders, denoiser and VAE."""
-    device = config.cluster.rollout.device
-    dtype = dtype_of(config.precision.rollout, device)
-    family = load_family(config.model, text=True, image=True, device=device, dtype=dtype)
-    return RolloutActor(family, policy, torch.tensor(sigmas))
-
-
-def _teacher_factory(config: Config, names: tuple[str, ...]) -> Any:
-    return partial(TeacherHost, partial(make_teacher, config, names))
-
-
-def make_teacher(config: Config, names: tuple[str, ...]) -> TeacherActor:
-    """Denoisers alone, one for all teachers that may share it; text encoders where a teacher's are its own."""
-    placements = config.cluster.teachers
-    device = placements.get(names[0], placements.get("default", RolePlacement())).device
-    loaded: dict[tuple[ModelConfig, torch.dtype], Family] = {}
-
-    def base(teacher: TeacherConfig) -> Family:
-        model = teacher_model(config.model, teacher)
-        key = (model, dtype_of(teacher.precision or config.precision.teacher, device))
-        if key not in loaded:
-            text = not same_text(config.model, model)
-            loaded[key] = load_family(model, text=text, image=False, device=device, dtype=key[1])
-        return loaded[key]
-
-    return TeacherActor(base, {name: config.teachers[name] for name in names})
-
-
-def _reader_factory(folder: str) -> Any:
-    return partial(RecordedHost, partial(RecordedActor, folder))
-
-
-def _reward_factory(config: Config) -> Any:
-    return partial(RewardHost, partial(make_reward, config))
-
-
-def make_reward(config: Config) -> RewardActor:
-    """Every reward of the run."""
-    return RewardActor(make_rewards(config.rewards))
-
-
-def make_learner(config: Config, rank: int) -> Learner:
-    """The denoiser alone, with the student's adapter over it."""
-    device = config.cluster.learner.device
-    dtype = dtype_of(config.precision.learner, device)
-    family = load_family(config.model, text=False, image=False, device=device, dtype=dtype)
-    training = Training(
-        lora=config.student.lora,
-        guidance=config.student.guidance,
-        optimizer=config.optimizer,
-        ema=config.ema,
-        seed=config.seed,
-        rounds=config.rounds,
-        gradient_checkpointing=config.student.gradient_checkpointing,
-    )
-    return Learner(
-        family, make_algorithm(config), training, DdpEngine(rank, config.cluster.learner.ranks, device=device)
-    )
 
 
 def _facts(teachers: Mapping[str, Pool]) -> dict[str, Any]:

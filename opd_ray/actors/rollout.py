@@ -133,6 +133,7 @@ class RolloutActor:
 
     def probe(self) -> Tensor:
         """The bound policy's velocity at the fixed probe input."""
+        self.family.use(self.policy.adapter)  # another role of this process may share the family
         return probe_velocity(self.family, self.policy.guidance, self.policy.seed)
 
     def draw(self, item: WorkItem, version: WeightVersion, sha256: str, *, whole: bool = True) -> Trajectory:
@@ -148,6 +149,7 @@ class RolloutActor:
             StaleWeightsError: these weights were not bound and proven here.
         """
         self._require_bound(str(item), (version, sha256))
+        self.family.use(self.policy.adapter)
         cond = self.family.encode([prompt.text for prompt in item.prompts])
         uncond = self.empty() if self.policy.negatives else {}
         rows = [(prompt.id, sample) for prompt, sample in zip(item.prompts, item.samples, strict=True)]

@@ -48,7 +48,7 @@ class TeacherActor:
                 guidance=teacher.guidance,
                 precision=NAMES[family.dtype],
                 lora=info,
-                own_text=family.encodes,
+                own_text=teacher.lora is None and family.encodes,
             )
 
     @property

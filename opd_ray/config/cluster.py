@@ -52,6 +52,10 @@ class ClusterConfig(Frozen):
     """Rounds that the drawing weights may be behind the training ones; 0 is strictly on-policy."""
     share_teachers: bool = False
     """One pool whose workers hold every teacher LoRA; otherwise each teacher has workers of its own."""
+    share_base: bool = False
+    """One copy of the frozen base for all roles, in one process (runtime: local): for a single card."""
+    gpu_memory_gb: float | None = Field(None, gt=0)
+    """Of each card; where given, roles whose estimate does not fit are refused before anything is loaded."""
     rollout: RolePlacement = RolePlacement()
     teachers: dict[str, RolePlacement] = {"default": RolePlacement()}
     """By teacher name; `default` serves the others, and all of them when they are shared."""

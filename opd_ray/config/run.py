@@ -85,6 +85,8 @@ class Config(Frozen):
                 raise ValueError(f"teacher name {name!r} is not free; roles are {', '.join(ROLES)}. Choose another")
         if self.cluster.runtime == "local" and self.cluster.learner.ranks > 1:
             raise ValueError("cluster.learner.ranks: runtime local has one rank; use runtime: ray")
+        if self.cluster.share_base:
+            self._check_sharing()
         tasks = self.teacher_of_task or self._own_files()
         items = len(tasks) * (self.batch.images_per_task // self.batch.item_size)
         if tasks and items < self.cluster.learner.ranks:
@@ -102,6 +104,18 @@ class Config(Frozen):
         if self._own_files():
             self.check_tasks(self._own_files())
         return self
+
+    def _check_sharing(self) -> None:
+        """One network serves all roles, so it is in one process, on one device and in one number format."""
+        if self.cluster.runtime != "local":
+            raise ValueError("cluster.share_base: workers of Ray are processes of their own; use runtime: local")
+        formats = {*self.precision.model_dump().values(), *(t.precision or "" for t in self.teachers.values())} - {""}
+        devices = {p.device for p in (self.cluster.rollout, self.cluster.learner, *self.cluster.teachers.values())}
+        if len(formats) > 1 or len(devices) > 1:
+            raise ValueError(
+                f"cluster.share_base: all roles use one copy, so precision ({', '.join(sorted(formats))}) and device "
+                f"({', '.join(sorted(devices))}) have to be the same for all"
+            )
 
     def _own_files(self) -> tuple[str, ...]:
         """The tasks that have a prompt file of their own; the others are known once their file is read."""

@@ -108,6 +108,7 @@ class Learner:
         Raises:
             NotFiniteError: on every rank alike, before any weight changed.
         """
+        self.family.use("student")  # another role of this process may share the family
         if self._scores is not None:  # once a round, when every rank has its inputs
             self.algorithm.observe(self._scores)
             self._scores = None

@@ -8,11 +8,12 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from opd_ray.algorithms import make_algorithm
-from opd_ray.build import make_teacher, preflight
+from opd_ray.build import preflight
 from opd_ray.config import ModelConfig
 from opd_ray.errors import ModelError
 from opd_ray.models import load_family
 from opd_ray.models.teachers import same_text
+from opd_ray.roles import make_teacher
 from tests.algorithms.parts import item, random_experience
 from tests.models.tiny_sd3 import make_tiny_sd3
 from tests.runtime.runs import go

@@ -7,11 +7,11 @@ import torch
 
 from opd_ray.actors import Policy, RewardActor, RolloutActor, TeacherActor
 from opd_ray.actors.recorded import RecordedActor
-from opd_ray.build import make_learner
 from opd_ray.config import LoraConfig, ModelConfig, TeacherConfig
 from opd_ray.digest import digest
 from opd_ray.errors import StaleWeightsError
 from opd_ray.models import load_family
+from opd_ray.roles import make_learner
 from opd_ray.runtime.handle import Weights
 from opd_ray.runtime.hosts import LearnerHost, RecordedHost, RewardHost, RolloutHost, Share, TeacherHost
 from opd_ray.storage.packing import pack, pack_trajectory, unpack, unpack_answer, unpack_trajectory

@@ -8,6 +8,7 @@ import torch
 from opd_ray.actors import TeacherActor
 from opd_ray.algorithms import make_algorithm
 from opd_ray.errors import NotFiniteError, Stopped, UserError
+from opd_ray.models import load_family
 from opd_ray.storage import checkpoint
 from opd_ray.storage.run_folder import read_json
 from tests.runtime.runs import go
@@ -23,6 +24,17 @@ def test_two_runs_are_one(make_config, whole, tmp_path) -> None:
     assert again.result["student_sha256"] == whole.result["student_sha256"]
     assert again.result["ema_sha256"] == whole.result["ema_sha256"]
     assert [row["loss"] for row in again.rows] == [row["loss"] for row in whole.rows]
+
+
+def test_one_base_for_all_roles_is_the_same_student(make_config, whole, tmp_path, monkeypatch) -> None:
+    loads = []
+    monkeypatch.setattr(
+        "opd_ray.roles.load_family", lambda *args, **kwargs: loads.append(1) or load_family(*args, **kwargs)
+    )
+    shared = go(make_config(cluster={"share_base": True, "share_teachers": True}), tmp_path / "run")
+    assert loads == [1]
+    assert shared.result["student_sha256"] == whole.result["student_sha256"]
+    assert [row["forwards"] for row in shared.rows] == [row["forwards"] for row in whole.rows]
 
 
 def test_another_seed_is_another_student(make_config, whole, tmp_path) -> None:

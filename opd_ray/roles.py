@@ -1,0 +1,156 @@
+"""What one worker of each role is made of: plain classes over a model, from the configuration alone.
+
+The functions named after a role give what a worker process calls to make its host; ``make_*`` give the plain class, to
+run in a debugger.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from opd_ray.actors import Policy, RewardActor, RolloutActor, TeacherActor
+from opd_ray.actors.recorded import RecordedActor
+from opd_ray.algorithms import Algorithm, make_algorithm
+from opd_ray.config import Config, ModelConfig, RolePlacement, TeacherConfig
+from opd_ray.learners import DdpEngine, Learner
+from opd_ray.learners.learner import Training
+from opd_ray.models.base import Family, load_family, sigmas_of
+from opd_ray.models.precision import dtype_of
+from opd_ray.models.teachers import same_text, teacher_model
+from opd_ray.rewards.base import make_rewards
+from opd_ray.runtime.hosts import LearnerHost, RecordedHost, RewardHost, RolloutHost, TeacherHost
+
+__all__ = [
+    "Bases",
+    "learner",
+    "make_learner",
+    "make_reward",
+    "make_rollout",
+    "make_teacher",
+    "reader",
+    "reward",
+    "rollout",
+    "teacher",
+]
+
+Made = Callable[[], Any]
+"""Makes a worker's host, in its process."""
+
+
+class Bases:
+    """The frozen models of one process: each role's own, or one for all of them."""
+
+    def __init__(self, *, share: bool = False) -> None:
+        self._share = share
+        self._shared: Family | None = None
+
+    def load(
+        self, model: ModelConfig, device: str, dtype: torch.dtype, *, text: bool = False, image: bool = False
+    ) -> Family:
+        """The student's base for a role; a shared one has all parts, since the first to ask may need the least."""
+        if not self._share:
+            return load_family(model, text=text, image=image, device=device, dtype=dtype)
+        if self._shared is None:
+            self._shared = load_family(model, text=True, image=True, device=device, dtype=dtype)
+        return self._shared
+
+
+def rollout(config: Config, algorithm: Algorithm, bases: Bases) -> Made:
+    """Draws what is trained on, and pictures."""
+    guidances = [config.student.guidance, *(teacher.guidance for teacher in config.teachers.values())]
+    policy = Policy(
+        lora=config.student.lora,
+        adapter="behaviour" if config.cluster.share_base else "student",  # the learner's is in the same network then
+        guidance=config.student.guidance,
+        kernel=algorithm.kernel,
+        noise_level=algorithm.noise_level,
+        seed=config.seed,
+        probe_tolerance=_probe_tolerance(config),
+        negatives=any(guidance != 1 for guidance in guidances),
+    )
+    sigmas = tuple(sigmas_of(config.model, config.sampling.steps).tolist())
+    return partial(RolloutHost, partial(make_rollout, config, policy, sigmas, bases))
+
+
+def _probe_tolerance(config: Config) -> float:
+    """Other thread counts differ by about 1e-6, half precision by a percent or two, another adapter by far more."""
+    roles = (
+        (config.precision.rollout, config.cluster.rollout.device),
+        (config.precision.learner, config.cluster.learner.device),
+    )
+    exact = all(precision == "fp32" or (precision == "auto" and device == "cpu") for precision, device in roles)
+    return 1e-3 if exact else 5e-2
+
+
+def make_rollout(config: Config, policy: Policy, sigmas: tuple[float, ...], bases: Bases | None = None) -> RolloutActor:
+    """Text encoders, denoiser and VAE."""
+    device = config.cluster.rollout.device
+    dtype = dtype_of(config.precision.rollout, device)
+    family = (bases or Bases()).load(config.model, device, dtype, text=True, image=True)
+    return RolloutActor(family, policy, torch.tensor(sigmas))
+
+
+def teacher(config: Config, names: tuple[str, ...], bases: Bases) -> Made:
+    """Marks with these teachers."""
+    return partial(TeacherHost, partial(make_teacher, config, names, bases))
+
+
+def make_teacher(config: Config, names: tuple[str, ...], bases: Bases | None = None) -> TeacherActor:
+    """Denoisers alone, one for all teachers that may share it; text encoders where a teacher's are its own."""
+    placements = config.cluster.teachers
+    device = placements.get(names[0], placements.get("default", RolePlacement())).device
+    loaded: dict[tuple[ModelConfig, torch.dtype], Family] = {}
+
+    def base(teacher: TeacherConfig) -> Family:
+        model = teacher_model(config.model, teacher)
+        key = (model, dtype_of(teacher.precision or config.precision.teacher, device))
+        if key not in loaded:
+            if teacher.model is None:
+                loaded[key] = (bases or Bases()).load(model, device, key[1])
+            else:
+                text = not same_text(config.model, model)
+                loaded[key] = load_family(model, text=text, image=False, device=device, dtype=key[1])
+        return loaded[key]
+
+    return TeacherActor(base, {name: config.teachers[name] for name in names})
+
+
+def reader(folder: str) -> Made:
+    """Reads recorded experience."""
+    return partial(RecordedHost, partial(RecordedActor, folder))
+
+
+def reward(config: Config) -> Made:
+    """Scores pictures."""
+    return partial(RewardHost, partial(make_reward, config))
+
+
+def make_reward(config: Config) -> RewardActor:
+    """Every reward of the run."""
+    return RewardActor(make_rewards(config.rewards))
+
+
+def learner(config: Config, rank: int, bases: Bases) -> Made:
+    """Trains."""
+    return partial(LearnerHost, partial(make_learner, config, rank, bases))
+
+
+def make_learner(config: Config, rank: int, bases: Bases | None = None) -> Learner:
+    """The denoiser alone, with the student's adapter over it."""
+    device = config.cluster.learner.device
+    dtype = dtype_of(config.precision.learner, device)
+    family = (bases or Bases()).load(config.model, device, dtype)
+    training = Training(
+        lora=config.student.lora,
+        guidance=config.student.guidance,
+        optimizer=config.optimizer,
+        ema=config.ema,
+        seed=config.seed,
+        rounds=config.rounds,
+        gradient_checkpointing=config.student.gradient_checkpointing,
+    )
+    return Learner(
+        family, make_algorithm(config), training, DdpEngine(rank, config.cluster.learner.ranks, device=device)
+    )
