@@ -21,6 +21,7 @@ from opd_ray.experience import ExperienceSource, RecordedSource, RolloutSource
 from opd_ray.metrics import MetricsLog
 from opd_ray.models.base import check_adapters, sigmas_of
 from opd_ray.models.teachers import check_checkpoint, teacher_model
+from opd_ray.planning import check_memory
 from opd_ray.prompts import PromptStream, read_prompts
 from opd_ray.report.live import Live
 from opd_ray.rewards.base import check_rewards
@@ -56,6 +57,8 @@ def build(config: Config, folder: Path, live: Live, *, resume: bool = False) -> 
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     with ExitStack() as failed, live:
         failed.callback(abandon, folder)
+        for text in overlaps(train, held_out):
+            live.note(text)
         live.phase("starting Ray" if config.cluster.runtime == "ray" else "starting")
         backend = make_backend(config)
         try:
@@ -78,13 +81,24 @@ def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
         config.check_tasks(tuple(train))
     if config.recorded is not None:
         recordings(config.recorded)
-    check_rewards(config.rewards, config.evaluation.rewards, tuple(held_out))
+    scored = tuple(held_out) if config.evaluation.images_per_task else ()
+    check_rewards(config.rewards, config.evaluation.rewards, scored)
     algorithm.check(sigmas_of(config.model, config.sampling.steps))
+    check_memory(config)
     check_adapters(config.model, config.student.lora, config.teachers)
     for name, teacher in config.teachers.items():
         if teacher.model is not None:
             check_checkpoint(name, config.model, teacher_model(config.model, teacher))
     return train, held_out
+
+
+def overlaps(train: Prompts, held_out: Prompts) -> Iterator[str]:
+    """A warning for each task whose held-out prompts are also trained on."""
+    seen = {prompt.text for prompts in train.values() for prompt in prompts}
+    for task, prompts in held_out.items():
+        count = sum(prompt.text in seen for prompt in prompts)
+        if count:
+            yield f"{count} of {len(prompts)} held-out prompts of {task} are also trained on: its scores are too good"
 
 
 def _located(spec: str | dict[str, str]) -> str | dict[str, str]:

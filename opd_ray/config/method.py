@@ -45,6 +45,8 @@ class ModelConfig(Frozen):
     """A diffusers folder, a hub id, or `world` for the built-in tiny model."""
     revision: str | None = None
     subfolder: str | None = None
+    resolution: int | None = Field(None, ge=8)
+    """Height and width of the pictures in pixels; the model's own where not given."""
     max_sequence_length: int = Field(128, ge=1, le=512)
     """Tokens of the T5 encoder (the paper's 128); never more than its tokenizer's own limit."""
 

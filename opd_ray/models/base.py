@@ -6,6 +6,7 @@ A family writes ``load``, ``encode``, ``predict``, ``decode``, ``random_conditio
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -23,6 +24,7 @@ from opd_ray.types import Conditioning
 __all__ = [
     "FAMILIES",
     "Family",
+    "Shape",
     "check_adapters",
     "check_lora",
     "family_class",
@@ -44,6 +46,21 @@ OTHER_SCHEDULES = (
     "use_exponential_sigmas",
     "use_karras_sigmas",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What memory and time depend on."""
+
+    parameters: Mapping[str, int]
+    """Of each part: denoiser, text, vae."""
+    layers: int
+    """Blocks of the denoiser."""
+    width: int
+    tokens: int
+    """That a block attends over, for one picture with its prompt."""
+    pixels: int
+    """Height and width of a picture."""
 
 
 class Family(Adapters, ABC):
@@ -101,6 +118,11 @@ class Family(Adapters, ABC):
     @abstractmethod
     def skeleton(cls, model: ModelConfig) -> nn.Module:
         """The denoiser without weights, on the meta device, from its config alone."""
+
+    @classmethod
+    def shape(cls, model: ModelConfig) -> Shape | None:
+        """From configs alone; None where a family does not say, so that nothing can be estimated."""
+        return None
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:

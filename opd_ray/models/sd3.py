@@ -4,6 +4,7 @@ Dual attention and query/key norms (3.5 medium, 3.5 large) come with the transfo
 """
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 
 from opd_ray.config import ModelConfig
 from opd_ray.errors import ModelError
-from opd_ray.models.base import Family
+from opd_ray.models.base import Family, Shape
 from opd_ray.models.checkpoint import load_component, read_config, refusing, resolve
 from opd_ray.types import Conditioning
 
 __all__ = ["SD3"]
+
+CLIP_TOKENS = 77
 
 
 class SD3(Family):
@@ -31,7 +34,7 @@ class SD3(Family):
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        size = network.config.sample_size
+        size = _latent_size(model, network.config)
         shape = (network.config.in_channels, size, size)
         super().__init__(model, network, latent_shape=shape, device=device, dtype=dtype)
         self._text = text
@@ -63,9 +66,44 @@ class SD3(Family):
 
         _index(model)
         config = read_config(model, "transformer/config.json")
+        _latent_size(model, SimpleNamespace(**config))
+        if config.get("guidance_embeds"):
+            raise ModelError(
+                f"model {model.path!r} takes guidance as an input of its network; family 'sd3' guides by two forwards, "
+                "so guidance would be applied twice"
+            )
         with refusing(f"model {model.path!r}: its transformer"), torch.device("meta"):
             network: nn.Module = SD3Transformer2DModel.from_config(config)
         return network
+
+    @classmethod
+    def shape(cls, model: ModelConfig) -> Shape:
+        """See ``Family.shape``; parts are counted on the meta device."""
+        from diffusers import AutoencoderKL
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+        index, network = _index(model), cls.skeleton(model)
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(read_config(model, "vae/config.json"))
+            text: list[nn.Module] = []
+            for suffix in ("", "_2", "_3"):
+                if index.get(f"text_encoder{suffix}", [None])[0] is None:
+                    continue
+                config = read_config(model, f"text_encoder{suffix}/config.json")
+                t5 = suffix == "_3"
+                text.append(
+                    T5EncoderModel(T5Config(**config)) if t5 else CLIPTextModelWithProjection(CLIPTextConfig(**config))
+                )
+        own: Any = network.config
+        size = _latent_size(model, own)
+        factor = _vae_factor(model)
+        return Shape(
+            parameters={"denoiser": _count(network), "text": sum(map(_count, text)), "vae": _count(vae)},
+            layers=own.num_layers,
+            width=own.num_attention_heads * own.attention_head_dim,
+            tokens=(size // own.patch_size) ** 2 + CLIP_TOKENS + model.max_sequence_length,
+            pixels=size * factor,
+        )
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -126,6 +164,34 @@ class SD3(Family):
             "scheduler": "FlowMatchEulerDiscreteScheduler",
             "shift": cls.read_shift(model),
         }
+
+
+def _count(module: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))  # position embeddings too
+
+
+def _vae_factor(model: ModelConfig) -> int:
+    """Pixels for a latent, in each direction."""
+    factor: int = 2 ** (len(read_config(model, "vae/config.json")["block_out_channels"]) - 1)
+    return factor
+
+
+def _latent_size(model: ModelConfig, network: Any) -> int:
+    """Height and width of the latents.
+
+    Raises:
+        ModelError: the asked for resolution does not divide into patches, or is larger than the position embedding.
+    """
+    if model.resolution is None:
+        return int(network.sample_size)
+    unit = _vae_factor(model) * network.patch_size
+    largest = network.pos_embed_max_size * unit
+    if model.resolution % unit or model.resolution > largest:
+        raise ModelError(
+            f"model.resolution {model.resolution} does not fit {model.path!r}: expected a multiple of {unit} up to "
+            f"{largest}, for instance {min(max(round(model.resolution / unit), 1) * unit, largest)}"
+        )
+    return int(model.resolution // _vae_factor(model))
 
 
 def _index(model: ModelConfig) -> dict[str, Any]:

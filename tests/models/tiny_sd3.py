@@ -66,7 +66,7 @@ def _t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
-def _transformer(width: int) -> SD3Transformer2DModel:
+def _transformer(width: int, largest: int) -> SD3Transformer2DModel:
     return SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -78,17 +78,17 @@ def _transformer(width: int) -> SD3Transformer2DModel:
         caption_projection_dim=width,
         pooled_projection_dim=2 * CLIP_WIDTH,
         out_channels=16,
-        pos_embed_max_size=12,
+        pos_embed_max_size=largest,
         dual_attention_layers=(0, 1),
         qk_norm="rms_norm",
     )
 
 
-def _vae() -> AutoencoderKL:
+def _vae(blocks: int) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
         layers_per_block=1,
         latent_channels=16,
         norm_num_groups=4,
@@ -101,17 +101,27 @@ def _vae() -> AutoencoderKL:
     )
 
 
-def make_tiny_sd3(folder: Path, *, seed: int = 0, width: int = 32, t5: bool = True, shift: float = 3.0) -> Path:
+def make_tiny_sd3(
+    folder: Path,
+    *,
+    seed: int = 0,
+    width: int = 32,
+    t5: bool = True,
+    shift: float = 3.0,
+    blocks: int = 2,
+    largest: int = 12,
+) -> Path:
     """Save a StableDiffusion3Pipeline with random weights, and return its folder.
 
-    Latents are 16 x 8 x 8 and images 3 x 16 x 16; the same seed makes the same weights.
+    Latents are 16 x 8 x 8 and images 3 x 16 x 16; the same seed makes the same weights. ``blocks`` of the VAE halve a
+    picture blocks - 1 times, and ``largest`` is the position embedding's size in patches.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         clip, second = _clip_tokenizer(), _t5_tokenizer()
         parts: dict[str, Any] = {
-            "transformer": _transformer(width),
-            "vae": _vae(),
+            "transformer": _transformer(width, largest),
+            "vae": _vae(blocks),
             "text_encoder": _clip(clip),
             "text_encoder_2": _clip(clip),
             "text_encoder_3": _t5(second) if t5 else None,

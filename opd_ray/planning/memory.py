@@ -1,0 +1,163 @@
+"""Memory of each role, estimated from configs alone: no weight is loaded for it.
+
+Weights are exact. Activations follow the usual counts for a transformer block over ``rows`` pictures of ``tokens``
+tokens in ``width`` channels at ``b`` bytes a number, with attention that keeps no score matrix:
+
+    one block at work              17 rows tokens width b     (34 bytes at b = 2: arXiv 2205.05198, Eq. 1)
+    kept for the backward pass     17 rows tokens width b     a block
+    with gradient checkpointing       rows tokens width b     a block, and one block at work
+
+A guided forward has two rows a picture. The VAE decodes in float32 at 512 channels of full resolution. Each process
+that computes on a card holds about 0.6 GB of its runtime. Real numbers differ by tens of percent.
+"""
+
+from dataclasses import dataclass
+
+from opd_ray.config import Config, Placement, RolePlacement
+from opd_ray.errors import PlacementError
+from opd_ray.models.base import Shape, family_class
+from opd_ray.models.teachers import same_text, teacher_model
+
+__all__ = ["Need", "check_memory", "needs"]
+
+GB = 1e9
+RUNTIME_GB = 0.6
+BLOCK = 17.0
+VAE_CHANNELS = 512
+ADAM_COPIES = 4
+"""Of each trained number in float32: weight, gradient and two moments. A moving average is one more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """One worker of a role, in GB (1e9 bytes)."""
+
+    role: str
+    workers: int
+    device: str
+    gpu: float
+    """Cards, or the part of one, that each worker asks for."""
+    weights: float
+    trained: float
+    """Adapters, gradients, optimizer, moving average."""
+    working: float
+
+    @property
+    def total(self) -> float:
+        """Of one worker."""
+        return self.weights + self.trained + self.working + (RUNTIME_GB if self.device == "cuda" else 0.0)
+
+
+def needs(config: Config) -> list[Need]:
+    """Every role that holds the model; none where the family cannot say.
+
+    Raises:
+        UserError: the model's configs cannot be read.
+    """
+    shape = family_class(config.model.family).shape(config.model)
+    if shape is None:
+        return []
+    found = [_rollout(config, shape), *_teachers(config, shape), _learner(config, shape)]
+    return [_together(found)] if config.cluster.share_base else found
+
+
+def check_memory(config: Config) -> None:
+    """Refuse by name what does not fit on its part of a card, where the cluster file says how large a card is.
+
+    Raises:
+        PlacementError: the role, what it needs, what it has, and what lowers it.
+    """
+    card = config.cluster.gpu_memory_gb
+    if card is None:
+        return
+    for need in needs(config):
+        share = card * min(need.gpu, 1.0)
+        if need.device == "cuda" and need.total > share:
+            raise PlacementError(
+                f"role {need.role} needs about {need.total:.1f} GB ({need.weights:.1f} weights, {need.trained:.1f} "
+                f"trained, {need.working:.1f} at work) and has {share:.1f} GB of a card of {card:g} GB; lower "
+                "batch.item_size, set student.gradient_checkpointing, use bf16, or give it more of a card"
+            )
+
+
+def _bytes(precision: str, device: str) -> int:
+    return 4 if precision == "fp32" or (precision == "auto" and device == "cpu") else 2
+
+
+def _block(shape: Shape, rows: int, size: int) -> float:
+    """GB of one block at work."""
+    return BLOCK * rows * shape.tokens * shape.width * size / GB
+
+
+def _rows(config: Config, guidance: float, pictures: int) -> int:
+    return pictures * (1 if guidance == 1 else 2)
+
+
+def _adapter(config: Config, shape: Shape) -> float:
+    """GB of a float32 adapter: each target is taken for a square layer of the block's width."""
+    return 2 * config.student.lora.rank * shape.width * len(config.student.lora.targets) * shape.layers * 4 / GB
+
+
+def _rollout(config: Config, shape: Shape) -> Need:
+    placement, parts = config.cluster.rollout, shape.parameters
+    size = _bytes(config.precision.rollout, placement.device)
+    pictures = max(config.batch.item_size, config.evaluation.batch if config.evaluation.images_per_task else 0)
+    weights = ((parts["denoiser"] + parts["text"]) * size + parts["vae"] * 4) / GB
+    decoding = pictures * shape.pixels**2 * VAE_CHANNELS * 4 / GB if config.evaluation.images_per_task else 0.0
+    working = max(_block(shape, _rows(config, config.student.guidance, pictures), size), decoding)
+    return _need("rollout", placement, weights, _adapter(config, shape), working)
+
+
+def _teachers(config: Config, shape: Shape) -> list[Need]:
+    placements, parts = config.cluster.teachers, shape.parameters
+    default = placements.get("default", RolePlacement())
+
+    def need(role: str, names: list[str], placement: RolePlacement) -> Need:
+        bases, weights, working = set(), 0.0, 0.0
+        for name in names:
+            teacher = config.teachers[name]
+            size = _bytes(teacher.precision or config.precision.teacher, placement.device)
+            base = teacher_model(config.model, teacher)
+            if (base, size) not in bases:
+                bases.add((base, size))
+                own_text = 0 if same_text(config.model, base) else parts["text"]
+                weights += (parts["denoiser"] + own_text) * size / GB
+            working = max(working, _block(shape, _rows(config, teacher.guidance, config.batch.item_size), size))
+        adapters = sum(config.teachers[name].lora is not None for name in names) * _adapter(config, shape)
+        return _need(role, placement, weights, adapters, working)
+
+    if config.cluster.share_teachers:
+        return [need("teachers", list(config.teachers), default)]
+    return [need(f"teacher.{name}", [name], placements.get(name, default)) for name in config.teachers]
+
+
+def _learner(config: Config, shape: Shape) -> Need:
+    placement = config.cluster.learner
+    size = _bytes(config.precision.learner, placement.device)
+    rows = _rows(config, config.student.guidance, config.batch.item_size)
+    block = _block(shape, rows, size)
+    kept = block / BLOCK if config.student.gradient_checkpointing else block
+    trained = _adapter(config, shape) * (ADAM_COPIES + (config.ema is not None))
+    weights = shape.parameters["denoiser"] * size / GB
+    return _need("learner", placement, weights, trained, shape.layers * kept + block, workers=placement.ranks)
+
+
+def _need(
+    role: str, placement: Placement, weights: float, trained: float, working: float, *, workers: int | None = None
+) -> Need:
+    count = workers if workers is not None else getattr(placement, "workers", 1)
+    return Need(role, count, placement.device, placement.resources.get("gpu", 0.0), weights, trained, working)
+
+
+def _together(found: list[Need]) -> Need:
+    """All roles in one process over one base: one of them works at a time."""
+    rollout, learner = found[0], found[-1]
+    return Need(
+        role="all roles together",
+        workers=1,
+        device=rollout.device,
+        gpu=max(need.gpu for need in found),
+        weights=rollout.weights + sum(need.weights for need in found[1:-1] if need.weights > learner.weights),
+        trained=sum(need.trained for need in found),
+        working=max(need.working for need in found),
+    )

@@ -1,0 +1,68 @@
+"""Memory estimates from configs alone, and what does not fit."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from opd_ray.config import ModelConfig
+from opd_ray.errors import ModelError, PlacementError
+from opd_ray.models.sd3 import SD3
+from opd_ray.planning import check_memory, needs
+from opd_ray.recipes import load
+from tests.planning.sd35 import write_configs
+
+CLUSTERS = Path(__file__).parents[2] / "configs" / "cluster"
+
+
+@pytest.fixture(scope="module")
+def medium(tmp_path_factory):
+    """Overrides that put the recipe on configs without weights."""
+    return f"model.path={write_configs(tmp_path_factory.mktemp('sd35'))}"
+
+
+def test_parameters_are_those_of_the_published_model(medium):
+    shape = SD3.shape(ModelConfig(path=medium.partition("=")[2], resolution=512))
+    assert shape.parameters["denoiser"] == pytest.approx(2.47e9, rel=0.01)
+    assert shape.parameters["text"] == pytest.approx(4.762e9 + 0.695e9 + 0.124e9, rel=0.01)
+    assert shape.parameters["vae"] == pytest.approx(83.8e6, rel=0.01)
+    assert (shape.layers, shape.width, shape.pixels, shape.tokens) == (24, 1536, 512, 32 * 32 + 77 + 128)
+
+
+@pytest.mark.parametrize("cluster", ["8gpu", "one_gpu"])
+def test_the_cluster_files_say_what_plan_prints(medium, cluster):
+    text = " ".join((CLUSTERS / f"{cluster}.yaml").read_text().split())
+    said = dict(re.findall(r"[:,] ([a-z ]+?) (\d+\.\d) GB", text))
+    found = {need.role: f"{need.total:.1f}" for need in needs(load("sd35_mopd", [medium, f"cluster={cluster}"]))}
+    assert said == found
+
+
+def test_by_hand(medium):
+    """One learner in bf16; 8 targets in 24 layers, each 2 x 32 x 1536 numbers, five copies of 4 bytes."""
+    learner = needs(load("sd35_mopd", [medium, "cluster=8gpu"]))[-1]
+    assert learner.weights == pytest.approx(2.47 * 2, rel=0.01)
+    assert learner.trained == pytest.approx(8 * 24 * 2 * 32 * 1536 * 4 * 5 / 1e9)
+    token = 12 * 1229 * 1536 * 2 / 1e9  # guided rows of 6 pictures
+    assert learner.working == pytest.approx(token * (24 + 17))
+    kept = needs(load("sd35_mopd", [medium, "cluster=8gpu", "student.gradient_checkpointing=false"]))[-1]
+    assert kept.working == pytest.approx(token * (24 * 17 + 17))
+
+
+def test_what_does_not_fit_is_refused_by_name(medium):
+    check_memory(load("sd35_mopd", [medium, "cluster=8gpu"]))
+    small = [medium, "cluster=8gpu", "cluster.gpu_memory_gb=16", "cluster.rollout.resources={gpu: 0}"]
+    with pytest.raises(PlacementError, match=r"role learner needs about 25.2 GB .* has 16.0 GB of a card of") as error:
+        check_memory(load("sd35_mopd", [*small, "student.gradient_checkpointing=false"]))
+    assert "lower batch.item_size, set student.gradient_checkpointing" in str(error.value)
+    with pytest.raises(PlacementError, match="role all roles together needs about"):
+        check_memory(load("sd35_mopd", [medium, "cluster=one_gpu", "cluster.gpu_memory_gb=16"]))
+    with pytest.raises(PlacementError, match=r"role rollout .* has 8.0 GB of a card of 80 GB"):
+        check_memory(load("sd35_mopd", [medium, "cluster=8gpu", "cluster.rollout.resources={gpu: 0.1}"]))
+
+
+@pytest.mark.parametrize("resolution", [500, 520, 8192])
+def test_a_resolution_that_does_not_divide_is_refused(medium, resolution):
+    with pytest.raises(
+        ModelError, match=rf"model.resolution {resolution} does not fit .*expected a multiple of 16 up to"
+    ):
+        SD3.skeleton(ModelConfig(path=medium.partition("=")[2], resolution=resolution))
