@@ -32,6 +32,7 @@ from opd_ray.runtime.group import LearnerGroup
 from opd_ray.runtime.handle import Backend, WorkerSpec
 from opd_ray.runtime.local import LocalBackend
 from opd_ray.runtime.pool import Pool
+from opd_ray.startup import Startup
 from opd_ray.storage.run_folder import abandon, claim, read_json, write_json_atomic
 from opd_ray.types import Prompt
 
@@ -41,7 +42,9 @@ Prompts = dict[str, tuple[Prompt, ...]]
 
 
 @contextmanager
-def build(config: Config, folder: Path, live: Live, *, resume: bool = False) -> Iterator[Run]:
+def build(
+    config: Config, folder: Path, live: Live, *, resume: bool = False, startup: Startup | None = None
+) -> Iterator[Run]:
     """Check everything that can be checked, claim the folder, start the workers; end them afterwards.
 
     ``live`` is entered here, so that a refusal is one line and nothing else.
@@ -49,9 +52,12 @@ def build(config: Config, folder: Path, live: Live, *, resume: bool = False) -> 
     Raises:
         UserError: what is wrong with the configuration, its files, the folder or the cluster.
     """
+    startup = startup or Startup()
+    startup.mark("imports")
     folder = folder.resolve()  # as in `anchored`
     algorithm = make_algorithm(config)
     train, held_out = preflight(config, algorithm)
+    startup.mark("checks")
     attempt = claim(folder, identity(config), resume=resume)
     config = anchored(config)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -61,8 +67,12 @@ def build(config: Config, folder: Path, live: Live, *, resume: bool = False) -> 
             live.note(text)
         live.phase("starting Ray" if config.cluster.runtime == "ray" else "starting")
         backend = make_backend(config)
+        if config.cluster.runtime == "ray":
+            startup.mark("Ray")
         try:
             run = _wire(config, folder, live, backend, algorithm, train, held_out, attempt)
+            startup.mark("workers and models")
+            run.dispatcher.first["rollout"] = lambda: _started(run, startup)
             failed.pop_all()  # it started: the claim stands
             if resume:
                 run.resume()
@@ -70,6 +80,12 @@ def build(config: Config, folder: Path, live: Live, *, resume: bool = False) -> 
             yield run
         finally:
             backend.close()
+
+
+def _started(run: Run, startup: Startup) -> None:
+    startup.mark("weights, probes and the drawing")
+    run.live.note(str(startup))
+    _note_facts(run.folder, {"startup_seconds": startup.parts})
 
 
 def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
@@ -81,8 +97,8 @@ def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
         config.check_tasks(tuple(train))
     if config.recorded is not None:
         recordings(config.recorded)
-    scored = tuple(held_out) if config.evaluation.images_per_task else ()
-    check_rewards(config.rewards, config.evaluation.rewards, scored)
+    scoring = config.evaluation.images_per_task > 0
+    check_rewards(config.rewards, config.evaluation.rewards if scoring else {}, tuple(held_out) if scoring else ())
     algorithm.check(sigmas_of(config.model, config.sampling.steps))
     check_memory(config)
     check_adapters(config.model, config.student.lora, config.teachers)

@@ -15,6 +15,7 @@ from opd_ray.config import Config
 from opd_ray.console import console, errors
 from opd_ray.errors import Stopped
 from opd_ray.recipes import load
+from opd_ray.startup import Startup
 
 if TYPE_CHECKING:
     from opd_ray.report.live import Live
@@ -48,13 +49,18 @@ def run_training(config: Config, folder: Path, *, resume: bool) -> dict[str, Any
     Raises:
         Stopped: before the end; the run can be resumed.
     """
+    startup = Startup()
     from opd_ray.build import build  # imports torch and diffusers, which `--help` does not need
     from opd_ray.report.live import Live
 
     try:
         live = Live(config.rounds, config.name, console=errors)
         # Stdout is the result's: Ray, for one, tells there of a worker that died.
-        with redirect_stdout(sys.stderr), _signals(_interrupt), build(config, folder, live, resume=resume) as run:
+        with (
+            redirect_stdout(sys.stderr),
+            _signals(_interrupt),
+            build(config, folder, live, resume=resume, startup=startup) as run,
+        ):
             return _drive(run, live)
     except KeyboardInterrupt:
         raise Stopped("interrupted; go on from the last checkpoint with --resume") from None

@@ -28,6 +28,8 @@ class Dispatcher:
         """Busy seconds by role, summed over workers."""
         self.forwards: dict[str, int] = {}
         """Denoiser rows by role, of answers that were used."""
+        self.first: dict[str, Callable[[], None]] = {}
+        """By role: called once, at its first answer."""
         self.note: Callable[[str], None] = lambda text: None
         """Called with a line about everything unusual."""
         self.tick: Callable[[], None] = lambda: None
@@ -99,6 +101,8 @@ class Dispatcher:
 
     def account(self, role: str, done: Done) -> None:
         """Add one answer to the books."""
+        if role in self.first:
+            self.first.pop(role)()
         self.seconds[role] = self.seconds.get(role, 0.0) + done.seconds
         self.forwards[role] = self.forwards.get(role, 0) + done.forwards
 

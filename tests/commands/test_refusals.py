@@ -46,7 +46,7 @@ def refused(cli, recipe, tmp_path):
         ("rounds", ["-o rounds: expected key=value, for instance -o rounds=6"]),
         ("name.first=x", ["-o name.first=x: name is a value, not a section"]),
         ("rounds=[", ["-o rounds=[: '[' is not a YAML value"]),
-        ("cluster=nowhere", ["no cluster file 'nowhere'; known: local"]),
+        ("cluster=nowhere", ["no cluster file 'nowhere'; known: 8gpu, local"]),
         (
             "teachers.c.lora=x",
             ["teacher 'c' serves task 'c', which has no training prompts", "has a, b. Add prompts or"],
@@ -141,7 +141,7 @@ def test_a_model_of_another_kind(refused, tmp_path):
 
 
 def test_the_recipe_itself(cli, tmp_path):
-    assert "no recipe 'nope'; known: demo. Or give the path of a YAML file" in cli("train", "nope").error
+    assert "no recipe 'nope'; known: demo, sd35_mopd, sd35_sopd_ocr. Or give the path of a YAML file" in cli("train", "nope").error
     assert cli("config", tmp_path / "missing.yaml").error == f"{tmp_path / 'missing.yaml'}: no such file"
     assert cli("config", "[red]two\nlines[/] :cat:.yaml").error == "[red]two lines[/] :cat:.yaml: no such file"
     for content, expected in [
