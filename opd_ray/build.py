@@ -3,7 +3,7 @@
 import importlib.metadata
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, RecordedSource, RolloutSource
 from opd_ray.learners import DdpEngine, Learner
 from opd_ray.learners.learner import Training
-from opd_ray.metrics import MetricsLog
+from opd_ray.metrics import MetricsLog, check_logging, mirrors
 from opd_ray.models.base import check_adapters, load_family, sigmas_of
 from opd_ray.prompts import PromptStream, read_prompts
 from opd_ray.report.live import Live
@@ -64,16 +64,18 @@ def build(config: Config, folder: Path, live: Live, *, resume: bool = False) -> 
         try:
             run = _wire(config, folder, live, backend, algorithm, train, held_out, attempt)
             failed.pop_all()  # it started: the claim stands
-            if resume:
-                run.resume()
-            run.status()
-            yield run
+            with closing(run.log):
+                if resume:
+                    run.resume()
+                run.status()
+                yield run
         finally:
             backend.close()
 
 
 def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
     """Everything that can be refused before a worker starts; returns training and held-out prompts."""
+    check_logging(config)
     prompts = config.prompts
     train = read_prompts(_located(prompts.train), "prompts.train") if prompts else {}
     held_out = read_prompts(_located(prompts.eval), "prompts.eval") if prompts and prompts.eval else {}
@@ -103,8 +105,8 @@ def _locate(path: str) -> str:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What a resumed run must not change. Where it runs, how long and what it reports may change."""
-    free = {"cluster", "rounds", "checkpoint", "evaluation", "name"}
+    """What a resumed run must not change. Where it runs, how long and what it reports, and where, may change."""
+    free = {"cluster", "rounds", "checkpoint", "evaluation", "logging", "name"}
     if config.optimizer.schedule == "cosine":
         free.remove("rounds")  # the learning rate of every round depends on their number
     return config.model_dump(mode="json", exclude=free)
@@ -178,7 +180,7 @@ def _wire(
         source=_source(config, algorithm, train, dispatcher, pools),
         learner=learner,
         evaluation=evaluation,
-        log=MetricsLog(folder / "metrics.jsonl"),
+        log=MetricsLog(folder / "metrics.jsonl", mirrors(config, folder, live.note)),
         live=live,
         facts=facts,
     )

@@ -11,6 +11,7 @@ from opd_ray.config.method import (
     BatchConfig,
     EmaConfig,
     EvaluationConfig,
+    LoggingConfig,
     LoraConfig,
     ModelConfig,
     OpdConfig,
@@ -18,6 +19,7 @@ from opd_ray.config.method import (
     PluginAlgorithmConfig,
     SamplingConfig,
     TeacherConfig,
+    WandbConfig,
 )
 from opd_ray.config.run import Config, parse
 
@@ -30,6 +32,7 @@ __all__ = [
     "EmaConfig",
     "EvaluationConfig",
     "LearnerPlacement",
+    "LoggingConfig",
     "LoraConfig",
     "ModelConfig",
     "OpdConfig",
@@ -39,5 +42,6 @@ __all__ = [
     "RolePlacement",
     "SamplingConfig",
     "TeacherConfig",
+    "WandbConfig",
     "parse",
 ]

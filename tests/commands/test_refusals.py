@@ -32,6 +32,13 @@ def refused(cli, recipe, tmp_path):
     return refuse
 
 
+def test_a_tool_that_is_not_installed(refused, monkeypatch):
+    monkeypatch.setattr("opd_ray.metrics.find_spec", lambda name: None)
+    assert refused("logging.wandb.project=p") == (
+        "logging.wandb: the package wandb is not installed; pip install 'opd-ray[wandb]', or set logging.wandb=null"
+    )
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
