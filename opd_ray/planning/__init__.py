@@ -1,0 +1,1 @@
+"""Before a run: whether this machine has what it takes."""
