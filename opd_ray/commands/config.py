@@ -7,7 +7,6 @@ import yaml
 
 from opd_ray.commands.options import Override
 from opd_ray.console import console
-from opd_ray.errors import ConfigError
 from opd_ray.recipes import load, schema
 
 __all__ = ["config"]
@@ -22,11 +21,11 @@ def config(
     """Print the whole configuration, defaults and overrides included."""
     if json_schema:
         if config is not None:
-            raise ConfigError(f"--schema is of every recipe; leave {config} away")
+            raise typer.BadParameter("is of every recipe; leave CONFIG away", param_hint="--schema")
         console.print_json(data=schema())
         return
     if config is None:
-        raise ConfigError("CONFIG is missing; give a recipe's name or a YAML file, or --schema")
+        raise typer.BadParameter("give a recipe's name or a YAML file, or --schema", param_hint="CONFIG")
     data = load(config, override or []).model_dump(mode="json")
     if json:
         console.print_json(data=data)

@@ -301,6 +301,7 @@ class TestModels:
         ["evaluate"],
         ["evaluate", "world", "--images", "0"],
         ["config"],
+        ["config", "demo", "--schema"],
         ["report"],
         ["report", "a", "b"],
     ],
@@ -310,7 +311,7 @@ def test_wrong_arguments(cli, args):
     assert done.code == 2 and done.out == "" and "Error" in done.err and "Traceback" not in done.err
 
 
-@pytest.mark.parametrize("verb", ["demo", "train", "sample", "evaluate", "config", "report"])
+@pytest.mark.parametrize("verb", ["demo", "train", "sample", "evaluate", "config", "report", "doctor"])
 def test_every_verb_explains_itself(cli, verb):
     done = cli(verb, "--help")
     assert done.code == 0 and "Usage: opd-ray" in done.out and done.err == ""

@@ -59,8 +59,3 @@ def test_every_key_is_there_with_its_docstring():
     assert list(made["properties"]) == list(Config.model_fields) and "name" not in made["required"]
     assert made["properties"]["name"]["description"] == "The run folder is runs/<name>."
     assert made["$defs"]["OpdConfig"]["properties"]["kernel"]["description"].startswith("The step that draws")
-
-
-def test_a_configuration_needs_a_recipe_and_the_schema_none(cli):
-    assert cli("config").error == "CONFIG is missing; give a recipe's name or a YAML file, or --schema"
-    assert cli("config", "demo", "--schema").error == "--schema is of every recipe; leave demo away"
