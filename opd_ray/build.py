@@ -3,7 +3,7 @@
 import importlib.metadata
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from opd_ray.config import Config, Placement, RolePlacement
 from opd_ray.errors import PlacementError, PromptError
 from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, RecordedSource, RolloutSource
-from opd_ray.metrics import MetricsLog
+from opd_ray.metrics import MetricsLog, check_logging, mirrors
 from opd_ray.models.base import check_adapters, sigmas_of
 from opd_ray.models.teachers import check_checkpoint, teacher_model
 from opd_ray.planning import check_memory
@@ -74,10 +74,11 @@ def build(
             startup.mark("workers and models")
             run.dispatcher.first["rollout"] = lambda: _started(run, startup)
             failed.pop_all()  # it started: the claim stands
-            if resume:
-                run.resume()
-            run.status()
-            yield run
+            with closing(run.log):
+                if resume:
+                    run.resume()
+                run.status()
+                yield run
         finally:
             backend.close()
 
@@ -90,6 +91,7 @@ def _started(run: Run, startup: Startup) -> None:
 
 def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
     """Everything that can be refused before a worker starts; returns training and held-out prompts."""
+    check_logging(config)
     prompts = config.prompts
     train = read_prompts(_located(prompts.train), "prompts.train") if prompts else {}
     held_out = read_prompts(_located(prompts.eval), "prompts.eval") if prompts and prompts.eval else {}
@@ -133,8 +135,8 @@ def _locate(path: str) -> str:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What a resumed run must not change. Where it runs, how long and what it reports may change."""
-    free = {"cluster", "rounds", "checkpoint", "evaluation", "name"}
+    """What a resumed run must not change. Where it runs, how long and what it reports, and where, may change."""
+    free = {"cluster", "rounds", "checkpoint", "evaluation", "logging", "name"}
     if config.optimizer.schedule == "cosine":
         free.remove("rounds")  # the learning rate of every round depends on their number
     return config.model_dump(mode="json", exclude=free)
@@ -218,7 +220,7 @@ def _wire(
         source=_source(config, algorithm, train, dispatcher, pools),
         learner=learner,
         evaluation=evaluation,
-        log=MetricsLog(folder / "metrics.jsonl"),
+        log=MetricsLog(folder / "metrics.jsonl", mirrors(config, folder, live.note)),
         live=live,
         facts=facts,
     )

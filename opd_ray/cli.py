@@ -6,6 +6,7 @@ import typer
 
 from opd_ray.commands.config import config
 from opd_ray.commands.demo import demo
+from opd_ray.commands.doctor import doctor
 from opd_ray.commands.evaluate import evaluate
 from opd_ray.commands.plan import plan
 from opd_ray.commands.report import report
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (demo, train, sample, evaluate, config, plan, report):
+for verb in (demo, train, sample, evaluate, config, plan, report, doctor):
     app.command()(verb)
 
 

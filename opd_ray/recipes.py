@@ -6,10 +6,10 @@ from typing import Any
 
 import yaml
 
-from opd_ray.config import Config, parse
+from opd_ray.config import ClusterConfig, Config, parse
 from opd_ray.errors import ConfigError
 
-__all__ = ["find", "load", "read", "recipes"]
+__all__ = ["find", "load", "read", "recipes", "schema"]
 
 
 def _places(kind: str) -> list[Path]:
@@ -100,3 +100,15 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
         if not assignment.startswith("cluster="):
             _override(data, assignment)
     return parse(data, str(path))
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a recipe file: a ``Config`` that may leave its name to the file and name a cluster file."""
+    found = Config.model_json_schema()
+    found["required"].remove("name")
+    found["properties"]["cluster"] = {
+        "anyOf": [{"$ref": f"#/$defs/{ClusterConfig.__name__}"}, {"type": "string"}],
+        "default": "local",
+        "description": f"{ClusterConfig.__doc__} Or the name or path of a file that says it.",
+    }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | found

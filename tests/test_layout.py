@@ -21,8 +21,8 @@ RUNGS = (
 RUNG = {name: rung for rung, names in enumerate(RUNGS) for name in names}
 
 # Where any exception may end: work-item errors (Ray catches those of remote workers, `local` its
-# own), and the import of a user's module.
-SUPERVISION = {"runtime/local.py", "plugins.py"}
+# own), the import of a user's module, and the tools that mirror metrics, which never end a run.
+SUPERVISION = {"runtime/local.py", "plugins.py", "metrics.py"}
 # Together they are what a newcomer has to read.
 CORE = {"loop", "build", "actors", "learners", "runtime", "diffusion"}
 

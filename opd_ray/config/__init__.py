@@ -11,6 +11,7 @@ from opd_ray.config.method import (
     BatchConfig,
     EmaConfig,
     EvaluationConfig,
+    LoggingConfig,
     LoraConfig,
     ModelConfig,
     OpdConfig,
@@ -20,6 +21,7 @@ from opd_ray.config.method import (
     PrecisionConfig,
     SamplingConfig,
     TeacherConfig,
+    WandbConfig,
 )
 from opd_ray.config.run import Config, parse
 
@@ -32,6 +34,7 @@ __all__ = [
     "EmaConfig",
     "EvaluationConfig",
     "LearnerPlacement",
+    "LoggingConfig",
     "LoraConfig",
     "ModelConfig",
     "OpdConfig",
@@ -43,5 +46,6 @@ __all__ = [
     "RolePlacement",
     "SamplingConfig",
     "TeacherConfig",
+    "WandbConfig",
     "parse",
 ]

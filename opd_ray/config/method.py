@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointConfig",
     "EmaConfig",
     "EvaluationConfig",
+    "LoggingConfig",
     "LoraConfig",
     "ModelConfig",
     "OpdConfig",
@@ -24,6 +25,7 @@ __all__ = [
     "SamplingConfig",
     "StudentConfig",
     "TeacherConfig",
+    "WandbConfig",
 ]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -216,3 +218,17 @@ class CheckpointConfig(Frozen):
     every: int = Field(10, ge=1)
     """Rounds."""
     keep: int = Field(3, ge=1)
+
+
+class WandbConfig(Frozen):
+    """A run of Weights & Biases; who you are is its own business (`wandb login`)."""
+
+    project: str
+    entity: str | None = None
+    """A team or user; the account's own default where not given."""
+
+
+class LoggingConfig(Frozen):
+    """Where the rows of metrics.jsonl are shown too; TensorBoard always, where its package is installed."""
+
+    wandb: WandbConfig | None = None

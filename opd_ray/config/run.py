@@ -13,6 +13,7 @@ from opd_ray.config.method import (
     CheckpointConfig,
     EmaConfig,
     EvaluationConfig,
+    LoggingConfig,
     ModelConfig,
     OpdConfig,
     OptimizerConfig,
@@ -56,6 +57,7 @@ class Config(Frozen):
     """Folder of recorded experience (<task>/<name>.safetensors), for algorithms that need no rollouts."""
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @field_validator("precision", mode="before")

@@ -1,4 +1,4 @@
-"""What a run will need, before it starts."""
+"""What a run will need, and whether this machine has it, before it starts."""
 
 from opd_ray.planning.memory import Need, check_memory, needs
 

@@ -8,6 +8,7 @@ health    a worker's life as a pure state machine
 pool      workers of one role: bounded work in flight, replacement of the dead
 dispatch  work items through the pools, and again where a worker or an input was lost
 group     the learner ranks
+trial     a Ray that starts, answers and ends, for `opd-ray doctor`
 """
 
 import os

@@ -44,6 +44,23 @@ def prompts_path(task: str, split: str) -> Path:
     return _SHIPPED / prompt_file(task, split)
 
 
+def shipped_files() -> list[Path]:
+    """Every file of the base, the specialists and the prompts."""
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    parts = {
+        **dict.fromkeys(encoders, ("config.json", "model.safetensors")),
+        **dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"), ("tokenizer.json", "tokenizer_config.json")),
+        **dict.fromkeys(("transformer", "vae"), ("config.json", "diffusion_pytorch_model.safetensors")),
+        "scheduler": ("scheduler_config.json",),
+    }
+    return [
+        pipeline_path() / "model_index.json",
+        *(pipeline_path() / part / name for part, names in parts.items() for name in names),
+        *(lora_path(task) / "pytorch_lora_weights.safetensors" for task in TASKS),
+        *(prompts_path(task, split) for task, split in SPLITS),
+    ]
+
+
 def record_path() -> Path:
     """What the shipped files were made with, and their scores."""
     return Path(__file__).parent / "record.json"

@@ -32,6 +32,13 @@ def refused(cli, recipe, tmp_path):
     return refuse
 
 
+def test_a_tool_that_is_not_installed(refused, monkeypatch):
+    monkeypatch.setattr("opd_ray.metrics.find_spec", lambda name: None)
+    assert refused("logging.wandb.project=p") == (
+        "logging.wandb: the package wandb is not installed; pip install 'opd-ray[wandb]', or set logging.wandb=null"
+    )
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
@@ -141,7 +148,10 @@ def test_a_model_of_another_kind(refused, tmp_path):
 
 
 def test_the_recipe_itself(cli, tmp_path):
-    assert "no recipe 'nope'; known: demo, sd35_mopd, sd35_sopd_ocr. Or give the path of a YAML file" in cli("train", "nope").error
+    assert (
+        "no recipe 'nope'; known: demo, sd35_mopd, sd35_sopd_ocr. Or give the path of a YAML file"
+        in cli("train", "nope").error
+    )
     assert cli("config", tmp_path / "missing.yaml").error == f"{tmp_path / 'missing.yaml'}: no such file"
     assert cli("config", "[red]two\nlines[/] :cat:.yaml").error == "[red]two lines[/] :cat:.yaml: no such file"
     for content, expected in [
@@ -294,6 +304,7 @@ class TestModels:
         ["evaluate"],
         ["evaluate", "world", "--images", "0"],
         ["config"],
+        ["config", "demo", "--schema"],
         ["report"],
         ["report", "a", "b"],
     ],
@@ -303,7 +314,7 @@ def test_wrong_arguments(cli, args):
     assert done.code == 2 and done.out == "" and "Error" in done.err and "Traceback" not in done.err
 
 
-@pytest.mark.parametrize("verb", ["demo", "train", "sample", "evaluate", "config", "report"])
+@pytest.mark.parametrize("verb", ["demo", "train", "sample", "evaluate", "config", "report", "doctor"])
 def test_every_verb_explains_itself(cli, verb):
     done = cli(verb, "--help")
     assert done.code == 0 and "Usage: opd-ray" in done.out and done.err == ""

@@ -56,6 +56,16 @@ def test_identity_and_scores(result):
     }
 
 
+def test_tensorboard_shows_the_rows(finished, rows):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[0] / "tensorboard"))
+    events.Reload()
+    for task in "ab":
+        shown = [(event.step, event.value) for event in events.Scalars(f"loss/{task}")]
+        assert shown == [(row["round"], pytest.approx(row["loss"][task])) for row in rows]
+
+
 def test_a_gap_is_closed_by_as_much_as_the_scores_say(result):
     better = {t for t in "ab" if result["scores"][f"teacher:{t}"][t]["value"] > result["scores"]["base"][t]["value"]}
     assert set(result["gap_closed"]) == better

@@ -1,0 +1,35 @@
+"""``opd-ray doctor``: what is installed, and what works here."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from opd_ray.commands.options import Json
+from opd_ray.console import console
+from opd_ray.recipes import load
+
+__all__ = ["doctor"]
+
+STYLES = {"ok": None, "warning": "yellow", "problem": "bold red"}
+
+
+def doctor(
+    config: Annotated[str, typer.Argument(help="The recipe whose object store has to find room.")] = "demo",
+    ray: Annotated[bool, typer.Option("--ray", help="Also start Ray with one worker, and end it: 10 to 30 s.")] = False,
+    json: Json = False,
+) -> None:
+    """Say in a line a check what was found and what to do; exit code 2 if there is a problem."""
+    from opd_ray.planning.doctor import findings
+
+    records = []
+    for check, finding in findings(load(config).cluster.object_store_mb, start_ray=ray):
+        records.append({"check": check} | asdict(finding))
+        if not json:
+            advice = f" ({finding.advice})" if finding.advice else ""
+            line = f"{finding.status:<7}  {check}: {finding.found}{advice}"
+            console.print(line, style=STYLES[finding.status], soft_wrap=True)
+    if json:
+        console.print_json(data=records)
+    if any(record["status"] == "problem" for record in records):
+        raise typer.Exit(2)
