@@ -141,8 +141,13 @@ def test_names_are_other_peoples_text_too(run):
     (run / "metrics.jsonl").write_text(json.dumps({**row, "scores": {name: 0.5}}))
     index = (run / "samples/index.json").read_text().replace('"task": "compose"', f'"task": "{name}"')
     (run / "samples/index.json").write_text(index)
-    text, _ = read(run)
+    for file in ("config.yaml", "run.json"):
+        said = (run / file).read_text()
+        (run / file).write_text(said.replace("compose", name).replace("2.15.0", name).replace("sd3", name))
+    text, page = read(run)
     assert "<img src=x" not in text and "&lt;img src=x" in text
+    settings = {row[0]: row[1] for row in page.rows if len(row) == 2}
+    assert all(name in settings[key] for key in ("model", "teachers", "versions"))
 
 
 def test_the_table_says_what_result_json_says(run):
