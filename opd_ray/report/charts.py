@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no library, no script, colours from the page's style sheet."""
+"""Line and stacked charts as inline SVG: no library, no script, colours from the page's style sheet."""
 
 import math
 from collections.abc import Sequence
@@ -7,13 +7,14 @@ from html import escape
 
 from opd_ray.report.wording import number
 
-__all__ = ["Series", "line_chart"]
+__all__ = ["Series", "line_chart", "stack_chart"]
 
 WIDTH, HEIGHT = 480, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 30
 LOG_RATIO = 20
 """Positive values that span more than this are drawn on a logarithmic axis."""
 MOST_POINTS = 400
+MOST_BARS = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +92,14 @@ def _path(points: Sequence[tuple[float, float]], x: _Axis, y: _Axis, style: str)
     return f'<polyline class="{style}" points="{where}"/>'
 
 
-def _lines(series: Series, x: _Axis, y: _Axis, dots: bool, smooth: bool) -> str:
+def _lines(series: Series, x: _Axis, y: _Axis, dots: bool, smooth: bool, unit: str) -> str:
     points = _thin(series.points, math.ceil(len(series.points) / MOST_POINTS))
     reach = len(points) // 40 if smooth and not dots else 0
     parts = [_path(points, x, y, "raw")] if reach else []
     parts.append(_path(_smooth(points, reach), x, y, "line"))
     if dots or len(points) == 1:
         for px, py in points:
-            tip = escape(f"{series.name}, round {px:g}: {number(py)}")
+            tip = escape(f"{series.name}, {unit} {px:g}: {number(py)}")
             spot = f'cx="{x.place(px):.1f}" cy="{y.place(py):.1f}" r="3.5"'
             parts.append(f"<circle {spot}><title>{tip}</title></circle>")
     if series.level is not None:
@@ -108,18 +109,69 @@ def _lines(series: Series, x: _Axis, y: _Axis, dots: bool, smooth: bool) -> str:
     return f'<g class="c{series.color % 8}">{tip}{"".join(parts)}</g>'
 
 
-def line_chart(series: Sequence[Series], *, label: str, dots: bool = False, smooth: bool = True) -> str:
-    """Values over rounds, empty where there are none; ``dots`` is for few values, as of scores."""
+def line_chart(
+    series: Sequence[Series],
+    *,
+    label: str,
+    dots: bool = False,
+    smooth: bool = True,
+    unit: str = "round",
+    bounds: tuple[float, float] | None = None,
+) -> str:
+    """Values over rounds, empty where there are none.
+
+    Args:
+        series: the lines.
+        label: what a screen reader says.
+        dots: for few values, as of scores.
+        smooth: draw a running mean, and the values themselves faintly.
+        unit: what the horizontal axis counts.
+        bounds: the lowest and highest value, where several charts share an axis.
+    """
     series = [line for line in series if line.points]
     if not series:
         return ""
-    rounds = [px for line in series for px, _ in line.points]
+    places = [px for line in series for px, _ in line.points]
     values = [py for line in series for _, py in line.points]
     values += [line.level for line in series if line.level is not None]
-    unit = dots and min(values) >= 0 and max(values) <= 1
-    first, last = min(rounds), max(rounds)
+    share = bounds is None and dots and min(values) >= 0 and max(values) <= 1
+    first, last = min(places), max(places)
     x = _Axis(first, last if last > first else first + 1, LEFT, WIDTH - RIGHT)
-    y = _y_axis(values, unit)
+    y = _y_axis(bounds or values, share)
+    lines = "".join(_lines(line, x, y, dots, smooth, unit) for line in series)
+    return _svg(label, _frame(x, y, first, last) + lines)
+
+
+def stack_chart(layers: Sequence[Series], *, label: str) -> str:
+    """Amounts a round, one on the other; where there are many rounds, a bar is the mean of several."""
+    layers = [layer for layer in layers if layer.points]
+    rounds = sorted({px for layer in layers for px, _ in layer.points})
+    if not rounds:
+        return ""
+    window = math.ceil(len(rounds) / MOST_BARS)
+    bars = [rounds[i : i + window] for i in range(0, len(rounds), window)]
+    amounts = [dict(layer.points) for layer in layers]
+    means = [[sum(a.get(px, 0.0) for px in bar) / len(bar) for a in amounts] for bar in bars]
+    x = _Axis(rounds[0] - 0.5, rounds[-1] + 0.5, LEFT, WIDTH - RIGHT)
+    y = _y_axis([0.0, *(sum(mean) for mean in means)], False)
+    paths, tips = [""] * len(layers), []
+    for bar, mean in zip(bars, means, strict=True):
+        left, right, floor = x.place(bar[0] - 0.5), x.place(bar[-1] + 0.5), 0.0
+        for place, amount in enumerate(mean):
+            low, high = y.place(floor), y.place(floor + amount)
+            paths[place] += f"M{left:.1f} {low:.1f}V{high:.1f}H{right:.1f}V{low:.1f}z"
+            floor += amount
+        parts = ", ".join(f"{layer.name} {number(amount)}" for layer, amount in zip(layers, mean, strict=True))
+        when = f"round {bar[0]:g}" if len(bar) == 1 else f"rounds {bar[0]:g} to {bar[-1]:g}"
+        where = f'x="{left:.1f}" width="{right - left:.1f}" y="{TOP}" height="{HEIGHT - TOP - BOTTOM}"'
+        tips.append(f"<rect {where}><title>{escape(f'{when}: {parts}')}</title></rect>")
+    drawn = "".join(f'<path class="c{s.color % 8}" d="{path}"/>' for s, path in zip(layers, paths, strict=True))
+    frame = _frame(x, y, rounds[0], rounds[-1])
+    return _svg(label, f'{frame}<g class="stack">{drawn}</g><g class="tips">{"".join(tips)}</g>')
+
+
+def _frame(x: _Axis, y: _Axis, first: float, last: float) -> str:
+    """Grid lines and the numbers along both axes."""
     grid = []
     for tick in y.ticks():
         at = y.place(tick)
@@ -131,8 +183,9 @@ def line_chart(series: Sequence[Series], *, label: str, dots: bool = False, smoo
         anchor = "end" if tick == last > first else "middle"
         where = f'x="{x.place(tick):.1f}" y="{HEIGHT - 10}" text-anchor="{anchor}"'
         grid.append(f"<text {where}>{tick:g}</text>")
-    lines = "".join(_lines(line, x, y, dots, smooth) for line in series)
-    return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(label)}"><g class="grid">{"".join(grid)}</g>{lines}</svg>'
-    )
+    return f'<g class="grid">{"".join(grid)}</g>'
+
+
+def _svg(label: str, body: str) -> str:
+    box = f'viewBox="0 0 {WIDTH} {HEIGHT}"'
+    return f'<svg class="chart" {box} role="img" aria-label="{escape(label)}">{body}</svg>'

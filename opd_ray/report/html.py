@@ -1,25 +1,28 @@
-"""The report page: one file, without scripts and without anything from outside.
+"""The report page: one file, readable without its script, and without anything from outside.
 
 Prompts, configuration values and names are other people's text: each passes through ``escape`` on
-its way in, and the page's own content policy forbids scripts and network besides.
+its way in, and the page's own content policy forbids network and every script but page.js besides.
 """
 
-import json
+import base64
+import hashlib
 import os
-from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
+from opd_ray.report.gap import gaps
 from opd_ray.report.pictures import picture_grid
 from opd_ray.report.run_folder import RunFolder, mapping, numbers
+from opd_ray.report.settings import settings
 from opd_ray.report.table import Results, Score, summary
-from opd_ray.report.training import curves, gap_heat, time_spent
-from opd_ray.report.wording import MISSING, Write, count, duration, model_title, percent, span
+from opd_ray.report.timing import time_spent
+from opd_ray.report.training import curves
+from opd_ray.report.wording import MISSING, Write, duration, model_title, percent, span
 
 __all__ = ["write_report"]
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-STYLE = Path(__file__).with_name("page.css")
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+STYLE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
 STATUS = {"done": "done", "stopped": "stopped, can be resumed", "failed": "failed"}
 
 
@@ -45,25 +48,28 @@ def page(run: RunFolder) -> str:
             "Pictures",
             picture_grid(run.samples, run.teacher_of_task) if run.samples else "",
             "No samples: no pictures have been drawn for comparison yet.",
-            "Same prompt and seed across each row. A marked teacher is on the task it teaches.",
+            "Same prompt and seed across each row. A marked teacher is on the task it teaches. "
+            "Click a row to see it large; ← and → lead on, Esc leads back.",
         ),
         _section("Training", curves(run), "No metrics: no round has finished yet."),
         _section(
-            "Gap to the teacher, step by step",
-            gap_heat(run),
+            "Gap to the teacher, before and after",
+            gaps(run),
             "" if not run.rounds else "No gaps in the metrics: no teacher marked this run's steps.",
         ),
         _section("Where the time went", time_spent(run), ""),
-        _section("Configuration and provenance", _provenance(run), ""),
+        _section("Settings and versions", settings(run), ""),
     ]
+    script = SCRIPT.read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY.format(digest=digest)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escape(run.name)} · opd_ray</title>"
         f"<style>{STYLE.read_text(encoding='utf-8')}</style></head>\n"
-        f"<body><main>{_header(run)}{''.join(sections)}</main></body></html>\n"
+        f"<body><main>{_header(run)}{''.join(sections)}</main><script>{script}</script></body></html>\n"
     )
 
 
@@ -208,29 +214,3 @@ def _conditions(run: RunFolder) -> str:
     if guidance:
         said.append("Guidance: " + ", ".join(f"{model_title(m)} {g}" for m, g in guidance.items()) + ".")
     return f'<p class="note">{escape(" ".join(said))}</p>'
-
-
-def _provenance(run: RunFolder) -> str:
-    parts = []
-    if run.config_text:
-        parts.append(
-            f"<details><summary>config.yaml, as resolved</summary><pre>{escape(run.config_text)}</pre></details>"
-        )
-    facts = list(_flat(run.facts))
-    if facts:
-        rows = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in facts)
-        parts.append(
-            f"<details><summary>run.json, {count(len(facts), 'fact')}</summary>"
-            f'<div class="scroll"><table class="facts">{rows}</table></div></details>'
-        )
-    if run.problems:
-        parts.append(f'<p class="missing">{escape("; ".join(run.problems))}.</p>')
-    return "".join(parts)
-
-
-def _flat(data: object, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(data, dict):
-        for key, value in data.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, data if isinstance(data, str) else json.dumps(data)

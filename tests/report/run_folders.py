@@ -33,16 +33,11 @@ def metrics_row(index: int, tasks=("compose", "text", "look")) -> dict:
     loss = {
         task: (0.004 + 0.05 * (place + 1) * fall) * math.exp(rng.gauss(0, 0.15)) for place, task in enumerate(tasks)
     }
+    seconds = 2.1 + 0.1 * rng.random() + (1.6 if index == 31 else 0)
     row = {
         "round": index,
         "time": 1_700_000_000.0 + 2.2 * index,
-        "seconds": {
-            "round": 2.1 + 0.1 * rng.random() + (1.6 if index == 31 else 0),
-            "wait": 1.2,
-            "update": 0.7,
-            "publish": 0.06,
-            "checkpoint": 0.04,
-        },
+        "seconds": {"round": seconds, "wait": 1.2, "update": seconds - 1.2, "checkpoint": 0.04},
         "busy": {"rollout": 1.1, "teacher": 1.9, "reward": 0.1, "learner": 0.7},
         "loss": {"total": sum(loss.values()) / len(loss), **loss},
         "gap": {task: {str(s): 2 * x * (1 + 0.25 * (s - 4) ** 2) / 3 for s in range(9)} for task, x in loss.items()},

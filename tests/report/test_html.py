@@ -1,14 +1,28 @@
 """The report page: complete, self-contained, and safe with other people's text."""
 
+import base64
+import hashlib
 import json
+import random
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
+from PIL import Image
 
 from opd_ray.errors import RunFolderError
-from opd_ray.report.html import write_report
-from tests.report.run_folders import ATTACK, MODELS, TASKS, metrics_row, picture, result, write_run
+from opd_ray.report.html import SCRIPT, write_report
+from tests.report.run_folders import (
+    ATTACK,
+    MODELS,
+    PROMPTS,
+    TASKS,
+    metrics_row,
+    picture,
+    result,
+    write_run,
+)
 
 VOID = {"meta", "img"}
 
@@ -58,23 +72,64 @@ def read(run) -> tuple[str, Page]:
     return text, page
 
 
-def test_the_page_is_self_contained(run):
+def test_the_page_needs_no_network(run):
+    index = (run / "samples/index.json").read_text().replace(PROMPTS["look"], "a poster of https://example.org/a.png")
+    (run / "samples/index.json").write_text(index)
     text, page = read(run)
     images = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     assert len(images) == len(TASKS) * 2 * len(MODELS)
     assert all(source.startswith("data:image/png;base64,") for source in images)
-    assert not re.search(r"https?:|//\w|url\(|@import", text)
-    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    addresses = [
+        value
+        for _, attrs in page.tags
+        for name, value in attrs.items()
+        if name in {"src", "srcset", "href", "xlink:href", "data", "action", "poster", "background"}
+    ]
+    assert {value[:5] for value in addresses if value[0] != "#"} == {"data:"}
+    style = "".join(re.findall(r"<style>(.*?)</style>", text, re.DOTALL))
+    style += "".join(attrs.get("style") or "" for _, attrs in page.tags)
+    assert "url(" not in style and "@import" not in style
+    assert not {"link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
     assert [p.name for p in run.iterdir() if "tmp" in p.name] == []
+
+
+def test_the_policy_admits_the_one_script_alone(run):
+    text, page = read(run)
+    script = SCRIPT.read_text()
+    assert [attrs for tag, attrs in page.tags if tag == "script"] == [{}]
+    assert text.count(f"<script>{script}</script>") == 1
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(attrs["content"] for _, attrs in page.tags if "http-equiv" in attrs)
+    allowed = dict(part.split(" ", 1) for part in policy.split("; "))
+    assert allowed["script-src"] == f"'sha256-{digest}'" and allowed["default-src"] == "'none'"
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
 
 
 def test_other_peoples_text_appears_escaped_only(run):
     text, page = read(run)
-    assert "<script" not in text
+    assert text.count("<script") == 1  # the page's own
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text  # a prompt, and a fact of run.json
     assert "&lt;/pre&gt;&lt;script&gt;alert(2)" in text  # the configuration
     assert ATTACK in page.text
     assert any(attrs.get("alt") == f"student: {ATTACK}" for _, attrs in page.tags)
+
+
+def test_every_row_opens_and_leads_on(run):
+    _, page = read(run)
+    amount = len(TASKS) * 2
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids)) == 2 * amount
+    links = {
+        kind: [attrs["href"] for tag, attrs in page.tags if tag == "a" and attrs.get("class") == kind]
+        for kind in ("before", "after", "close")
+    }
+    rows = [f"#row-{place}" for place in range(1, amount + 1)]
+    assert links == {
+        "before": [rows[-1], *rows[:-1]],
+        "after": [*rows[1:], rows[0]],
+        "close": [row.replace("row", "at") for row in rows],
+    }
+    assert all(attrs["href"][1:] in ids for tag, attrs in page.tags if tag == "a")
 
 
 def test_names_are_other_peoples_text_too(run):
@@ -86,8 +141,13 @@ def test_names_are_other_peoples_text_too(run):
     (run / "metrics.jsonl").write_text(json.dumps({**row, "scores": {name: 0.5}}))
     index = (run / "samples/index.json").read_text().replace('"task": "compose"', f'"task": "{name}"')
     (run / "samples/index.json").write_text(index)
-    text, _ = read(run)
+    for file in ("config.yaml", "run.json"):
+        said = (run / file).read_text()
+        (run / file).write_text(said.replace("compose", name).replace("2.15.0", name).replace("sd3", name))
+    text, page = read(run)
     assert "<img src=x" not in text and "&lt;img src=x" in text
+    settings = {row[0]: row[1] for row in page.rows if len(row) == 2}
+    assert all(name in settings[key] for key in ("model", "teachers", "versions"))
 
 
 def test_the_table_says_what_result_json_says(run):
@@ -111,25 +171,90 @@ def test_every_curve_is_drawn(run):
         "Loss by task, over rounds",
         "Student's scores during training, over rounds",
         "Gradient norm, over rounds",
+        *(f"Gap of {task}, over denoising steps" for task in TASKS[:3]),
         "Seconds a round, over rounds",
+        "Busy seconds a round, over rounds",
     ]
     levels = [attrs for tag, attrs in page.tags if attrs.get("class") == "level"]
     assert len(levels) == 3  # a teacher's score for each taught task
+
+
+def test_the_gap_is_that_of_the_first_rounds_and_of_the_last(run):
+    _, page = read(run)
+    start = next(place for place, row in enumerate(page.rows) if row[:2] == ["step", "0"])
+    assert page.rows[start] == ["step", *map(str, range(9))]
+    rows = [metrics_row(index) for index in range(80)]
+    for task, lines in zip(TASKS, zip(*[iter(page.rows[start + 1 : start + 10])] * 3, strict=True), strict=False):
+        means = [
+            [sum(row["gap"][task][str(step)] for row in part) / 10 for step in range(9)]
+            for part in (rows[:10], rows[70:])
+        ]
+        before, after, times = ([float(x) for x in line[1:]] for line in lines)
+        assert [lines[0][0], lines[1][0]] == [f"{task} rounds 1–10", "rounds 71–80"]  # noqa: RUF001
+        assert before == pytest.approx(means[0], abs=0.005) and after == pytest.approx(means[1], abs=0.005)
+        assert times == pytest.approx([b / a for b, a in zip(*means, strict=True)], abs=0.05)
+        for column in range(1, 10):  # the same decimals down a column
+            assert len({len(row[column].split(".")[1]) for row in page.rows[start + 1 : start + 9 : 3]}) == 1
+        change = sum(means[0]) / sum(means[1])
+        assert f"{task} {change:.1f} times smaller" in page.text
+
+
+@pytest.mark.parametrize(
+    ("rounds", "labels"), [(1, ["compose round 1"]), (3, ["compose round 1", "round 3", "times smaller"])]
+)
+def test_the_first_rounds_and_the_last_never_overlap(tmp_path, rounds, labels):
+    _, page = read(write_run(tmp_path / "demo", rounds=rounds))
+    heads = [row[0] for row in page.rows if row]
+    start = heads.index("compose round 1")
+    assert heads[start : heads.index("text round 1")] == labels
 
 
 def test_time_and_forwards_add_up(run):
     rows = [metrics_row(index) for index in range(80)]
     wall = sum(row["seconds"]["round"] for row in rows)
     _, page = read(run)
-    roles = {row[0]: row[2:] for row in page.rows if row and row[0] in rows[0]["busy"]}
+    roles = {row[0]: row[1:] for row in page.rows if row and row[0] in {*rows[0]["busy"], "all"}}
     assert roles["teacher"] == ["2 min 32 s", f"{152 / wall:.2f}", "51,840", "648"]
-    widths = [
-        float(attrs["style"].removeprefix("width:").removesuffix("%"))
-        for tag, attrs in page.tags
-        if re.fullmatch("t[0-4]", attrs.get("class") or "") and "title" in attrs
-    ]
-    assert sum(widths) == pytest.approx(100, abs=0.05)
-    assert widths[0] == pytest.approx(100 * 80 * 1.2 / wall, abs=0.01)
+    assert roles["all"] == ["5 min 4 s", f"{304 / wall:.2f}", "161,280", "2,016"]
+    assert "waiting for experience 1 min 36 s" in page.text
+    stack = page.text.split("Seconds a round")[1]
+    assert "round 1: updating and publishing 0.9" in stack and ", waiting for experience 1.20" in stack
+
+
+def test_the_stacks_are_as_high_as_their_sums(run):
+    text, _ = read(run)
+    busy = text.split('aria-label="Busy seconds')[1]
+    edges = [[float(y) for y in re.findall(r"V([\d.]+)", path)] for path in re.findall(r'd="(M[^"]+)"', busy)]
+    assert [len(path) for path in edges] == [160] * 4
+    for below, above in pairwise(edges):
+        assert above[1::2] == below[0::2]  # each starts where the one below ends
+    floor = edges[0][1]
+    high = [floor - path[0] for path in edges]
+    assert [h / high[-1] for h in high] == pytest.approx([1.1 / 3.8, 3 / 3.8, 3.1 / 3.8, 1], abs=0.002)
+
+
+def test_settings_and_versions_are_open(run):
+    _, page = read(run)
+    facts = {row[0]: row[1].split() for row in page.rows if len(row) == 2}
+    assert facts["model"] == ["family", "sd3", "path", "world"]
+    assert facts["versions"] == ["torch", "2.15.0", "ray", "2.60.0"]
+    assert facts["rounds"] == ["80"]
+
+
+def test_a_page_of_very_many_pictures_stays_below_10_mb(run):
+    tasks = [f"task {index}" for index in range(30)]
+    noise = run / "samples/noise.png"
+    size = (160, 160)
+    Image.frombytes("RGB", size, random.Random(0).randbytes(3 * size[0] * size[1])).save(noise)
+    assert noise.stat().st_size * len(tasks) * 8 * len(MODELS) > 50e6
+    images = dict.fromkeys(MODELS, noise.name)
+    rows = [{"task": task, "prompt": str(i), "seed": i, "images": images} for task in tasks for i in range(8)]
+    (run / "samples/index.json").write_text(json.dumps({"models": MODELS, "rows": rows}))
+    text, page = read(run)
+    assert len(text.encode()) < 10e6
+    shown = {f"task {index}" for index in range(30)}
+    assert all(task in page.text for task in shown)  # rows are left out, no task is
+    assert "180 more rows are in samples/." in page.text
 
 
 def test_an_unfinished_run_says_what_is_missing(tmp_path):
