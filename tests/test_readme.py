@@ -4,11 +4,11 @@ import json
 import re
 from pathlib import Path
 
-import pytest
 import torch
+import yaml
 
 from opd_ray import recipes
-from opd_ray.config import ModelConfig
+from opd_ray.config import ModelConfig, TeacherConfig
 from opd_ray.models import load_family
 from tests.algorithms.parts import item, random_experience
 
@@ -55,16 +55,52 @@ def test_the_recipe_of_the_readme_is_one(tmp_path):
     )
 
 
-@pytest.mark.parametrize("section", ["A reward", "An algorithm"])
-def test_the_code_of_the_guide_runs_as_it_stands(tiny, section):
+def code(section: str, kind: str) -> list[str]:
+    """The blocks of one section of the guide, each of at most 15 lines of its own."""
     guide = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-    code = re.search(rf"## {section}\n.*?```python\n(.*?)```", guide, re.DOTALL)
-    found = {}
-    exec(code[1], found)
-    if section == "A reward":
-        assert found["brightness"](torch.ones(2, 3, 4, 4), ["a", "b"]).tolist() == [1, 1]
-    else:
-        work = item(steps=(0, 2))
-        experience = random_experience(load_family(ModelConfig(path=str(tiny)), text=False, image=False), work)
-        forward, _ = list(found["Huber"]().forwards(experience, 0))
-        assert found["Huber"]().loss(forward, {"student": forward.inputs["teacher"]}).value == 0
+    (body,) = re.findall(rf"## {section}\n(.*?)(?=\n## |\Z)", guide, re.DOTALL)
+    return re.findall(rf"```{kind}\n(.*?)```", body, re.DOTALL)
+
+
+def test_the_guides_reward_scores():
+    (block,) = code("A reward", "python")
+    exec(block, found := {})
+    assert found["brightness"](torch.ones(2, 3, 4, 4), ["a", "b"]).tolist() == [1, 1]
+
+
+def test_the_guides_algorithm_is_one(tiny):
+    (block,) = code("An algorithm", "python")
+    exec(block, found := {})
+    family = load_family(ModelConfig(path=str(tiny)), text=False, image=False)
+    algorithm, experience = found["Huber"](), random_experience(family, item(steps=(0, 2)))
+    forward, _ = list(algorithm.forwards(experience, 0))
+    assert algorithm.loss(forward, {"student": forward.inputs["teacher"]}).value == 0
+
+
+def test_the_guides_family_passes_its_check():
+    family, check = code("A model family", "python")
+    exec(family, found := {})
+    exec(check, found)
+    loaded = found["Watercolour"].load(ModelConfig(path="world"), text=True, image=True)
+    plain = load_family(ModelConfig(path="world"), text=True, image=False)
+    assert torch.equal(
+        loaded.encode(["a cat"])["pooled_projections"], plain.encode(["a cat, watercolour"])["pooled_projections"]
+    )
+
+
+def test_the_guides_teachers_are_configurations():
+    teachers = yaml.safe_load(code("A teacher", "yaml")[0])["teachers"]
+    found = {name: TeacherConfig.model_validate(teacher) for name, teacher in teachers.items()}
+    assert [(one.path, one.guidance) for one in found.values()] == [
+        ("org/text-lora", 4.5),
+        ("./aesthetic", 4.5),
+        ("org/portraits", 1.0),
+    ]
+
+
+def test_everything_of_the_guide_is_short():
+    for section in ("A reward", "An algorithm", "A model family", "A teacher"):
+        for kind in ("python", "yaml"):
+            for block in code(section, kind):
+                own = [line for line in block.splitlines() if line.strip() and not re.match("from |import ", line)]
+                assert len(own) <= 15, section
