@@ -8,6 +8,7 @@ of its median round, so that start-up does not count.
 """
 
 import argparse
+import os
 import re
 import statistics
 import subprocess
@@ -25,10 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGES = 24
 
 
-def plain(rounds: int, folder: Path) -> float:
+def plain(rounds: int, folder: Path, threads: int) -> float:
     """Images a second of the one-file loop, by its own count."""
     command = [sys.executable, ROOT / "examples/one_file.py", "--rounds", str(rounds), "--images", str(IMAGES)]
-    output = subprocess.run([*command, "--out", folder / "student"], check=True, capture_output=True, text=True).stdout
+    command += ["--out", folder / "student"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     return statistics.median(float(rate) for rate in re.findall(r"([\d.]+) images/s", output))
 
 
@@ -57,12 +60,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2, help="torch threads of the plain loop, local and the learner")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of the plain loop, local and the learner")
     args = parser.parse_args()
     ratios: dict[str, list[float]] = {"local": [], "ray": []}
     for repeat in range(args.repeats):
         with tempfile.TemporaryDirectory() as folder:
-            base = plain(args.rounds, Path(folder))
+            base = plain(args.rounds, Path(folder), args.threads)
             for runtime, found in ratios.items():
                 found.append(ours(runtime, args.rounds, Path(folder), args.threads) / base)
         console.print(f"repeat {repeat + 1}: " + ", ".join(f"{name} {found[-1]:.2f}" for name, found in ratios.items()))
