@@ -1,0 +1,144 @@
+"""Seconds and model-FLOP utilisation of each role, and the peak memory of one card that holds them all.
+
+    python benchmarks/performance.py --device cuda --peak-tflops 989        # SD3.5 medium's true size, random weights
+    python benchmarks/performance.py --device cpu --layers 2 --heads 2 --repeats 1 --resolution 64
+
+The denoiser has Stable Diffusion 3.5 medium's architecture and size (2.2 G parameters) with random weights, 512 px,
+bf16; student and three teachers are rank-32 LoRAs over one base, as `configs/cluster/one_gpu.yaml` places them. A
+forward of a row counts 2 P T + 4 L W T^2 model FLOPs (P parameters of the blocks, T tokens, L blocks, W width), a
+training step three times that; recomputation by gradient checkpointing is not counted as useful. `--peak-tflops` is the
+card's own dense number for the format.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import SD3Transformer2DModel
+
+from opd_ray.config import LoraConfig, ModelConfig
+from opd_ray.console import console
+from opd_ray.models.sd3 import SD3
+
+GUIDANCE = 4.5
+TEXT_TOKENS = 77 + 128
+
+
+def configs(folder: Path, layers: int, heads: int) -> Path:
+    """What the family reads of a checkpoint beside its weights."""
+    transformer = {
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "num_layers": layers,
+        "attention_head_dim": 64,
+        "num_attention_heads": heads,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 64 * heads,
+        "pooled_projection_dim": 2048,
+        "out_channels": 16,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": list(range(min(13, layers))),
+        "qk_norm": "rms_norm",
+    }
+    parts = {
+        "transformer/config.json": transformer,
+        "vae/config.json": {"block_out_channels": [128, 256, 512, 512], "latent_channels": 16},
+        "scheduler/scheduler_config.json": {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "shift": 3.0,
+        },
+    }
+    for name, content in parts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def load(args: argparse.Namespace, dtype: torch.dtype) -> SD3:
+    """The family over random weights, with a student and three teachers."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = configs(Path(scratch), args.layers, args.heads)
+        model = ModelConfig(path=str(folder), resolution=args.resolution)
+        config = json.loads((folder / "transformer/config.json").read_text())
+        with torch.device(args.device):
+            network = SD3Transformer2DModel.from_config(config).to(dtype).requires_grad_(False).eval()
+        family = SD3(model, network, text=None, vae=None, device=args.device, dtype=dtype)
+    for seed, name in enumerate(("student", "geneval", "ocr", "aesthetic")):
+        family.add_lora(name, LoraConfig(), seed)
+    family.use("student")
+    family.train_adapter("student")
+    family.save_memory()
+    return family
+
+
+def seconds(work: Callable[[], None], repeats: int, device: str) -> float:
+    """Median of several times, after one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def main() -> None:
+    """Time the roles and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--peak-tflops", type=float, help="of the card, dense, in the format used")
+    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--pictures", type=int, default=6, help="in a work item")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--heads", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    family = load(args, dtype)
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(args.pictures, *family.latent_shape, generator=rng).to(args.device)
+    widths = {"encoder_hidden_states": (TEXT_TOKENS, 4096), "pooled_projections": (2048,)}
+    cond = {name: torch.randn(args.pictures, *shape, generator=rng).to(args.device) for name, shape in widths.items()}
+    empty = {name: tensor[:1] for name, tensor in cond.items()}
+
+    def draw() -> None:
+        with torch.no_grad():
+            family.velocity(x, 0.5, cond, empty, GUIDANCE)
+
+    def mark() -> None:
+        with torch.no_grad(), family.adapter("ocr"):
+            family.velocity(x, 0.5, cond, empty, GUIDANCE)
+
+    def train() -> None:
+        family.velocity(x, 0.5, cond, empty, GUIDANCE).square().mean().backward()
+
+    tokens = (family.latent_shape[1] // 2) ** 2 + TEXT_TOKENS
+    parameters = sum(p.numel() for name, p in family.network.named_parameters() if "lora_" not in name)
+    forward = 2 * parameters * tokens + 4 * args.layers * args.heads * 64 * tokens**2
+    rows = 2 * args.pictures
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    console.print(
+        f"{name}, {parameters / 1e9:.2f} G parameters, {args.resolution} px, {args.pictures} pictures, {dtype}"
+    )
+    console.print("| role | seconds a step | TFLOP/s | utilisation |\n|---|---|---|---|", markup=False)
+    for role, work, factor in (("rollout", draw, 1), ("teacher", mark, 1), ("learner", train, 3)):
+        each = seconds(work, args.repeats, args.device)
+        rate = factor * forward * rows / each / 1e12
+        share = f"{100 * rate / args.peak_tflops:.0f} %" if args.peak_tflops else "–"  # noqa: RUF001
+        console.print(f"| {role} | {each:.4f} | {rate:.2f} | {share} |", soft_wrap=True)
+    if args.device == "cuda":
+        console.print(
+            f"peak memory of the denoiser with all adapters: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+        )
+
+
+if __name__ == "__main__":
+    main()
