@@ -28,8 +28,8 @@ DEPTHS, SEEN, SHOWN = ("*", "*/*", "*/*/*", "*/*/*/*"), 2000, 12
 """How far a folder is searched for what a message lists, and how much of it is listed."""
 # Its HTTP library's root error, which is no OSError; which library that is depends on the version.
 HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
-COMMITS: dict[tuple[str, str | None], str] = {}
-"""(repository, revision) -> the commit it stood for first: one process reads all parts from one commit."""
+CHECKED_OUT: dict[tuple[str, str | None], Path] = {}
+"""(repository, revision) -> the cache's folder of the commit it stood for first: a process reads all parts of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +62,12 @@ class Source:
         """Names of all files below the top folder, with ``/``, as far as they can be listed."""
         place = Path(self.place)
         if not place.is_dir():
+            place = CHECKED_OUT[self.place, self.revision]
             try:
-                return sorted(HfApi().list_repo_files(self.place, revision=COMMITS[self.place, self.revision]))
-            except (HTTP_ERROR, OSError):  # it was served from the cache
-                return []
+                told = HfApi().model_info(self.place, revision=place.name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+                return sorted(sibling.rfilename for sibling in told.siblings or ())
+            except (HTTP_ERROR, OSError):  # then what is in the cache
+                pass
         found = (path for depth in DEPTHS for path in place.glob(depth) if path.is_file())
         return sorted(path.relative_to(place).as_posix() for path in islice(found, SEEN))
 
@@ -92,11 +94,12 @@ class Source:
         """The repository's folder in the cache."""
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would hide the one line that counts
         key = (self.place, self.revision)
+        known = CHECKED_OUT.get(key)
         try:
             folder = Path(
                 snapshot_download(
                     self.place,
-                    revision=COMMITS.get(key, self.revision),
+                    revision=known.name if known else self.revision,
                     allow_patterns=patterns,
                     ignore_patterns=list(VARIANTS),
                     tqdm_class=None if any("*" in pattern for pattern in patterns) else _Silent,
@@ -105,8 +108,7 @@ class Source:
         except (HTTP_ERROR, OSError, ValueError) as error:
             why = self._explain(error, patterns[0] if patterns else "it")
             raise ModelError(f"{self.what} is no folder here, and {why}") from error
-        COMMITS.setdefault(key, folder.name)
-        return folder
+        return CHECKED_OUT.setdefault(key, folder)
 
     def _explain(self, error: Exception, wanted: str) -> str:
         page = f"https://huggingface.co/{self.place}"

@@ -15,7 +15,7 @@ from opd_ray.config import ModelConfig, TeacherConfig
 from opd_ray.errors import ModelError
 from opd_ray.evaluation.models import find_model
 from opd_ray.models import load_family, read_shift
-from opd_ray.models.download import COMMITS
+from opd_ray.models.download import CHECKED_OUT
 from opd_ray.models.lora import read_lora
 from tests.models.fake_hub import fake_hub
 
@@ -38,9 +38,9 @@ def hub(tiny, tiny_teachers, tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.chdir(tmp_path)
-        COMMITS.clear()
+        CHECKED_OUT.clear()
         yield hub
-        COMMITS.clear()
+        CHECKED_OUT.clear()
 
 
 def refused(call, *args, **options) -> str:
@@ -69,7 +69,7 @@ def test_a_model_of_the_hub_is_the_model_of_its_folder(hub, tiny, full, batch):
     sent = hub.downloads()
     assert set(sent.values()) == {1} and not any("fp16" in file for file in sent)
     hub.requests.clear()
-    COMMITS.clear()  # as another process
+    CHECKED_OUT.clear()  # as another process
     load_family(model(), text=False, image=True)
     assert not hub.downloads()
 
@@ -139,7 +139,7 @@ def test_a_missing_model_or_revision_is_told_apart(hub):
 def test_offline_is_said_at_once_and_the_cache_serves(hub, monkeypatch):
     read_shift(model())
     hub.requests.clear()
-    COMMITS.clear()
+    CHECKED_OUT.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     start = time.perf_counter()
     assert read_shift(model()) == 3.0
@@ -158,12 +158,13 @@ def test_offline_is_said_at_once_and_the_cache_serves(hub, monkeypatch):
 @pytest.mark.parametrize("status", [None, 503, 403])
 def test_no_network_is_one_line_and_the_cache_serves(hub, monkeypatch, status):
     read_shift(model())
-    COMMITS.clear()
+    CHECKED_OUT.clear()
     hub.status = status
     if status is None:
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     start = time.perf_counter()
     assert read_shift(model()) == 3.0
+    assert refused(read_shift, model(subfolder="v2")).endswith("give one of these subfolders: none (the top folder)")
     message = refused(read_shift, model("team/new"))
     if status == 403:
         assert "the hub refuses this token (403): accept the licence at https://huggingface.co/team/new" in message
