@@ -20,6 +20,7 @@ from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, RecordedSource, RolloutSource
 from opd_ray.metrics import MetricsLog, check_logging, mirrors
 from opd_ray.models.base import check_adapters, sigmas_of
+from opd_ray.models.checkpoint import check_complete
 from opd_ray.models.teachers import check_checkpoint, teacher_model
 from opd_ray.planning import check_memory
 from opd_ray.prompts import PromptStream, read_prompts
@@ -103,10 +104,12 @@ def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
     check_rewards(config.rewards, config.evaluation.rewards if scoring else {}, tuple(held_out) if scoring else ())
     algorithm.check(sigmas_of(config.model, config.sampling.steps))
     check_memory(config)
+    check_complete(config.model)
     check_adapters(config.model, config.student.lora, config.teachers)
     for name, teacher in config.teachers.items():
         if teacher.model is not None:
             check_checkpoint(name, config.model, teacher_model(config.model, teacher))
+            check_complete(teacher_model(config.model, teacher))
     return train, held_out
 
 

@@ -15,6 +15,7 @@ from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, Round
 from opd_ray.learners import UpdateReport
 from opd_ray.metrics import MetricsLog
+from opd_ray.report.card import write_card
 from opd_ray.report.html import write_report
 from opd_ray.report.live import Live
 from opd_ray.runtime.dispatch import Dispatcher
@@ -175,6 +176,7 @@ class Run:
             result |= self.evaluation.final(self.learner.average())
             self._book()
         write_json_atomic(self.folder / "result.json", result)
+        write_card(self.folder)
         self.status("done")
         write_report(self.folder)
         return result

@@ -50,8 +50,8 @@ class SampleRequest:
 
     model: Literal["base", "student"] | str
     """`base`, `student`, or the name of a teacher."""
-    lora: tuple[str, str | None, str | None] | None
-    """Path, revision and subfolder of the teacher's LoRA."""
+    lora: tuple[str, str | None, str | None, float | None] | None
+    """Path, revision, subfolder and given alpha of the teacher's LoRA."""
     guidance: float
     steps: int
     seed: int
@@ -212,8 +212,8 @@ class RolloutActor:
             return self.policy.adapter
         name = f"teacher-{request.model}"
         if request.lora is not None and name not in self.family.adapters:
-            path, revision, subfolder = request.lora
-            self.family.load_lora(name, path, revision=revision, subfolder=subfolder)
+            path, revision, subfolder, alpha = request.lora
+            self.family.load_lora(name, path, revision=revision, subfolder=subfolder, alpha=alpha)
         return name
 
     def _noise(self, seeds: Sequence[int]) -> Tensor:

@@ -41,7 +41,9 @@ class TeacherActor:
             family = self.families[name] = base(teacher)
             info = None
             if teacher.lora is not None:
-                info = family.load_lora(name, teacher.lora, revision=teacher.revision, subfolder=teacher.subfolder)
+                info = family.load_lora(
+                    name, teacher.lora, revision=teacher.revision, subfolder=teacher.subfolder, alpha=teacher.alpha
+                )
             self.facts[name] = TeacherFacts(
                 path=info.path if info else family.model.path,
                 sha256=info.sha256 if info else digest(dict(family.network.named_parameters())),

@@ -173,6 +173,8 @@ class TeacherConfig(Frozen):
     """Instead of a LoRA: a full checkpoint with the student's latent space and schedule (folder or hub id)."""
     revision: str | None = None
     subfolder: str | None = None
+    alpha: float | None = Field(None, gt=0)
+    """Of a LoRA whose file does not say it."""
     guidance: float = Field(4.5, ge=0)
     tasks: tuple[str, ...] = ()
     """The tasks it teaches; its own name when empty."""

@@ -30,7 +30,7 @@ class Contestant:
     label: str
     model: str
     guidance: float
-    lora: tuple[str, str | None, str | None] | None = None
+    lora: tuple[str, str | None, str | None, float | None] | None = None
     checkpoint: ModelConfig | None = None
 
 
@@ -42,7 +42,7 @@ def contestants(config: Config) -> list[Contestant]:
             f"teacher:{name}",
             name,
             teacher.guidance,
-            (teacher.lora, teacher.revision, teacher.subfolder) if teacher.lora else None,
+            (teacher.lora, teacher.revision, teacher.subfolder, teacher.alpha) if teacher.lora else None,
             None if teacher.lora else teacher_model(config.model, teacher),
         )
         for name, teacher in config.teachers.items()

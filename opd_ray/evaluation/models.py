@@ -6,6 +6,7 @@ from pathlib import Path
 from opd_ray.config import ModelConfig
 from opd_ray.errors import RunFolderError
 from opd_ray.models.base import Family, check_lora, load_family, read_shift, resolve
+from opd_ray.models.checkpoint import check_complete
 from opd_ray.recipes import load, read
 
 __all__ = ["Found", "find_model"]
@@ -46,6 +47,7 @@ def find_model(name: str) -> Found:
     if found.lora is not None:
         check_lora(found.model, found.lora)
     read_shift(found.model)
+    check_complete(found.model)
     return found
 
 

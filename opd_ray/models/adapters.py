@@ -90,6 +90,7 @@ class Adapters:
         *,
         revision: str | None = None,
         subfolder: str | None = None,
+        alpha: float | None = None,
     ) -> LoraInfo:
         """Add a frozen adapter from a file, and prove that all of it is bound.
 
@@ -98,12 +99,13 @@ class Adapters:
             path: a file, folder or hub id in diffusers' or PEFT's layout, or ``world/<name>``.
             revision: of a hub repository.
             subfolder: of the folder or repository.
+            alpha: where the file does not say its own.
 
         Raises:
             ModelError: the name is taken, or the file is missing, says no alpha, changes nothing,
                 or does not fit this network to the last tensor. Nothing is left behind.
         """
-        file = read_lora(name, path, revision=revision, subfolder=subfolder)
+        file = read_lora(name, path, revision=revision, subfolder=subfolder, alpha=alpha)
         check_fits(file, self.network)
         config = {**file.config, "target_modules": file.modules}
         with refusing(str(file)), self._new_slot(name) as slot:

@@ -276,7 +276,9 @@ def check_adapters(model: ModelConfig, student: LoraConfig, teachers: Mapping[st
     for name, teacher in teachers.items():
         if teacher.lora is None:
             continue
-        file = read_lora(name, teacher.lora, revision=teacher.revision, subfolder=teacher.subfolder)
+        file = read_lora(
+            name, teacher.lora, revision=teacher.revision, subfolder=teacher.subfolder, alpha=teacher.alpha
+        )
         check_fits(file, network)
     Adapters(network).add_lora("student", student, 0)
 

@@ -1,24 +1,27 @@
 """Finding and loading the parts of a diffusers checkpoint, from a folder or a hub."""
 
 import json
-import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from opd_ray.config import ModelConfig
 from opd_ray.errors import ModelError
+from opd_ray.models.download import Source
 
-__all__ = ["load_component", "read_config", "refusing", "require_hub_id", "resolve"]
+__all__ = ["check_complete", "fetch_part", "load_component", "read_config", "refusing", "resolve"]
 
-LONGEST_CAUSE = 300
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+LONGEST_CAUSE = 500
+WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+"""The two names that transformers and diffusers give to what they load, whole or with an index of its shards."""
+WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "Extractor")
+FILES = ("safetensors", "json", "txt", "model")
+"""Endings of what a part may need; anything else of it is not downloaded."""
 
 
 def resolve(path: str) -> str:
@@ -44,15 +47,9 @@ def refusing(what: str) -> Iterator[None]:
         raise ModelError(f"{what}: {cause[:LONGEST_CAUSE]}") from error
 
 
-def require_hub_id(path: str, what: str) -> None:
-    """Refuse what is neither a folder here nor a name that a hub could have.
-
-    Raises:
-        ModelError: names it, before anything is asked of a network.
-    """
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would hide the one line that counts
-    if not HUB_ID.fullmatch(path):
-        raise ModelError(f"{what}: there is no such file or folder, and it is no hub id (owner/name)")
+def source_of(model: ModelConfig) -> Source:
+    """Where a model's files are."""
+    return Source(f"model {model.path!r}", resolve(model.path), model.revision, model.subfolder)
 
 
 def read_config(model: ModelConfig, file: str) -> dict[str, Any]:
@@ -61,29 +58,76 @@ def read_config(model: ModelConfig, file: str) -> dict[str, Any]:
     Raises:
         ModelError: neither a folder nor a hub repository that has the file.
     """
-    place = resolve(model.path)
-    local, what = Path(place).is_dir(), f"model {model.path!r}"
-    if not local:
-        require_hub_id(place, what)
-    with refusing(f"{what} has no readable {file}" if local else f"{what} is no folder, nor on the hub with {file}"):
-        if local:
-            found = Path(place, model.subfolder or "", file)
-        else:
-            from huggingface_hub import hf_hub_download
-
-            found = Path(hf_hub_download(place, file, subfolder=model.subfolder, revision=model.revision))
+    source = source_of(model)
+    with refusing(f"model {model.path!r} has no readable {file}"):
+        found = source.fetch(file) / file
+        if not found.is_file():
+            raise FileNotFoundError(source.lacking(file))
         content = json.loads(found.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"expected a mapping, found {type(content).__name__}")
         return content
 
 
+def fetch_part(model: ModelConfig, name: str) -> Path:
+    """The folder of one part of the checkpoint, downloaded where the model is on a hub.
+
+    Raises:
+        ModelError: neither a folder nor a hub repository that can be read.
+    """
+    return source_of(model).fetch(*(f"{name}/*.{kind}" for kind in FILES)) / name
+
+
+def check_complete(model: ModelConfig) -> None:
+    """Whether every part of a checkpoint that lies here has all of its weights, by their headers alone.
+
+    Raises:
+        ModelError: names the part and the file that is missing or cut short.
+    """
+    place = Path(resolve(model.path), model.subfolder or "")
+    if not place.is_dir():
+        return  # of a hub: downloaded by whoever loads it
+    for name, kind in read_config(model, "model_index.json").items():
+        match kind:
+            case [str(), str(made)] if not made.endswith(WEIGHTLESS):
+                with refusing(f"model {model.path!r}: its {name} is not whole"):
+                    _require_complete(place / name)
+
+
+def _require_complete(part: Path) -> None:
+    """What a download that broke off leaves behind, by the file's name."""
+    if not (part / "config.json").is_file():
+        raise FileNotFoundError(f"{part / 'config.json'} is missing")
+    files = [part / name for name in WEIGHTS if (part / name).is_file()]
+    for index in () if files else [part / f"{name}.index.json" for name in WEIGHTS]:
+        if index.is_file():
+            try:
+                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (KeyError, ValueError, TypeError, AttributeError):
+                raise ValueError(f"{index} has no weight_map: download it again") from None
+            files = [part / shard for shard in sorted(shards)]
+    if not files:
+        others = ", ".join(sorted(file.name for file in part.glob("*.bin")))
+        pickled = f"; {others} may hold code and is not loaded: save with safe_serialization=True" if others else ""
+        raise FileNotFoundError(f"{part} has config.json but neither {' nor '.join(WEIGHTS)}{pickled}")
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing, one of {len(files)} shards: download the rest")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is cut short, or a Git LFS pointer ({error}): download or copy it again"
+            ) from error
+
+
 @contextmanager
-def _quiet(local: bool) -> Iterator[None]:
-    """No progress bars where nothing is downloaded: reading a file is too quick for them."""
+def _quiet() -> Iterator[None]:
+    """No progress bars: reading a file is too quick for them."""
     from transformers.utils import logging
 
-    if not local or not logging.is_progress_bar_enabled():
+    if not logging.is_progress_bar_enabled():
         yield
         return
     logging.disable_progress_bar()
@@ -107,18 +151,14 @@ def load_component(
         options: further arguments of ``from_pretrained``.
 
     Raises:
-        ModelError: it is missing, gated, not safetensors, or leaves a weight of ``kind`` unset.
+        ModelError: it is missing, gated, cut short, not safetensors, or leaves a weight of ``kind`` unset.
     """
     what = f"model {model.path!r}: its {name} cannot be loaded as {kind.__name__}"
-    with refusing(what), _quiet(Path(resolve(model.path)).is_dir()):
+    with refusing(what), _quiet():
+        part = fetch_part(model, name)
+        _require_complete(part)
         component, info = kind.from_pretrained(
-            resolve(model.path),
-            subfolder="/".join(filter(None, (model.subfolder, name))),
-            revision=model.revision,
-            use_safetensors=True,
-            output_loading_info=True,
-            dtype=dtype,
-            **options,
+            part, use_safetensors=True, output_loading_info=True, dtype=dtype, **options
         )
     unset = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if unset:

@@ -7,10 +7,11 @@ adapter_config.json). Inside, a tensor goes by its canonical name, ``<module>.lo
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import safe_open
@@ -18,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from opd_ray.errors import ModelError
-from opd_ray.models.checkpoint import refusing, require_hub_id, resolve
+from opd_ray.models.checkpoint import refusing, resolve
+from opd_ray.models.download import Source
 
 __all__ = ["LoraFile", "LoraInfo", "check_fits", "read_lora", "write_lora"]
 
@@ -27,6 +29,8 @@ PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX, PEFT_PREFIX = "transformer.", "base_model.model."
 HEADER = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
 A, B, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
+TEXT_ENCODER = re.compile(rf"({re.escape(PEFT_PREFIX)})?(text_encoder(_\d)?|text_model)\.")
+KOHYA = re.compile(r"^lora_|\.lora_(down|up)\.")
 # What scales an adapter, and nothing else: others of PEFT's keys run code on the base weights.
 SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
@@ -78,31 +82,30 @@ def find(name: str, path: str, revision: str | None, subfolder: str | None) -> P
     place = Path(resolve(path))
     if place.is_file():
         return place
-    if not place.is_dir():
-        from huggingface_hub import snapshot_download
-
-        require_hub_id(path, f"LoRA {name!r}: {path!r}")
-        files = [WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG]
-        inside = f"{subfolder}/" if subfolder else ""
-        with refusing(f"LoRA {name!r}: {path!r} is no file, no folder and cannot be downloaded"):
-            place = Path(snapshot_download(path, revision=revision, allow_patterns=[inside + file for file in files]))
-    folder = place / (subfolder or "")
+    what = f"LoRA {name!r}"
+    source = Source(f"{what}: {path!r}", str(place), revision, subfolder)
+    folder = source.fetch(WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG)
     for candidate in (folder / WEIGHTS, folder / PEFT_WEIGHTS):
         if candidate.is_file():
             return candidate
-    others = sorted(folder.glob("*.safetensors"))
+    top = PurePosixPath(subfolder or "")
+    files = [PurePosixPath(file) for file in source.files()]
+    others = [file.name for file in files if file.parent == top and file.suffix == ".safetensors"]
     if len(others) == 1:
-        return others[0]
-    seen = ", ".join(other.name for other in others) or "no .safetensors file"
-    raise ModelError(f"LoRA {name!r}: {folder} has no {WEIGHTS} but {seen}; give the path of the file")
+        return source.fetch(others[0]) / others[0]
+    if others:
+        raise ModelError(f"{what}: {folder} has no {WEIGHTS} but {', '.join(others)}; give the path of the file")
+    raise ModelError(f"{what} ({path}): {source.lacking('*.safetensors')}")
 
 
-def read_lora(name: str, path: str, *, revision: str | None = None, subfolder: str | None = None) -> LoraFile:
-    """Read a LoRA without a network.
+def read_lora(
+    name: str, path: str, *, revision: str | None = None, subfolder: str | None = None, alpha: float | None = None
+) -> LoraFile:
+    """Read a LoRA without a network. ``alpha`` is for a file that does not say its own.
 
     Raises:
         ModelError: no such file, not safetensors, no tensor of a LoRA in it, a delta that is zero
-            everywhere, or a strength (alpha) that is written nowhere.
+            everywhere, or a strength (alpha) that is written nowhere, or otherwise than given.
     """
     file = find(name, path, revision, subfolder)
     what = f"LoRA {name!r} ({file})"
@@ -112,21 +115,43 @@ def read_lora(name: str, path: str, *, revision: str | None = None, subfolder: s
             header = content.metadata() or {}
         with file.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        _require_known(what, tensors)
         is_peft = any(key.startswith(PEFT_PREFIX) for key in tensors)
-        if is_peft:
-            written = json.loads((file.parent / PEFT_CONFIG).read_text(encoding="utf-8"))
-        else:
-            packed = json.loads(header.get(HEADER) or "{}")
-            written = {key.removeprefix(PREFIX): value for key, value in packed.items()}
+        if is_peft and not (file.parent / PEFT_CONFIG).is_file():
+            raise ModelError(
+                f"{what} is of a PEFT folder, whose {PEFT_CONFIG} is not beside it: its alpha is written there. "
+                "Give the folder that save_pretrained wrote"
+            )
+        told = (file.parent / PEFT_CONFIG).read_text(encoding="utf-8") if is_peft else header.get(HEADER)
+        packed = json.loads(told or "{}")
+        if not isinstance(packed, dict):
+            raise ValueError(f"{PEFT_CONFIG if is_peft else HEADER} holds a {type(packed).__name__}, not a mapping")
+        written = {key.removeprefix(PREFIX): value for key, value in packed.items()}
     prefix = PEFT_PREFIX if is_peft else PREFIX
     tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     alphas = {key: tensors.pop(key) for key in list(tensors) if key.endswith(ALPHA)}
-    config = _scaling(what, written, tensors, alphas)
+    config = _scaling(what, written, tensors, alphas, alpha)
     _require_pairs(what, tensors)
     found = LoraFile(name, file, sha256, tensors, config)
     if not any(_changes(found, module) for module in found.modules):
         raise ModelError(f"{what} changes nothing: alpha, lora_A or lora_B are zero everywhere")
     return found
+
+
+def _require_known(what: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse, by what they are, the layouts that are known and not read."""
+    text = sorted(key for key in tensors if TEXT_ENCODER.match(key))
+    if text:
+        raise ModelError(
+            f"{what} also adapts text encoders, which are frozen here: {len(text)} of {len(tensors)} tensors, the "
+            f"first is {text[0]!r}. Save the transformer's alone (save_lora_weights(transformer_lora_layers=...))"
+        )
+    kohya = sorted(key for key in tensors if KOHYA.search(key))
+    if kohya:
+        raise ModelError(
+            f"{what} is in kohya's layout ({kohya[0]!r}), which is not read: convert it to diffusers' "
+            f"({PREFIX}<module>{A} and {B.removeprefix('.')}, <module>{ALPHA}) or PEFT's"
+        )
 
 
 def _changes(file: LoraFile, module: str) -> bool:
@@ -162,22 +187,27 @@ def _scaling(
     written: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     alphas: Mapping[str, Tensor],
+    given: float | None,
 ) -> dict[str, Any]:
     """How PEFT has to scale the tensors, by the file's own word.
 
     A file that does not say is refused: diffusers would take alpha = rank, at whatever strength
     that happens to be.
     """
-    if "r" in written and "lora_alpha" in written:
+    if written.get("r") is not None and written.get("lora_alpha") is not None:
+        if given not in {None, written["lora_alpha"]}:
+            raise ModelError(f"{what} says alpha {written['lora_alpha']:g} itself; leave out the alpha {given:g}")
         return {key: written[key] for key in SCALING if written.get(key) is not None}
     ranks = {key.removesuffix(A): len(tensors[key]) for key in tensors if key.endswith(A)}
     values = {key.removesuffix(ALPHA): float(value) for key, value in alphas.items()}
     silent = sorted(ranks.keys() - values.keys())
-    if silent:
+    if given is not None:
+        values |= dict.fromkeys(silent, given)
+    elif silent:
         raise ModelError(
             f"{what} does not say its alpha, so its strength is unknown: {silent[0]} has none. "
             f"Save it again with its adapter metadata (save_lora_weights(..., "
-            f"transformer_lora_adapter_metadata=config.to_dict()))"
+            f"transformer_lora_adapter_metadata=config.to_dict())), or give the teacher's alpha"
         )
     return {
         "r": Counter(ranks.values()).most_common(1)[0][0] if ranks else 0,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from opd_ray.config import ModelConfig
 from opd_ray.errors import ModelError
 from opd_ray.models.base import Family, Shape
-from opd_ray.models.checkpoint import load_component, read_config, refusing, resolve
+from opd_ray.models.checkpoint import fetch_part, load_component, read_config, refusing
 from opd_ray.types import Conditioning
 
 __all__ = ["SD3"]
@@ -224,9 +224,5 @@ def _text_pipeline(
             continue  # published without T5
         parts[encoder] = load_component(encoder_kind, model, encoder, device, dtype)
         with refusing(f"model {model.path!r}: its {tokenizer} cannot be loaded"):
-            parts[tokenizer] = tokenizer_kind.from_pretrained(
-                resolve(model.path),
-                subfolder="/".join(filter(None, (model.subfolder, tokenizer))),
-                revision=model.revision,
-            )
+            parts[tokenizer] = tokenizer_kind.from_pretrained(fetch_part(model, tokenizer))
     return StableDiffusion3Pipeline(transformer=network, scheduler=None, vae=None, **parts)

@@ -115,7 +115,7 @@ def test_pictures_of_all_models_begin_at_the_same_noise(tiny, actor, whole, tmp_
     paths = write_loras(tiny, tmp_path, ["one"])
     one = actor()
     drawn = {}
-    for name, lora in [("base", None), ("student", None), ("one", (paths["one"], None, None))]:
+    for name, lora in [("base", None), ("student", None), ("one", (paths["one"], None, None, None))]:
         starts = []
         predict = whole.predict
         whole.predict = lambda x, *rest, starts=starts, predict=predict: (starts.append(x), predict(x, *rest))[1]

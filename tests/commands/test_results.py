@@ -105,6 +105,9 @@ def test_the_folder_says_what_it_is(finished, result):
     assert {"torch", "ray", "diffusers"} <= run["versions"].keys()
     assert yaml.safe_load((folder / "config.yaml").read_text())["rounds"] == 2
     assert (folder / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    card = (folder / "lora" / "README.md").read_text()
+    assert all(one["sha256"] in card for one in run["teachers"].values())
+    assert "trained: 2 rounds" in card and "| student |" in card and "| **gap closed** |" in card
 
 
 def test_pictures_are_of_the_same_prompts_and_shown(finished, cli, tmp_path):

@@ -97,33 +97,39 @@ def test_a_file_may_have_any_name_and_any_dtype(family, saved, expected, answer)
         assert torch.allclose(answer(family), expected, atol=1e-2)
 
 
-def test_ranks_and_alphas_of_single_modules_are_honoured(tiny, tmp_path, family, batch, answer):
-    transformer = SD3Transformer2DModel.from_pretrained(tiny / "transformer")
+@pytest.mark.parametrize("rslora", [False, True])
+def test_every_layout_has_the_strength_that_stock_peft_gives_it(tiny, tmp_path, family, batch, answer, rslora):
+    """Ranks and alphas of single modules, and rsLoRA's alpha / sqrt(rank)."""
     config = peft.LoraConfig(
         r=4,
         lora_alpha=16,
         target_modules=["attn.to_q", "attn.to_k"],
         rank_pattern={"transformer_blocks.0.attn.to_q": 2},
-        alpha_pattern={"transformer_blocks.0.attn.to_q": 30},
+        alpha_pattern={"transformer_blocks.0.attn.to_q": 30, "attn.to_k": 7},
         init_lora_weights=False,
+        use_rslora=rslora,
     )
     torch.manual_seed(0)
-    transformer.add_adapter(config)
-    theirs = raw(transformer, batch)
-    layers = peft.get_peft_model_state_dict(transformer, adapter_name="default")
+    model = peft.get_peft_model(SD3Transformer2DModel.from_pretrained(tiny / "transformer"), config)
+    theirs = raw(model, batch)
+    model.save_pretrained(tmp_path / "peft")
     StableDiffusion3Pipeline.save_lora_weights(
-        tmp_path,
-        transformer_lora_layers=layers,
-        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+        tmp_path / "diffusers",
+        transformer_lora_layers=peft.get_peft_model_state_dict(model.get_base_model(), adapter_name="default"),
+        transformer_lora_adapter_metadata=config.to_dict(),
     )
-    info = family.load_lora("text", str(tmp_path))
-    assert (info.rank, info.alpha, info.tensors) == (4, 16, 12)
-    family.use("text")
-    assert torch.allclose(answer(family), theirs, atol=1e-5)
-    family.save_lora("text", tmp_path / "again")
-    family.load_lora("again", str(tmp_path / "again"))
-    family.use("again")
-    assert torch.allclose(answer(family), theirs, atol=1e-5)
+    for layout in ("peft", "diffusers"):
+        info = family.load_lora(layout, str(tmp_path / layout))
+        assert (info.rank, info.alpha, info.tensors) == (4, 16, 12)
+        family.use(layout)
+        assert torch.allclose(answer(family), theirs, atol=1e-5)
+        family.save_lora(layout, tmp_path / f"{layout} again")
+        for again in ("", "peft"):  # what we write of what we read
+            family.load_lora(f"{layout} {again}", str(tmp_path / f"{layout} again"), subfolder=again or None)
+            family.use(f"{layout} {again}")
+            assert torch.allclose(answer(family), theirs, atol=1e-5)
+    plain = SD3Transformer2DModel.from_pretrained(tiny / "transformer")
+    assert not torch.allclose(raw(plain, batch), theirs, atol=1e-2)
 
 
 def test_alpha_may_stand_beside_each_module(family, saved, trained, answer):
@@ -203,7 +209,12 @@ def test_a_missing_file_is_refused(family, tmp_path):
 
 
 def test_a_folder_without_one_clear_file_is_refused(family, tmp_path, saved):
-    assert "no .safetensors file" in refused(family, tmp_path)
+    assert "its top folder has no *.safetensors; give one of these subfolders: lora, lora/peft" in refused(
+        family, tmp_path
+    )
+    family.remove_adapter("other")
+    (tmp_path / "bare" / "inner").mkdir(parents=True)
+    assert "has no *.safetensors; its folders are none" in refused(family, tmp_path / "bare")
     family.remove_adapter("other")
     for name in ("a", "b"):
         save_file(load_file(saved / FILE), tmp_path / f"{name}.safetensors")
@@ -222,15 +233,46 @@ def test_names_that_would_not_bind_are_refused(family, saved):
     assert "unet.transformer" in message
 
 
-def test_a_lora_of_a_text_encoder_is_refused(family, saved):
+@pytest.mark.parametrize("prefix", ["text_encoder", "text_encoder_2", "base_model.model.text_model"])
+def test_a_lora_of_a_text_encoder_is_refused(family, saved, prefix):
     extra = {
-        "text_encoder.layers.0.q.lora_A.weight": torch.ones(4, 16),
-        "text_encoder.layers.0.q.lora_B.weight": torch.ones(16, 4),
+        f"{prefix}.layers.0.q.lora_A.weight": torch.ones(4, 16),
+        f"{prefix}.layers.0.q.lora_B.weight": torch.ones(16, 4),
     }
     rewrite(saved, lambda tensors: {**tensors, **extra})
+    assert (
+        f"also adapts text encoders, which are frozen here: 2 of 48 tensors, the first is '{prefix}.layers.0.q"
+    ) in refused(family, saved)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_unet_joint_blocks_0_x_block_attn_qkv",
+        "lora_te1_text_model_q",
+        "transformer.transformer_blocks.0.attn.to_q",
+    ],
+)
+def test_kohyas_layout_is_refused_by_its_name(family, saved, name):
+    extra = {f"{name}.lora_down.weight": torch.ones(4, 16), f"{name}.alpha": torch.tensor(4.0)}
+    rewrite(saved, lambda tensors: {**tensors, **extra})
     message = refused(family, saved)
-    assert "binds 46 of 48 tensors" in message
-    assert "text_encoder.layers.0.q" in message
+    assert f"is in kohya's layout ('{name}." in message and "convert it to diffusers'" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (None, "is of a PEFT folder, whose adapter_config.json is not beside it: its alpha is written there"),
+        ("{", "cannot be read: Expecting property name"),
+        ("[]", "cannot be read: adapter_config.json holds a list"),
+        ('{"r": 4, "lora_alpha": null}', "does not say its alpha"),
+    ],
+)
+def test_a_peft_folder_without_its_alpha_is_refused(family, saved, config, expected):
+    file = saved / "peft" / "adapter_config.json"
+    file.unlink() if config is None else file.write_text(config)
+    assert expected in refused(family, saved / "peft")
 
 
 @pytest.mark.parametrize("extra", [f"{Q}.lora_magnitude_vector", f"{Q}.lora_B.bias", "noise"])
@@ -304,6 +346,16 @@ def test_halves_that_cancel_are_refused(family, saved):
 
     rewrite(saved, cancel)
     assert "changes nothing" in refused(family, saved)
+
+
+def test_an_alpha_may_be_given_where_the_file_says_none(family, saved, expected, answer):
+    with pytest.raises(ModelError, match="says alpha 16 itself; leave out the alpha 8"):
+        family.load_lora("a", str(saved), alpha=8)
+    assert family.load_lora("told", str(saved), alpha=16).alpha == 16
+    rewrite(saved, dict, metadata={"format": "pt"})
+    assert family.load_lora("given", str(saved), alpha=16).alpha == 16
+    with family.adapter("given"):
+        assert torch.equal(answer(family), expected)
 
 
 def test_an_unknown_alpha_is_refused(family, saved):

@@ -1,0 +1,190 @@
+"""The model card beside a LoRA: what a hub shows of it, and what whoever loads it has to know.
+
+Names, tasks and paths are other people's text: each passes through ``_text`` on its way into Markdown,
+and through YAML's or Python's own quoting elsewhere. Folders of this machine go in by their last name
+alone: a card is made to be published.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opd_ray import __version__
+from opd_ray.report.run_folder import RunFolder, mapping, numbers
+from opd_ray.report.table import Results, Score
+from opd_ray.report.wording import MISSING, Write, count, model_title, percent, span
+
+__all__ = ["write_card"]
+
+TAGS = ["lora", "text-to-image", "diffusers", "opd-ray"]
+LICENSE = "# license: yours to choose, within those of the base and of the teachers"
+SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~&$:@])")
+"""What Markdown, tables, HTML or a hub's autolinks could take for their own."""
+
+
+def write_card(run_dir: Path) -> Path:
+    """Write ``run_dir/lora/README.md`` from the run's configuration, facts and result.
+
+    Raises:
+        RunFolderError: there is no such folder.
+    """
+    run = RunFolder.read(run_dir)
+    target = run_dir / "lora" / "README.md"
+    draft = target.with_name(".README.md.tmp")
+    draft.write_text(card(run), encoding="utf-8")
+    os.replace(draft, target)
+    return target
+
+
+def card(run: RunFolder) -> str:
+    """The whole card."""
+    parts = [
+        _front_matter(mapping(run.config.get("model"))),
+        f"# {_text(run.name)}",
+        f"A LoRA for text-to-image diffusion, {_made(run)} by opd-ray.",
+        "## Use",
+        _usage(run.config),
+        "## Teachers",
+        "\n".join(_teachers(run)) or "None: the run had no teachers.",
+        "## Scores",
+        _scores(run.result),
+        "## Settings",
+        "\n".join(f"- {name}: {value}" for name, value in _settings(run)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _made(run: RunFolder) -> str:
+    return "distilled on-policy from the teachers below" if run.config.get("teachers") else "trained"
+
+
+def _text(value: object) -> str:
+    """One line that Markdown shows as it is."""
+    return SPECIAL.sub(r"\\\1", " ".join(str(value).split()))
+
+
+def _public(path: object) -> str:
+    """A hub id or `world/<name>` as it is, and a folder of this machine by its last name."""
+    text = str(path or "")
+    return text if _published(text) else Path(text).name
+
+
+def _published(path: str) -> bool:
+    return not (Path(path).is_absolute() or path.startswith((".", "~")))
+
+
+def _front_matter(model: Mapping[str, Any]) -> str:
+    base = str(model.get("path", ""))
+    known = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": TAGS}
+    if base.partition("/")[0] != "world" and _published(base):
+        head = yaml.safe_dump({"base_model": base, "base_model_relation": "adapter"}, sort_keys=False)
+    else:
+        head = f"# base_model: the hub id of the base, which was {json.dumps(_public(base))} here\n"
+    return f"---\n{head}{yaml.safe_dump(known, sort_keys=False)}{LICENSE}\n---"
+
+
+def _usage(config: Mapping[str, Any]) -> str:
+    model, student = mapping(config.get("model")), mapping(config.get("student"))
+    base, options = str(model.get("path", "")), {}
+    if revision := model.get("revision"):
+        options["revision"] = revision
+    if base == "world":
+        start, source = "from opd_ray import world\n", "world.pipeline_path(), text_encoder_3=None, tokenizer_3=None"
+    else:
+        start, source = "", json.dumps(base if _published(base) else f"path/to/{_public(base)}")
+    call = {
+        "guidance_scale": student.get("guidance"),
+        "num_inference_steps": mapping(config.get("evaluation")).get("steps"),
+        "max_sequence_length": model.get("max_sequence_length"),
+    }
+    return (
+        f"```python\n{start}from diffusers import StableDiffusion3Pipeline\n\n"
+        f"pipe = StableDiffusion3Pipeline.from_pretrained({source}{_arguments(options)})\n"
+        'pipe.load_lora_weights("path/to/lora")  # this folder, or its hub id\n'
+        f'image = pipe("a prompt"{_arguments(call)}).images[0]\n```'
+    )
+
+
+def _arguments(options: Mapping[str, Any]) -> str:
+    return "".join(f", {name}={json.dumps(value)}" for name, value in options.items() if value is not None)
+
+
+def _teachers(run: RunFolder) -> Iterator[str]:
+    facts = mapping(run.facts.get("teachers"))
+    if not (teachers := mapping(run.config.get("teachers"))):
+        return
+    yield "| teacher | tasks | from | guidance | file sha256 |\n|---|---|---|---|---|"
+    for name, given in teachers.items():
+        teacher, fact = mapping(given), mapping(facts.get(name))
+        origin = _public(teacher.get("lora") or mapping(teacher.get("model")).get("path"))
+        where = [origin, *(str(teacher[key]) for key in ("subfolder", "revision") if teacher.get(key))]
+        tasks = ", ".join(map(str, teacher.get("tasks") or (name,)))
+        cells = (name, tasks, ", ".join(where), teacher.get("guidance", MISSING), fact.get("sha256", MISSING))
+        yield f"| {' | '.join(map(_text, cells))} |"
+
+
+def _scores(result: Mapping[str, Any]) -> str:
+    results = Results.read(result)
+    if not results.models:
+        return "The run was not evaluated."
+    lines = [
+        f"| | {' | '.join(map(_text, results.tasks))} |",
+        f"|---|{'---|' * len(results.tasks)}",
+    ]
+    for model in results.models:
+        cells = [_cell(results.scores.get((model, task)), results.write(task)) for task in results.tasks]
+        lines.append(f"| {_text(model_title(model))} | {' | '.join(cells)} |")
+    if results.gap_closed:
+        cells = [_cell(results.gap_closed.get(task), percent) for task in results.tasks]
+        lines.append(f"| **gap closed** | {' | '.join(cells)} |")
+    how = mapping(result.get("evaluation"))
+    images, steps, seed = (how.get(key) for key in ("images_per_task", "steps", "seed"))
+    drawn = f", from {images} images a task in {steps} steps with seed {seed}" if images is not None else ""
+    guidance = ", ".join(f"{_text(model_title(m))} {g:g}" for m, g in numbers(how.get("guidance")).items())
+    told = f" Guidance: {guidance}." if guidance else ""
+    return "\n".join(lines) + f"\n\nMeans on held-out prompts with their intervals{drawn}.{told}"
+
+
+def _cell(score: Score | None, write: Write) -> str:
+    if score is None:
+        return MISSING
+    interval = span(score.low, score.high, write)
+    return write(score.value) + (f" ({interval})" if interval else "")
+
+
+def _settings(run: RunFolder) -> Iterator[tuple[str, str]]:
+    config, result = run.config, run.result
+    model, algorithm = mapping(config.get("model")), mapping(config.get("algorithm"))
+    student, batch = mapping(config.get("student")), mapping(config.get("batch"))
+    lora = mapping(student.get("lora"))
+    at = [f"{key} {model[key]}" for key in ("revision", "subfolder") if model.get(key)]
+    yield "base", _text(", ".join([_public(model.get("path")), *at]))
+    yield "trained", count(int(numbers(result).get("rounds", 0)), "round")
+    yield "weights", _weights(mapping(config.get("ema")), result)
+    told: dict[str, Mapping[str, Any]] = {
+        "LoRA": {key: lora.get(key) for key in ("rank", "alpha")},
+        "student": {"guidance": student.get("guidance"), "steps": mapping(config.get("sampling")).get("steps")},
+        "algorithm": {key: x for key, x in algorithm.items() if isinstance(x, str | int | float)},
+        "batch": batch,
+        "optimizer": {key: mapping(config.get("optimizer")).get(key) for key in ("lr", "schedule", "weight_decay")},
+        "run": {"seed": config.get("seed"), "precision": config.get("precision")},
+        "versions": {"opd-ray": __version__, **mapping(run.facts.get("versions"))},
+    }
+    for name, values in told.items():
+        shown = [f"{key} {value}" for key, value in values.items() if value is not None]
+        if shown:
+            yield name, _text(", ".join(shown))
+
+
+def _weights(ema: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """Which weights the file holds; an average that was never taken is the last step's."""
+    raw, averaged = result.get("student_sha256"), result.get("ema_sha256")
+    if averaged is None or averaged == raw:
+        return f"raw, as of the last step (sha256 {_text(raw or 'unknown')})"
+    how = ", ".join(f"{key} {_text(ema[key])}" for key in ("decay", "every") if key in ema)
+    return f"averaged over steps ({how or 'EMA'}; sha256 {_text(averaged)})"
