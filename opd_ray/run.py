@@ -182,9 +182,7 @@ class Run:
             RunFolderError: a newer attempt has the folder.
         """
         if time.monotonic() > self.stop_by:
-            raise Stopped(
-                f"stopped within round {self.round + 1} of {self.rounds}; --resume goes on from the last checkpoint"
-            )
+            raise Stopped("stopped at once, since Ray waits no longer; --resume goes on from the last checkpoint")
         self.status()
 
     def status(self, status: str = "running") -> None:

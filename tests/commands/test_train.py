@@ -128,9 +128,8 @@ def test_a_job_of_ray_gives_its_round_up_shortly_before_it_would_be_killed(run, 
     in_round(monkeypatch, 3, act)
     done = run()
     assert done.code == 3
-    assert (
-        done.err.splitlines()[-1] == "stopped: stopped within round 4 of 4; --resume goes on from the last checkpoint"
-    )
+    said = "stopped at once, since Ray waits no longer; --resume goes on from the last checkpoint"
+    assert done.err.splitlines()[-1] == f"stopped: {said}" and told(tmp_path, "result.json")["why"] == said
     assert told(tmp_path, "status.json")["status"] == told(tmp_path, "result.json")["status"] == "stopped"
     monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
     again = run("--resume")
