@@ -227,7 +227,7 @@ def _wire(
         live=live,
         facts=facts,
     )
-    dispatcher.tick = run.status
+    dispatcher.tick = run.tick
     return run
 
 

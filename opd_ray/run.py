@@ -45,6 +45,8 @@ class Run:
     round: int = 0
     stopping: bool = False
     """Set by Ctrl-C or SIGTERM: finish this round, write a checkpoint, stop."""
+    stop_by: float = math.inf
+    """On the monotonic clock: when whoever asked to stop will not wait any longer."""
     totals: dict[str, dict[str, float]] = field(default_factory=lambda: {"seconds": {}, "forwards": {}})
     _seconds: dict[str, float] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
@@ -186,6 +188,17 @@ class Run:
         if newest_attempt(self.folder) == self.attempt:
             write_json_atomic(self.folder / "result.json", self.outcome(status) | {"why": why})
             self.status(status)
+
+    def tick(self) -> None:
+        """What is due once a second while workers are at work.
+
+        Raises:
+            Stopped: the round takes longer than whoever asked to stop will wait.
+            RunFolderError: a newer attempt has the folder.
+        """
+        if time.monotonic() > self.stop_by:
+            raise Stopped("stopped at once, since Ray waits no longer; --resume goes on from the last checkpoint")
+        self.status()
 
     def status(self, status: str = "running") -> None:
         """The heartbeat.

@@ -2,12 +2,14 @@
 
 import logging
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+from ray._private.ray_constants import get_runtime_env_default_excludes
+from ray._private.runtime_env.packaging import create_package, get_excludes_from_ignore_files
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -50,6 +52,18 @@ def test_ray_uploads_the_code_and_nothing_else(path: str, uploaded: bool) -> Non
     quiet = logging.getLogger("test")
     excludes = get_excludes_from_ignore_files(ROOT, include_gitignore=True, logger=quiet)
     assert any(exclude(ROOT / path) for exclude in excludes) is not uploaded
+
+
+def test_the_working_directory_of_a_job_is_small(tmp_path) -> None:
+    """As `ray job submit --working-dir .` packs it; Ray takes a few hundred MB at most."""
+    package = tmp_path / "package.zip"
+    quiet = logging.getLogger("test")
+    create_package(str(ROOT), package, True, excludes=get_runtime_env_default_excludes(), logger=quiet)
+    packed = zipfile.ZipFile(package).infolist()
+    assert package.stat().st_size < 50e6
+    assert {"opd_ray/build.py", "configs/demo.yaml"} <= {file.filename for file in packed}
+    assert sum(file.file_size for file in packed) < 50e6, "also unpacked"
+    assert not {file.filename.split("/")[0] for file in packed} & {"runs", ".venv", ".git", "tests"}
 
 
 def test_the_readme_shows_the_commands_that_work_from_a_clone() -> None:

@@ -1,7 +1,10 @@
 """``opd-ray train CONFIG``: run a recipe to its end, or on from its last checkpoint."""
 
+import math
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -13,7 +16,7 @@ import typer
 from opd_ray.commands.options import Json, Override, Runs, RunSeed, overrides
 from opd_ray.config import Config
 from opd_ray.console import console, errors
-from opd_ray.errors import Stopped
+from opd_ray.errors import RunFolderError, Stopped
 from opd_ray.recipes import load
 from opd_ray.startup import Startup
 
@@ -22,6 +25,13 @@ if TYPE_CHECKING:
     from opd_ray.run import Run
 
 __all__ = ["run_training", "train"]
+
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it in the driver of a job, and there alone."""
+RAY_COPY = "working_dir_files"
+"""The folder in which Ray unpacks a job's `--working-dir`."""
+ENDING_S = 2.5
+"""So long before Ray's SIGKILL a job gives up its round: signals are seen every half second, deadlines every second."""
 
 
 def train(
@@ -43,12 +53,18 @@ def train(
 def run_training(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
     """Build, train, finish.
 
-    Ctrl-C or SIGTERM ends the round, writes a checkpoint and stops; while no round is under way, or at the second one,
-    it stops at once.
+    Ctrl-C or SIGTERM ends the round, writes a checkpoint and stops; while no round is under way, at the second one, or
+    shortly before `ray job stop` kills what is left, it stops at once.
 
     Raises:
         Stopped: before the end; the run can be resumed.
+        RunFolderError: the run would not be found again.
     """
+    if RAY_COPY in folder.resolve().parts:
+        raise RunFolderError(
+            f"{folder} lies in Ray's own copy of your working directory, which Ray deletes when it likes; "
+            "give --out a folder that stays, for instance --out /shared/runs"
+        )
     startup = Startup()
     from opd_ray.build import build  # imports torch and diffusers, which `--help` does not need
     from opd_ray.report.live import Live
@@ -99,9 +115,18 @@ def _asking(run: "Run", live: "Live") -> Handler:
         if run.stopping:
             raise KeyboardInterrupt
         run.stopping = True
+        if number == signal.SIGTERM:
+            run.stop_by = time.monotonic() + _patience_s()
         live.note("stopping after this round, with a checkpoint; once more stops at once")
 
     return stop
+
+
+def _patience_s() -> float:
+    """How long the round may still take after SIGTERM."""
+    if JOB not in os.environ:
+        return math.inf
+    return float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3")) - ENDING_S
 
 
 @contextmanager

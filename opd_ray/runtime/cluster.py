@@ -1,7 +1,9 @@
 """Workers as plain Ray actors. Ray never restarts or retries anything here: the pool alone does."""
 
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -116,6 +118,17 @@ class RayBackend:
         self._actor = ray.remote(Process)
 
     def _connect(self, object_store_mb: int) -> None:
+        """Ray's init replaces the handler of SIGTERM; whoever set one, for instance to stop in order, gets it back."""
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            self._init(object_store_mb)
+        except SystemExit:  # Ray's handler, while it was in place
+            raise KeyboardInterrupt from None
+        finally:
+            if threading.current_thread() is threading.main_thread():  # nowhere else can it be set
+                signal.signal(signal.SIGTERM, handler)
+
+    def _init(self, object_store_mb: int) -> None:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False)
             return

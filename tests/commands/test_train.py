@@ -118,6 +118,35 @@ def test_the_second_signal_stops_at_once(run, whole, monkeypatch, tmp_path):
     assert same(again, whole) and f"going on after round 2 of {ROUNDS}" in again.err
 
 
+def test_a_job_of_ray_gives_its_round_up_shortly_before_it_would_be_killed(run, whole, monkeypatch, tmp_path):
+    def act():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.1)  # deadlines are seen once a second
+
+    for name, value in {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "RAY_JOB_STOP_WAIT_TIME_S": "3"}.items():
+        monkeypatch.setenv(name, value)
+    in_round(monkeypatch, 3, act)
+    done = run()
+    assert done.code == 3
+    said = "stopped at once, since Ray waits no longer; --resume goes on from the last checkpoint"
+    assert done.err.splitlines()[-1] == f"stopped: {said}" and told(tmp_path, "result.json")["why"] == said
+    assert told(tmp_path, "status.json")["status"] == told(tmp_path, "result.json")["status"] == "stopped"
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
+    again = run("--resume")
+    assert again.code == 3 and "stopped after the last of 4 rounds" in again.err
+    monkeypatch.undo()
+    assert same(run("--resume"), whole)
+
+
+def test_a_run_folder_in_rays_copy_of_the_working_directory_is_refused(cli, recipe, no_start, monkeypatch, tmp_path):
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    done = cli("train", recipe())
+    assert "runs/small lies in Ray's own copy" in done.error and "--out /shared/runs" in done.error
+    assert not list(copy.iterdir())
+
+
 def test_a_signal_in_the_last_round_leaves_the_evaluation_to_the_next_attempt(run, whole, monkeypatch, tmp_path):
     in_round(monkeypatch, ROUNDS - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     done = run()

@@ -3,8 +3,10 @@
 import os
 import pickle
 import signal
+import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import ray
@@ -32,6 +34,25 @@ def backend(ray_session):
     yield backend
     backend.close()
     assert ray.is_initialized(), "a Ray that was there before stays"
+
+
+def test_who_handled_sigterm_before_ray_handles_it_after(monkeypatch):
+    """Ray's own would end a driver with exit code 15 and no word."""
+
+    def init(*, asked, **options):
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        if asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ray, "init", partial(init, asked=False))
+    RayBackend(object_store_mb=100)
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.setattr(ray, "init", partial(init, asked=True))
+    with pytest.raises(KeyboardInterrupt):
+        RayBackend(object_store_mb=100)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.fixture(scope="module")
