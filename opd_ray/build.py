@@ -14,7 +14,7 @@ import yaml
 from opd_ray import roles, world
 from opd_ray.actors.recorded import recordings
 from opd_ray.algorithms import Algorithm, make_algorithm
-from opd_ray.config import Config, Placement, RolePlacement
+from opd_ray.config import ClusterConfig, Config, Placement, RolePlacement
 from opd_ray.errors import PlacementError, PromptError
 from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, RecordedSource, RolloutSource
@@ -103,6 +103,7 @@ def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
     scoring = config.evaluation.images_per_task > 0
     check_rewards(config.rewards, config.evaluation.rewards if scoring else {}, tuple(held_out) if scoring else ())
     algorithm.check(sigmas_of(config.model, config.sampling.steps))
+    check_cards(config.cluster)
     check_memory(config)
     check_complete(config.model)
     check_adapters(config.model, config.student.lora, config.teachers)
@@ -111,6 +112,18 @@ def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
             check_checkpoint(name, config.model, teacher_model(config.model, teacher))
             check_complete(teacher_model(config.model, teacher))
     return train, held_out
+
+
+def check_cards(cluster: ClusterConfig) -> None:
+    """Refuse a card for a role in this process where there is none; Ray says so of its nodes itself.
+
+    Raises:
+        PlacementError: a role asks for one.
+    """
+    placements = [cluster.rollout, cluster.learner, *cluster.teachers.values(), *cluster.rewards.values()]
+    wanted = any(placement.device == "cuda" for placement in placements)
+    if wanted and cluster.runtime == "local" and not torch.cuda.is_available():
+        raise PlacementError("a role asks for a gpu, and this process sees none; set resources.gpu to 0")
 
 
 def overlaps(train: Prompts, held_out: Prompts) -> Iterator[str]:
@@ -163,18 +176,10 @@ def anchored(config: Config) -> Config:
 def make_backend(config: Config) -> Backend:
     """Ray, or this process."""
     if config.cluster.runtime == "local":
-        if _wants_card(config) and not torch.cuda.is_available():
-            raise PlacementError("a role asks for a gpu, and this process sees none; set resources.gpu to 0")
         return LocalBackend()
     from opd_ray.runtime.cluster import RayBackend  # a local run does not import Ray
 
     return RayBackend(object_store_mb=config.cluster.object_store_mb)
-
-
-def _wants_card(config: Config) -> bool:
-    cluster = config.cluster
-    placements = [cluster.rollout, cluster.learner, *cluster.teachers.values(), *cluster.rewards.values()]
-    return any(placement.device == "cuda" for placement in placements)
 
 
 @dataclass(frozen=True, slots=True)

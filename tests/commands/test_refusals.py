@@ -72,6 +72,11 @@ def test_a_tool_that_is_not_installed(refused, monkeypatch):
         ("prompts.eval=world/nope/heldout", ["world has no prompts nope/heldout. Known: compose/train"]),
         ("teachers.a.lora=/no/lora", ["LoRA 'a': '/no/lora': there is no such file or folder"]),
         ("model.path=/no/model", ["model '/no/model': there is no such file or folder"]),
+        ("model.resolution=17", ["model.resolution 17 does not fit", "expected a multiple of 4 up to 48"]),
+        (
+            "cluster.rollout.resources={gpu: 1}",
+            ["a role asks for a gpu, and this process sees none; set"],
+        ),
         ("model.subfolder=inner", ["has no readable scheduler/scheduler_config.json"]),
     ],
 )
@@ -232,6 +237,13 @@ class TestFolders:
 
 class TestModels:
     """MODEL of `sample` and `evaluate`."""
+
+    def test_guidance_that_the_network_takes_as_an_input(self, refused, tiny, tmp_path):
+        shutil.copytree(tiny, tmp_path / "distilled")
+        file = tmp_path / "distilled" / "transformer" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"guidance_embeds": True}))
+        error = refused(model={"path": str(tmp_path / "distilled")})
+        assert "takes guidance as an input of its network" in error
 
     @pytest.mark.parametrize("verb", ["sample", "evaluate"])
     def test_what_is_no_model(self, cli, tmp_path, verb):

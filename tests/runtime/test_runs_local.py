@@ -1,6 +1,7 @@
 """Whole runs in this process: what is counted, and what a stop leaves."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -35,6 +36,21 @@ def test_one_base_for_all_roles_is_the_same_student(make_config, whole, tmp_path
     assert loads == [1]
     assert shared.result["student_sha256"] == whole.result["student_sha256"]
     assert [row["forwards"] for row in shared.rows] == [row["forwards"] for row in whole.rows]
+
+
+def test_a_step_that_overflows_publishes_the_same_weights_once_more(make_config, tmp_path, monkeypatch) -> None:
+    scaler, published = torch.amp.GradScaler, []
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(scaler, init_scale=2.0**100))
+
+    def watch(run, live) -> None:
+        publish = run.learner.publish
+        run.learner.publish = lambda: published.append(publish()) or published[-1]
+
+    done = go(make_config(rounds=2, precision="fp16"), tmp_path / "run", watch=watch)
+    assert [row["skipped_steps"] for row in done.rows] == [1, 1]
+    assert len({weights.sha256 for weights in published}) == 1
+    assert [str(weights.version) for weights in published] == ["0.0.0", "0.0.1", "0.0.2"]
+    assert len([note for note in done.notes if "the fp16 gradient overflowed" in note]) == 2
 
 
 def test_another_seed_is_another_student(make_config, whole, tmp_path) -> None:
