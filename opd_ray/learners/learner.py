@@ -250,7 +250,10 @@ class Learner:
         self.optimizer.state.clear()
         for key, value in moments.items():
             name, _, slot = key.rpartition(":")
-            self.optimizer.state[self.student[name]][slot] = value.clone()
+            parameter = self.student[name]  # a step count, 0-d, stays on the CPU
+            self.optimizer.state[parameter][slot] = (
+                value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
+            )
         self.updates = int(state.values["updates"])
         self.algorithm.load_state_dict(state.values["algorithm"])
         if state.values["scaler"]:

@@ -45,8 +45,13 @@ class LearnerGroup:
         if len(specs) > 1:
             meeting = _rendezvous(len(specs))
             weakref.finalize(self, Path(meeting[MEETING]).unlink, missing_ok=True)  # ranks that are killed leave it
+            # Ray shows a rank its own card alone, which is number 0 to it.
             specs = [
-                replace(spec, environment=meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                replace(
+                    spec,
+                    environment=meeting
+                    | {"RANK": str(rank), "LOCAL_RANK": "0" if spec.resources.get("gpu") else str(rank)},
+                )
                 for rank, spec in enumerate(specs)
             ]
         self.ranks: list[Handle] = dispatcher.backend.start_group(specs, start_timeout_s)
