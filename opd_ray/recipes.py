@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
-from opd_ray.config import ClusterConfig, Config, parse
+from opd_ray.config import ClusterConfig, Config, Precision, PrecisionConfig, parse
 from opd_ray.errors import ConfigError
 
 __all__ = ["find", "load", "read", "recipes", "schema"]
@@ -110,5 +110,10 @@ def schema() -> dict[str, Any]:
         "anyOf": [{"$ref": f"#/$defs/{ClusterConfig.__name__}"}, {"type": "string"}],
         "default": "local",
         "description": f"{ClusterConfig.__doc__} Or the name or path of a file that says it.",
+    }
+    found["properties"]["precision"] = {
+        "anyOf": [{"enum": list(get_args(Precision))}, {"$ref": f"#/$defs/{PrecisionConfig.__name__}"}],
+        "default": "auto",
+        "description": f"{PrecisionConfig.__doc__} One word for all roles, or a section.",
     }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | found

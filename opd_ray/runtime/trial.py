@@ -27,11 +27,12 @@ def try_ray(object_store_mb: int, timeout_s: float = 120) -> str:
         PlacementError: there is no room for one worker.
         WorkerLostError: Ray did not start, or the worker did not answer.
     """
-    start = time.monotonic()
+    start, before = time.monotonic(), ray.is_initialized()
     try:
         backend = RayBackend(object_store_mb=object_store_mb)
     except (RuntimeError, OSError, ValueError) as error:
-        ray.shutdown()  # what did start
+        if not before:
+            ray.shutdown()  # what did start
         raise WorkerLostError(f"it did not start ({' '.join(str(error).split())})") from None
     try:
         spec = WorkerSpec("doctor", Probe, threads=1, resources={"cpu": 1})
