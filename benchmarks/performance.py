@@ -3,11 +3,10 @@
     python benchmarks/performance.py --device cuda --peak-tflops 989        # SD3.5 medium's true size, random weights
     python benchmarks/performance.py --device cpu --layers 2 --heads 2 --repeats 1 --resolution 64
 
-The denoiser has Stable Diffusion 3.5 medium's architecture and size (2.2 G parameters) with random weights, 512 px,
-bf16; student and three teachers are rank-32 LoRAs over one base, as `configs/cluster/one_gpu.yaml` places them. A
-forward of a row counts 2 P T + 4 L W T^2 model FLOPs (P parameters of the blocks, T tokens, L blocks, W width), a
-training step three times that; recomputation by gradient checkpointing is not counted as useful. `--peak-tflops` is the
-card's own dense number for the format.
+The denoiser has Stable Diffusion 3.5 medium's architecture and size, random weights, 512 px, bf16; student and three
+teachers are rank-32 LoRAs over one base, as `configs/cluster/one_gpu.yaml` places them, but without text encoders and
+VAE. Model FLOPs are what `torch.utils.flop_counter` counts for a forward, and for a training step without gradient
+checkpointing (whose recomputation is no useful work). `--peak-tflops` is the card's own dense number for the format.
 """
 
 import argparse
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 from diffusers import SD3Transformer2DModel
+from torch.utils.flop_counter import FlopCounterMode
 
 from opd_ray.config import LoraConfig, ModelConfig
 from opd_ray.console import console
@@ -90,6 +90,15 @@ def seconds(work: Callable[[], None], repeats: int, device: str) -> float:
     return statistics.median(times[1:])
 
 
+def flops(family: SD3, work: Callable[[], None]) -> int:
+    """Of one call, without what checkpointing computes again."""
+    family.network.disable_gradient_checkpointing()
+    with FlopCounterMode(display=False) as counter:
+        work()
+    family.save_memory()
+    return counter.get_total_flops()
+
+
 def main() -> None:
     """Time the roles and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,18 +129,20 @@ def main() -> None:
     def train() -> None:
         family.velocity(x, 0.5, cond, empty, GUIDANCE).square().mean().backward()
 
-    tokens = (family.latent_shape[1] // 2) ** 2 + TEXT_TOKENS
+    once = {role: flops(family, work) for role, work in (("forward", draw), ("training", train))}
     parameters = sum(p.numel() for name, p in family.network.named_parameters() if "lora_" not in name)
-    forward = 2 * parameters * tokens + 4 * args.layers * args.heads * 64 * tokens**2
-    rows = 2 * args.pictures
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     console.print(
         f"{name}, {parameters / 1e9:.2f} G parameters, {args.resolution} px, {args.pictures} pictures, {dtype}"
     )
     console.print("| role | seconds a step | TFLOP/s | utilisation |\n|---|---|---|---|", markup=False)
-    for role, work, factor in (("rollout", draw, 1), ("teacher", mark, 1), ("learner", train, 3)):
+    for role, work, kind in (
+        ("rollout", draw, "forward"),
+        ("teacher", mark, "forward"),
+        ("learner", train, "training"),
+    ):
         each = seconds(work, args.repeats, args.device)
-        rate = factor * forward * rows / each / 1e12
+        rate = once[kind] / each / 1e12
         share = f"{100 * rate / args.peak_tflops:.0f} %" if args.peak_tflops else "–"  # noqa: RUF001
         console.print(f"| {role} | {each:.4f} | {rate:.2f} | {share} |", soft_wrap=True)
     if args.device == "cuda":

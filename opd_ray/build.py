@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,8 +217,11 @@ def _wire(
         evaluation.prove()
     elif config.rewards and not algorithm.needs_rewards:
         live.note("rewards are not used: there is nothing to score without prompts.eval and evaluation.images_per_task")
-    facts = _facts(pools.teachers)
+    facts = _facts(pools, learner)
     _note_facts(folder, facts)
+    chosen = facts["precision"]
+    common = set(chosen.values())
+    live.note(f"precision: {common.pop() if len(common) == 1 else ', '.join(map(' '.join, chosen.items()))}")
     run = Run(
         config=config,
         folder=folder,
@@ -316,17 +319,25 @@ def _spec(role: str, placement: Placement, factory: Any, folder: Path) -> Worker
     return WorkerSpec(role, factory, placement.threads, dict(placement.resources), (folder / "logs").resolve())
 
 
-def _facts(teachers: Mapping[str, Pool]) -> dict[str, Any]:
-    """Teachers' files with their hashes, and versions of what computes."""
+def _facts(pools: Pools, learner: LearnerGroup) -> dict[str, Any]:
+    """Teachers' files with their hashes, what each role computes in, and versions of what computes."""
     found: dict[str, Any] = {}
-    for pool in dict.fromkeys(teachers.values()):
+    for pool in dict.fromkeys(pools.teachers.values()):
         for name, facts in pool.workers[0].facts.items():
             lora = facts.lora
             of_lora = {"tensors": lora.tensors, "rank": lora.rank, "alpha": lora.alpha} if lora else {}
             about = {"path": facts.path, "sha256": facts.sha256, **of_lora, "guidance": facts.guidance}
             found[name] = about | {"precision": facts.precision, "own_text_encoders": facts.own_text}
+    precision = {"learner": learner.precision}
+    if pools.rollout is not None:
+        precision["rollout"] = pools.rollout.workers[0].facts
+    precision |= {f"teacher {name}": about["precision"] for name, about in found.items()}
     packages = ("ray", "torch", "diffusers", "transformers", "accelerate", "peft")
-    return {"teachers": found, "versions": {name: importlib.metadata.version(name) for name in packages}}
+    return {
+        "teachers": found,
+        "precision": precision,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def _note_facts(folder: Path, facts: dict[str, Any]) -> None:

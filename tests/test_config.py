@@ -116,6 +116,16 @@ REFUSED = [
         "f: precision.rollout: Input should be 'auto', 'fp32', 'bf16' or 'fp16'",
     ),
     ("teachers.text.model", "full", "f: teachers.text: give either lora (over the student's base) or model (a full "),
+    (
+        "cluster.learner",
+        {"ranks": 2, "resources": {"gpu": 0.5}},
+        "f: cluster.learner.resources.gpu: ranks cannot sha",
+    ),
+    (
+        "cluster.share_base",
+        True,
+        "f: cluster.share_base: workers of Ray are processes of their own; use ",
+    ),
     ("cluster.rewards.look", {"workers": 2}, "f: cluster.rewards.look: one worker scores every reward; only `default`"),
     ("cluster.teachers.txt", {"workers": 2}, "f: cluster.teachers.txt: no such teacher; known: text, look"),
     (

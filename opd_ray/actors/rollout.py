@@ -183,7 +183,9 @@ class RolloutActor:
         """
         if request.model == "student":
             self._require_bound("a picture of the student", request.weights)
-        if request.checkpoint is not None:
+        if request.checkpoint is None:
+            self._other = None  # as large as the student's own model
+        else:
             return self._of_checkpoint(request, request.checkpoint)
         with self.family.adapter(self._adapter_of(request)):
             return draw_pictures(self.family, request)
@@ -210,7 +212,7 @@ class RolloutActor:
             return None
         if request.model == "student":
             return self.policy.adapter
-        name = f"teacher-{request.model}"
+        name = f"teacher:{request.model}"  # no teacher can be called so
         if request.lora is not None and name not in self.family.adapters:
             path, revision, subfolder, alpha = request.lora
             self.family.load_lora(name, path, revision=revision, subfolder=subfolder, alpha=alpha)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from opd_ray.config import TeacherConfig
-from opd_ray.digest import digest
 from opd_ray.errors import ModelError, NotFiniteError
 from opd_ray.models.base import Family
 from opd_ray.models.lora import LoraInfo
 from opd_ray.models.precision import NAMES
+from opd_ray.models.teachers import checkpoint_sha256
 from opd_ray.types import TeacherAnswer, Trajectory
 
 __all__ = ["TeacherActor", "TeacherFacts"]
@@ -22,7 +22,7 @@ class TeacherFacts:
 
     path: str
     sha256: str
-    """Of the LoRA's file, or of the checkpoint's denoiser."""
+    """Of the LoRA's file, or of the checkpoint's denoiser files."""
     guidance: float
     precision: str
     lora: LoraInfo | None = None
@@ -46,7 +46,7 @@ class TeacherActor:
                 )
             self.facts[name] = TeacherFacts(
                 path=info.path if info else family.model.path,
-                sha256=info.sha256 if info else digest(dict(family.network.named_parameters())),
+                sha256=info.sha256 if info else checkpoint_sha256(family.model),
                 guidance=teacher.guidance,
                 precision=NAMES[family.dtype],
                 lora=info,

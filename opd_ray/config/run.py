@@ -29,7 +29,10 @@ from opd_ray.errors import ConfigError
 
 __all__ = ["Config", "parse"]
 
-ROLES = ("rollout", "teacher", "reward", "learner", "default", "base", "student", "reference", "old")
+ROLES = (
+    *("rollout", "teacher", "reward", "learner", "default"),
+    *("base", "student", "behaviour", "reference", "old"),
+)
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
 
@@ -85,10 +88,7 @@ class Config(Frozen):
         for name in self.teachers:
             if name in ROLES or not re.match(NAME, name):
                 raise ValueError(f"teacher name {name!r} is not free; roles are {', '.join(ROLES)}. Choose another")
-        if self.cluster.runtime == "local" and self.cluster.learner.ranks > 1:
-            raise ValueError("cluster.learner.ranks: runtime local has one rank; use runtime: ray")
-        if self.cluster.share_base:
-            self._check_sharing()
+        self._check_placement()
         tasks = self.teacher_of_task or self._own_files()
         items = len(tasks) * (self.batch.images_per_task // self.batch.item_size)
         if tasks and items < self.cluster.learner.ranks:
@@ -107,12 +107,25 @@ class Config(Frozen):
             self.check_tasks(self._own_files())
         return self
 
+    def _check_placement(self) -> None:
+        learner = self.cluster.learner
+        if self.cluster.runtime == "local" and learner.ranks > 1:
+            raise ValueError("cluster.learner.ranks: runtime local has one rank; use runtime: ray")
+        if learner.ranks > 1 and 0 < learner.resources.get("gpu", 0) < 1:
+            raise ValueError("cluster.learner.resources.gpu: ranks cannot share a card; give each of them a whole one")
+        if self.cluster.share_base:
+            self._check_sharing()
+
     def _check_sharing(self) -> None:
         """One network serves all roles, so it is in one process, on one device and in one number format."""
         if self.cluster.runtime != "local":
             raise ValueError("cluster.share_base: workers of Ray are processes of their own; use runtime: local")
-        formats = {*self.precision.model_dump().values(), *(t.precision or "" for t in self.teachers.values())} - {""}
-        devices = {p.device for p in (self.cluster.rollout, self.cluster.learner, *self.cluster.teachers.values())}
+        cluster, teachers = self.cluster, self.cluster.teachers.values()
+        if max(p.workers for p in (cluster.rollout, *teachers)) > 1:
+            raise ValueError("cluster.share_base: all roles are in one process; set the workers of each to 1")
+        own = {teacher.precision for teacher in self.teachers.values() if teacher.lora is not None} - {None}
+        formats = {*self.precision.model_dump().values(), *own}
+        devices = {p.device for p in (cluster.rollout, cluster.learner, *teachers)}
         if len(formats) > 1 or len(devices) > 1:
             raise ValueError(
                 f"cluster.share_base: all roles use one copy, so precision ({', '.join(sorted(formats))}) and device "

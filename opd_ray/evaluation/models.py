@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from opd_ray.config import ModelConfig
 from opd_ray.errors import RunFolderError
 from opd_ray.models.base import Family, check_lora, load_family, read_shift, resolve
 from opd_ray.models.checkpoint import check_complete
+from opd_ray.models.precision import dtype_of
 from opd_ray.recipes import load, read
 
 __all__ = ["Found", "find_model"]
@@ -29,7 +32,8 @@ class Found:
         Raises:
             UserError: some of its weights do not load.
         """
-        family = load_family(self.model, text=True, image=True)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        family = load_family(self.model, text=True, image=True, device=device, dtype=dtype_of("auto", device))
         if self.lora is not None:
             family.load_lora("lora", self.lora)
             family.use("lora")

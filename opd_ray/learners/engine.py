@@ -3,11 +3,12 @@
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 
 __all__ = ["MEETING", "DdpEngine", "Engine"]
@@ -38,6 +39,10 @@ class Engine(Protocol):
         """Scale the reduced gradients to a norm of at most ``max_norm``; returns the norm before."""
         ...
 
+    def anywhere(self, flag: bool) -> bool:
+        """Whether it is true on any rank; every rank has to ask."""
+        ...
+
 
 class DdpEngine:
     """DistributedDataParallel through accelerate; a single rank runs the bare module.
@@ -49,10 +54,11 @@ class DdpEngine:
     def __init__(self, rank: int, ranks: int, *, device: str = "cpu") -> None:
         # No buffer changes while training, and a broadcast would hang where one rank alone runs a forward (a probe).
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-        handlers: list[Any] = [ddp]
-        if ranks > 1 and (meeting := os.environ.get(MEETING)):
-            handlers.append(InitProcessGroupKwargs(init_method=f"file://{meeting}"))
-        self.accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=handlers)
+        if ranks > 1 and (meeting := os.environ.get(MEETING)) and not dist.is_initialized():
+            # By ourselves: accelerate gives rank and world size to a file's rendezvous on the CPU alone.
+            backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+        self.accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[ddp])
         self.rank, self.ranks = rank, ranks
         kind = self.accelerator.distributed_type
         expected = {DistributedType.NO} if ranks == 1 else {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
@@ -82,3 +88,11 @@ class DdpEngine:
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
         """The norm is that of the reduced gradients, so it is the same on every rank."""
         return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+
+    def anywhere(self, flag: bool) -> bool:
+        """One small reduction."""
+        if self.ranks == 1:
+            return flag
+        found = torch.tensor(float(flag), device=self.accelerator.device)
+        dist.all_reduce(found)
+        return bool(found)

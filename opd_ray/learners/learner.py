@@ -143,8 +143,7 @@ class Learner:
         lr = self._set_lr()
         norm, skipped = self._step(broken)
         self.updates += 1
-        if not skipped:
-            self._average()
+        self._average()
         counts = {task: sum(item.task == task for item in by_rank[self.engine.rank]) for task in tasks}
         per_task = {task: (value, counts[task]) for task, value in tasks.items()}
         return UpdateReport(total, per_task, {t: dict(by_step) for t, by_step in steps.items()}, norm, lr, skipped)
@@ -152,13 +151,13 @@ class Learner:
     def _step(self, broken: str) -> tuple[float, bool]:
         """Clip and step; returns the gradient's norm, and whether an overflow in fp16 made this a step of nothing.
 
-        Gradients were reduced before, so that every rank decides alike.
+        Gradients were reduced before and a broken loss is asked for on all ranks, so that every one decides alike.
         """
         self.scaler.unscale_(self.optimizer)
         norm = self.engine.clip(self.student.values(), self.training.optimizer.clip)
         overflow = not math.isfinite(norm)
         scale = self.scaler.get_scale()
-        if overflow and (broken or not self.scaler.is_enabled() or scale <= 1):
+        if overflow and (self.engine.anywhere(bool(broken)) or not self.scaler.is_enabled() or scale <= 1):
             raise NotFiniteError(f"the gradient of update {self.updates} is not finite{broken}; no weight was changed")
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -7,7 +7,7 @@ A family writes ``load``, ``encode``, ``predict``, ``decode``, ``random_conditio
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,8 @@ class Family(Adapters, ABC):
     Denoiser and text encoders compute in ``dtype``, under autocast; latents, velocities and the VAE are float32.
     """
 
+    denoiser_part: ClassVar[str] = "transformer"
+    """The denoiser's folder in a checkpoint."""
     denoiser: nn.Module
     """What ``predict`` calls: the network, or what the learner's engine has put around it."""
     latent_shape: tuple[int, int, int]

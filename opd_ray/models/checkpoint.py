@@ -163,5 +163,5 @@ def load_component(
     unset = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if unset:
         raise ModelError(f"{what}: {len(unset)} weights are not in it, the first is {unset[0]}")
-    module: nn.Module = component.to(device, dtype).requires_grad_(False).eval()
+    module: nn.Module = component.to(device).requires_grad_(False).eval()
     return module

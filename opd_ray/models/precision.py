@@ -16,4 +16,4 @@ def dtype_of(precision: Precision, device: str) -> torch.dtype:
         return DTYPES[precision]
     if device == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

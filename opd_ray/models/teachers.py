@@ -1,14 +1,15 @@
 """Teachers as full checkpoints: what has to agree with the student's base, and whose text encoders are used."""
 
 import filecmp
+import hashlib
 from pathlib import Path
 
 from opd_ray.config import ModelConfig, TeacherConfig
 from opd_ray.errors import ModelError
 from opd_ray.models.base import family_class
-from opd_ray.models.checkpoint import resolve
+from opd_ray.models.checkpoint import fetch_part, resolve
 
-__all__ = ["check_checkpoint", "same_text", "teacher_model"]
+__all__ = ["check_checkpoint", "checkpoint_sha256", "same_text", "teacher_model"]
 
 TEXT_PARTS = ("text_encoder", "tokenizer")
 
@@ -39,6 +40,16 @@ def check_checkpoint(name: str, student: ModelConfig, teacher: ModelConfig) -> N
             f"teacher {name!r} ({teacher.path}): {'; '.join(differ)}. It marks the student's own latents, so these "
             "have to agree; take a teacher of the same kind of model"
         )
+
+
+def checkpoint_sha256(model: ModelConfig) -> str:
+    """Of the denoiser's weight files, whatever number format they are loaded in."""
+    total = hashlib.sha256()
+    part = fetch_part(model, family_class(model.family).denoiser_part)
+    for file in sorted(part.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            total.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
 def same_text(student: ModelConfig, teacher: ModelConfig) -> bool:

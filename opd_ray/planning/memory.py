@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from opd_ray.config import Config, Placement, RolePlacement
 from opd_ray.errors import PlacementError
 from opd_ray.models.base import Shape, family_class
-from opd_ray.models.teachers import same_text, teacher_model
+from opd_ray.models.teachers import teacher_model
 
 __all__ = ["Need", "check_memory", "needs"]
 
@@ -41,6 +41,8 @@ class Need:
     trained: float
     """Adapters, gradients, optimizer, moving average."""
     working: float
+    own: float = 0.0
+    """The part of the weights that no other role can share: teachers that are full checkpoints."""
 
     @property
     def total(self) -> float:
@@ -58,7 +60,7 @@ def needs(config: Config) -> list[Need]:
     if shape is None:
         return []
     found = [_rollout(config, shape), *_teachers(config, shape), _learner(config, shape)]
-    return [_together(found)] if config.cluster.share_base else found
+    return [_together(config, found)] if config.cluster.runtime == "local" else found
 
 
 def check_memory(config: Config) -> None:
@@ -102,10 +104,12 @@ def _rollout(config: Config, shape: Shape) -> Need:
     placement, parts = config.cluster.rollout, shape.parameters
     size = _bytes(config.precision.rollout, placement.device)
     pictures = max(config.batch.item_size, config.evaluation.batch if config.evaluation.images_per_task else 0)
-    weights = ((parts["denoiser"] + parts["text"]) * size + parts["vae"] * 4) / GB
+    whole = ((parts["denoiser"] + parts["text"]) * size + parts["vae"] * 4) / GB
+    # A teacher that is a full checkpoint is drawn with at the end, one such at a time.
+    evaluated = config.evaluation.images_per_task > 0 and any(t.model for t in config.teachers.values())
     decoding = pictures * shape.pixels**2 * VAE_CHANNELS * 4 / GB if config.evaluation.images_per_task else 0.0
     working = max(_block(shape, _rows(config, config.student.guidance, pictures), size), decoding)
-    return _need("rollout", placement, weights, _adapter(config, shape), working)
+    return _need("rollout", placement, whole, _adapter(config, shape), working, own=whole if evaluated else 0.0)
 
 
 def _teachers(config: Config, shape: Shape) -> list[Need]:
@@ -113,18 +117,20 @@ def _teachers(config: Config, shape: Shape) -> list[Need]:
     default = placements.get("default", RolePlacement())
 
     def need(role: str, names: list[str], placement: RolePlacement) -> Need:
-        bases, weights, working = set(), 0.0, 0.0
+        bases, shared, own, working = set(), 0.0, 0.0, 0.0
         for name in names:
             teacher = config.teachers[name]
             size = _bytes(teacher.precision or config.precision.teacher, placement.device)
             base = teacher_model(config.model, teacher)
             if (base, size) not in bases:
                 bases.add((base, size))
-                own_text = 0 if same_text(config.model, base) else parts["text"]
-                weights += (parts["denoiser"] + own_text) * size / GB
+                if teacher.model is None:
+                    shared += parts["denoiser"] * size / GB
+                else:  # whether its text encoders are the student's shows when they are compared
+                    own += (parts["denoiser"] + parts["text"]) * size / GB
             working = max(working, _block(shape, _rows(config, teacher.guidance, config.batch.item_size), size))
         adapters = sum(config.teachers[name].lora is not None for name in names) * _adapter(config, shape)
-        return _need(role, placement, weights, adapters, working)
+        return _need(role, placement, shared, adapters, working, own=own)
 
     if config.cluster.share_teachers:
         return [need("teachers", list(config.teachers), default)]
@@ -143,21 +149,31 @@ def _learner(config: Config, shape: Shape) -> Need:
 
 
 def _need(
-    role: str, placement: Placement, weights: float, trained: float, working: float, *, workers: int | None = None
+    role: str,
+    placement: Placement,
+    shared: float,
+    trained: float,
+    working: float,
+    *,
+    own: float = 0.0,
+    workers: int | None = None,
 ) -> Need:
     count = workers if workers is not None else getattr(placement, "workers", 1)
-    return Need(role, count, placement.device, placement.resources.get("gpu", 0.0), weights, trained, working)
+    gpu = placement.resources.get("gpu", 0.0)
+    return Need(role, count, placement.device, gpu, shared + own, trained, working, own)
 
 
-def _together(found: list[Need]) -> Need:
-    """All roles in one process over one base: one of them works at a time."""
-    rollout, learner = found[0], found[-1]
+def _together(config: Config, found: list[Need]) -> Need:
+    """All roles in one process, one of them at work at a time; over one base where they share it."""
+    rollout, own = found[0], sum(need.own for need in found)
+    each = sum(need.workers * (need.weights - need.own) for need in found)
     return Need(
         role="all roles together",
         workers=1,
-        device=rollout.device,
+        device="cuda" if any(need.device == "cuda" for need in found) else "cpu",
         gpu=max(need.gpu for need in found),
-        weights=rollout.weights + sum(need.weights for need in found[1:-1] if need.weights > learner.weights),
-        trained=sum(need.trained for need in found),
+        weights=own + (rollout.weights - rollout.own if config.cluster.share_base else each),
+        trained=sum(need.workers * need.trained for need in found),
         working=max(need.working for need in found),
+        own=own,
     )

@@ -93,6 +93,8 @@ def _usage(config: Mapping[str, Any]) -> str:
     base, options = str(model.get("path", "")), {}
     if revision := model.get("revision"):
         options["revision"] = revision
+    if subfolder := model.get("subfolder"):
+        options["subfolder"] = subfolder
     if base == "world":
         start, source = "from opd_ray import world\n", "world.pipeline_path(), text_encoder_3=None, tokenizer_3=None"
     else:
@@ -101,6 +103,8 @@ def _usage(config: Mapping[str, Any]) -> str:
         "guidance_scale": student.get("guidance"),
         "num_inference_steps": mapping(config.get("evaluation")).get("steps"),
         "max_sequence_length": model.get("max_sequence_length"),
+        "height": model.get("resolution"),
+        "width": model.get("resolution"),
     }
     return (
         f"```python\n{start}from diffusers import StableDiffusion3Pipeline\n\n"
@@ -121,7 +125,7 @@ def _teachers(run: RunFolder) -> Iterator[str]:
     yield "| teacher | tasks | from | guidance | file sha256 |\n|---|---|---|---|---|"
     for name, given in teachers.items():
         teacher, fact = mapping(given), mapping(facts.get(name))
-        origin = _public(teacher.get("lora") or mapping(teacher.get("model")).get("path"))
+        origin = _public(teacher.get("lora") or teacher.get("model"))
         where = [origin, *(str(teacher[key]) for key in ("subfolder", "revision") if teacher.get(key))]
         tasks = ", ".join(map(str, teacher.get("tasks") or (name,)))
         cells = (name, tasks, ", ".join(where), teacher.get("guidance", MISSING), fact.get("sha256", MISSING))

@@ -57,10 +57,13 @@ class LearnerGroup:
         self.ranks: list[Handle] = dispatcher.backend.start_group(specs, start_timeout_s)
         self._ready = [rank.call("ready", bulk=0) for rank in self.ranks]
         self._start_timeout = start_timeout_s
+        self.precision = ""
+        """What the ranks compute in, once they are up."""
 
     def wait_ready(self) -> None:
         """Every rank is up and has the backend it asked for."""
-        self.dispatcher.results(self._ready, "starting the learner", self._start_timeout)
+        done = self.dispatcher.results(self._ready, "starting the learner", self._start_timeout)
+        self.precision = str(done[0].value)
 
     def stage(self, items: Sequence[WorkItem], collected: Sequence[Collected]) -> None:
         """Bring a round to the ranks; where an input is gone, the item that made it runs again first."""
@@ -151,9 +154,11 @@ def _rendezvous(ranks: int) -> dict[str, str]:
     They meet in a file, since torch's own store listens on every address, and talk over the loopback interface.
     """
     meeting = Path(tempfile.gettempdir()) / f"opd-ray-{uuid.uuid4().hex}"
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
     return {
         MEETING: str(meeting),
-        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": loopback,
         "MASTER_ADDR": "127.0.0.1",  # accelerate asks for one
         "WORLD_SIZE": str(ranks),
     }

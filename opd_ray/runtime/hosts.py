@@ -19,6 +19,7 @@ from opd_ray.digest import digest
 from opd_ray.errors import StaleWeightsError
 from opd_ray.learners import Learner, LearnerState, UpdateReport
 from opd_ray.models.base import Family
+from opd_ray.models.precision import NAMES
 from opd_ray.runtime.handle import Done, Weights
 from opd_ray.storage import checkpoint
 from opd_ray.storage.packing import (
@@ -66,8 +67,8 @@ class RolloutHost:
         self._probed = False
 
     def ready(self) -> Done:
-        """Who came up."""
-        return Done(os.getpid(), 0.0, 0)
+        """What it computes in."""
+        return Done(NAMES[self.actor.family.dtype], 0.0, 0)
 
     def bind(self, weights: Weights, flat: Flat) -> Done:
         """Take weights and acknowledge what was read back; the first time, also match the learner's probe."""
@@ -185,8 +186,8 @@ class LearnerHost:
         self.learner = make()
 
     def ready(self) -> Done:
-        """Who came up."""
-        return Done(os.getpid(), 0.0, 0)
+        """What it computes in."""
+        return Done(NAMES[self.learner.family.dtype], 0.0, 0)
 
     def stage(self, items: Sequence[WorkItem], scores: Sequence[Any], shares: Sequence[Share], *flats: Flat) -> Done:
         """Take this rank's share of a round; nothing is trained yet."""

@@ -238,6 +238,14 @@ class TestFolders:
 class TestModels:
     """MODEL of `sample` and `evaluate`."""
 
+    def test_workers_that_would_share_one_network(self, refused):
+        shared = {"runtime": "local", "share_base": True}
+        for role in ({"rollout": {"workers": 2}}, {"teachers": {"default": {"workers": 2}}}):
+            assert "cluster.share_base: all roles are in one process; set" in refused(cluster=shared | role)
+        assert "precision (bf16, fp32)" in refused(
+            "precision={learner: bf16, rollout: fp32, teacher: fp32}", cluster=shared
+        )
+
     def test_guidance_that_the_network_takes_as_an_input(self, refused, tiny, tmp_path):
         shutil.copytree(tiny, tmp_path / "distilled")
         file = tmp_path / "distilled" / "transformer" / "config.json"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from opd_ray.actors import TeacherActor
-from opd_ray.config import ModelConfig, OptimizerConfig, TeacherConfig
+from opd_ray.config import EmaConfig, ModelConfig, OptimizerConfig, TeacherConfig
 from opd_ray.errors import NotFiniteError
 from opd_ray.learners import DdpEngine, Learner
 from opd_ray.learners.learner import Training
@@ -22,7 +22,8 @@ def load(tiny, precision="fp32", *, whole=False):
 
 def learner(tiny, precision="fp32", **changes):
     training = Training(
-        lora=LORA, guidance=1.5, optimizer=OptimizerConfig(lr=1e-2), ema=None, seed=3, rounds=8, **changes
+        **({"lora": LORA, "guidance": 1.5, "ema": None, "seed": 3, "rounds": 8} | changes),
+        optimizer=OptimizerConfig(lr=1e-2),
     )
     one = Learner(load(tiny, precision), Opd(OpdConfig()), training, DdpEngine(0, 1))
     fill(one.family, "student", 2)
@@ -41,6 +42,21 @@ def apart(one, other) -> float:
 def test_auto_is_float32_on_the_cpu():
     assert dtype_of("auto", "cpu") == torch.float32 == dtype_of("fp32", "cuda")
     assert {name: dtype_of(name, "cpu") for name in HALVES} == HALVES
+
+
+@pytest.mark.parametrize(("has_it", "chosen"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_on_a_card_is_bf16_where_it_computes_in_it(monkeypatch, has_it, chosen):
+    def supported(including_emulation=True):
+        return has_it or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert dtype_of("auto", "cuda") == chosen
+
+
+def test_what_a_text_encoder_keeps_in_float32_stays_so(tiny):
+    t5 = load(tiny, "fp16", whole=True)._text.text_encoder_3
+    assert {name: p.dtype for name, p in t5.named_parameters() if ".wo." in name}.keys()
+    assert all(p.dtype == (torch.float32 if ".wo." in name else torch.float16) for name, p in t5.named_parameters())
 
 
 @pytest.mark.parametrize("precision", HALVES)
@@ -94,6 +110,17 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(tiny):
     assert one.scaler.get_scale() == 2.0**39
     one.scaler.load_state_dict(one.scaler.state_dict() | {"scale": 2.0**4})
     assert not round_of(one).skipped and not torch.equal(flat(one.student), before)
+
+
+def test_an_average_that_is_due_at_a_skipped_step_is_taken(tiny):
+    one = learner(tiny, "fp16", ema=EmaConfig(decay=0.5, every=2))
+    round_of(one, 0)
+    trained = flat(one.student).clone()
+    one.scaler.load_state_dict(one.scaler.state_dict() | {"scale": 2.0**40})
+    assert round_of(one, 1).skipped
+    assert torch.equal(flat(one.student), trained)
+    average = flat(one.weights(average=True))
+    assert not torch.equal(average, trained) and apart(average, trained) < 1, "no longer the untrained start"
 
 
 def test_a_loss_that_is_not_finite_is_no_overflow(tiny):

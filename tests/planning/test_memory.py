@@ -66,3 +66,25 @@ def test_a_resolution_that_does_not_divide_is_refused(medium, resolution):
         ModelError, match=rf"model.resolution {resolution} does not fit .*expected a multiple of 16 up to"
     ):
         SD3.skeleton(ModelConfig(path=medium.partition("=")[2], resolution=resolution))
+
+
+def weights(medium, *overrides):
+    return sum(need.workers * need.weights for need in needs(load("sd35_mopd", [medium, *overrides])))
+
+
+def test_a_full_checkpoint_is_counted_once_wherever_it_lies(medium):
+    """The base is 2.47 G numbers, the text encoders 5.58 G; two bytes each, and the VAE's 84 M four."""
+    base, other = (2.47 + 5.58) * 2 + 0.084 * 4, (2.47 + 5.58) * 2
+    teacher = ("cluster=one_gpu", "teachers.ocr={model: other, guidance: 4.5}")
+    assert weights(medium, "cluster=one_gpu") == pytest.approx(base, rel=0.01)
+    assert weights(medium, *teacher) == pytest.approx(base + other, rel=0.01)
+    assert weights(medium, *teacher, "cluster.share_teachers=false") == pytest.approx(base + other, rel=0.01)
+    drawn = ("evaluation.images_per_task=4", "rewards={look: {}}", "evaluation.rewards={ocr: [look]}")
+    assert weights(medium, *teacher, *drawn) == pytest.approx(2 * base + other, rel=0.01)
+
+
+def test_roles_of_one_process_lie_on_one_card_also_where_they_share_nothing(medium):
+    alone = ("cluster=one_gpu", "cluster.share_base=false")
+    assert weights(medium, *alone) == pytest.approx((3 * 2.47 + 5.58) * 2 + 0.084 * 4, rel=0.01)
+    with pytest.raises(PlacementError, match="role all roles together needs about"):
+        check_memory(load("sd35_mopd", [medium, *alone]))

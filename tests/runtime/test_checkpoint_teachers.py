@@ -6,13 +6,14 @@ import shutil
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
 
 from opd_ray.algorithms import make_algorithm
 from opd_ray.build import preflight
 from opd_ray.config import ModelConfig
 from opd_ray.errors import ModelError
 from opd_ray.models import load_family
-from opd_ray.models.teachers import same_text
+from opd_ray.models.teachers import checkpoint_sha256, same_text
 from opd_ray.roles import make_teacher
 from tests.algorithms.parts import item, random_experience
 from tests.models.tiny_sd3 import make_tiny_sd3
@@ -71,6 +72,15 @@ def test_a_merged_checkpoint_answers_as_its_lora(make_config, config_of, merged)
     facts = ours.facts["a"]
     assert (facts.path, facts.lora, facts.own_text, len(facts.sha256)) == (str(merged), None, False, 64)
     assert ours.forwards == 2 * (2 * 2 * 2), "two answers of 2 guided rows at 2 steps"
+
+
+def test_its_hash_is_that_of_its_files_in_any_number_format(config_of, merged, copy):
+    hashes = {make_teacher(config_of(copy, precision=form), ("a",)).facts["a"].sha256 for form in ("fp32", "bf16")}
+    assert hashes == {checkpoint_sha256(ModelConfig(path=str(merged)))}
+    (file,) = (copy / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    assert checkpoint_sha256(ModelConfig(path=str(copy))) not in hashes
 
 
 def test_its_own_text_encoders_read_the_prompts(config_of, tiny, copy, tmp_path):
