@@ -155,7 +155,11 @@ def identity(config: Config) -> dict[str, Any]:
     free = {"cluster", "rounds", "checkpoint", "evaluation", "logging", "name"}
     if config.optimizer.schedule == "cosine":
         free.remove("rounds")  # the learning rate of every round depends on their number
-    return config.model_dump(mode="json", exclude=free)
+    if not make_algorithm(config).needs_rewards:
+        free.add("rewards")  # they score what was trained, and change nothing of it
+    found = config.model_dump(mode="json", exclude=free)
+    (found["prompts"] or {}).pop("eval", None)
+    return found
 
 
 def anchored(config: Config) -> Config:

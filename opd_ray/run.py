@@ -21,6 +21,7 @@ from opd_ray.report.live import Live
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import LearnerGroup
 from opd_ray.runtime.handle import Weights
+from opd_ray.runtime.pool import Job
 from opd_ray.storage.run_folder import newest_attempt, read_json, write_json_atomic
 
 __all__ = ["Run"]
@@ -50,6 +51,7 @@ class Run:
     totals: dict[str, dict[str, float]] = field(default_factory=lambda: {"seconds": {}, "forwards": {}})
     _seconds: dict[str, float] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
+    _waiting: list[Job] = field(default_factory=list)
 
     @property
     def rounds(self) -> int:
@@ -68,12 +70,15 @@ class Run:
             NotFiniteError: an answer is not a number; a checkpoint from before this round was written.
         """
         start = self._since = time.perf_counter()
+        self._waiting = batch.jobs
         try:
             self.dispatcher.wait(batch.jobs)
         except NotFiniteError:
             self.dispatcher.abandon()
             self.save()  # nothing of this round was trained: it can begin again
             raise
+        finally:
+            self._waiting = []
         self._seconds["wait"] = time.perf_counter() - start
 
     def resume(self) -> None:
@@ -199,6 +204,8 @@ class Run:
         if time.monotonic() > self.stop_by:
             raise Stopped("stopped at once, since Ray waits no longer; --resume goes on from the last checkpoint")
         self.status()
+        if self._waiting:
+            self.live.within(sum(job.done for job in self._waiting), len(self._waiting))
 
     def status(self, status: str = "running") -> None:
         """The heartbeat.

@@ -18,12 +18,15 @@ from opd_ray.errors import ConfigError, RunFolderError
 from opd_ray.report.wording import MISSING, Write, alike, span
 
 if TYPE_CHECKING:
+    from opd_ray.evaluation.models import Found
     from opd_ray.models import Family
     from opd_ray.rewards import Reward
     from opd_ray.types import Prompt
 
 __all__ = ["evaluate"]
 
+PIXELS = 32
+"""Height and width of the tiny world's pictures."""
 TASKS = {"compose": ("compose",), "text": ("text",), "look": ("look",), "mixed": ("compose", "text", "look")}
 """The tiny world's held-out prompt sets and the scorers that apply to each."""
 
@@ -59,6 +62,8 @@ def evaluate(
     scales = _scales(models, guidance or [])
     _require_file(out)
     found = [find_model(name) for name in models]  # all of them before the first one costs minutes
+    for name, model in zip(models, found, strict=True):
+        _require_pixels(name, model)
     files = {task: str(prompts_path(task, "heldout")) for task in TASKS}
     prompts = held_out(read_prompts(files, "the tiny world"), images, seed)
     torch.set_num_threads(threads)
@@ -86,6 +91,17 @@ def evaluate(
         console.print(f"The same held-out prompts and first noises for all, seed {seed}.")
     if out is not None:
         out.write_text(json_module.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _require_pixels(name: str, found: "Found") -> None:
+    from opd_ray.models.base import family_class
+
+    shape = family_class(found.model.family).shape(found.model)
+    if shape is not None and shape.pixels != PIXELS:
+        raise ConfigError(
+            f"{name} draws {shape.pixels} pixels; evaluate scores the tiny world's {PIXELS}. For your own prompts give "
+            "the recipe prompts.eval, rewards and evaluation: `train --resume` scores a finished run"
+        )
 
 
 def _require_file(out: Path | None) -> None:

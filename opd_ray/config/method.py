@@ -185,6 +185,8 @@ class TeacherConfig(Frozen):
     def _one_source(self) -> "TeacherConfig":
         if (self.lora is None) == (self.model is None):
             raise ValueError("give either lora (over the student's base) or model (a full checkpoint)")
+        if self.model is not None and self.alpha is not None:
+            raise ValueError("alpha is of a LoRA, and model is a full checkpoint; leave one of them out")
         return self
 
     @property

@@ -132,6 +132,9 @@ def read_lora(
     alphas = {key: tensors.pop(key) for key in list(tensors) if key.endswith(ALPHA)}
     config = _scaling(what, written, tensors, alphas, alpha)
     _require_pairs(what, tensors)
+    broken = [key for key, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise ModelError(f"{what} has NaN or infinite values in {len(broken)} tensors, the first is {min(broken)!r}")
     found = LoraFile(name, file, sha256, tensors, config)
     if not any(_changes(found, module) for module in found.modules):
         raise ModelError(f"{what} changes nothing: alpha, lora_A or lora_B are zero everywhere")

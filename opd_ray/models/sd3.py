@@ -3,6 +3,7 @@
 Dual attention and query/key norms (3.5 medium, 3.5 large) come with the transformer's config.
 """
 
+import logging
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, Self
@@ -158,6 +159,7 @@ class SD3(Family):
         vae = read_config(model, "vae/config.json")
         return {
             "latent channels": vae["latent_channels"],
+            "pixels a latent": _vae_factor(model),
             "VAE scaling factor": vae["scaling_factor"],
             "VAE shift factor": vae["shift_factor"],
             "prediction": "velocity",
@@ -207,6 +209,9 @@ def _text_pipeline(
     model: ModelConfig, index: dict[str, Any], network: nn.Module, device: str, dtype: torch.dtype
 ) -> Any:
     """The stock pipeline with nothing but what ``encode_prompt`` reads."""
+    # Both cut long prompts as the method does, and would print each of them whole.
+    for chatty in ("diffusers.pipelines.stable_diffusion_3", "transformers.tokenization_utils_base"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     from diffusers import StableDiffusion3Pipeline
     from transformers import (
         CLIPTextModelWithProjection,

@@ -13,10 +13,10 @@ that computes on a card holds about 0.6 GB of its runtime. Real numbers differ b
 
 from dataclasses import dataclass
 
-from opd_ray.config import Config, Placement, RolePlacement
+from opd_ray.config import Config, ModelConfig, Placement, RolePlacement
 from opd_ray.errors import PlacementError
 from opd_ray.models.base import Shape, family_class
-from opd_ray.models.teachers import teacher_model
+from opd_ray.models.teachers import check_checkpoint, teacher_model
 
 __all__ = ["Need", "check_memory", "needs"]
 
@@ -117,18 +117,21 @@ def _teachers(config: Config, shape: Shape) -> list[Need]:
     default = placements.get("default", RolePlacement())
 
     def need(role: str, names: list[str], placement: RolePlacement) -> Need:
-        bases, shared, own, working = set(), 0.0, 0.0, 0.0
+        bases, shared, own, working = set[tuple[ModelConfig, int]](), 0.0, 0.0, 0.0
         for name in names:
             teacher = config.teachers[name]
             size = _bytes(teacher.precision or config.precision.teacher, placement.device)
-            base = teacher_model(config.model, teacher)
+            base, its = teacher_model(config.model, teacher), shape
+            if teacher.model is not None:
+                check_checkpoint(name, config.model, base)
+                its = family_class(base.family).shape(base) or shape
             if (base, size) not in bases:
                 bases.add((base, size))
                 if teacher.model is None:
                     shared += parts["denoiser"] * size / GB
                 else:  # whether its text encoders are the student's shows when they are compared
-                    own += (parts["denoiser"] + parts["text"]) * size / GB
-            working = max(working, _block(shape, _rows(config, teacher.guidance, config.batch.item_size), size))
+                    own += (its.parameters["denoiser"] + its.parameters["text"]) * size / GB
+            working = max(working, _block(its, _rows(config, teacher.guidance, config.batch.item_size), size))
         adapters = sum(config.teachers[name].lora is not None for name in names) * _adapter(config, shape)
         return _need(role, placement, shared, adapters, working, own=own)
 

@@ -12,7 +12,7 @@ __all__ = ["gaps"]
 
 NOTE = (
     "Mean squared velocity gap at each trained denoising step, from noise (left) to image (right), "
-    "in the first rounds and in the last; one logarithmic axis for all tasks."
+    "in the first rounds and in the last; one axis for all tasks."
 )
 STRETCH, LEAST = 8, 5
 """An eighth of the rounds, and at least five: not every round trains every step."""

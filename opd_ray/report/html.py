@@ -55,7 +55,7 @@ def page(run: RunFolder) -> str:
         _section(
             "Gap to the teacher, before and after",
             gaps(run),
-            "" if not run.rounds else "No gaps in the metrics: no teacher marked this run's steps.",
+            "" if not run.rounds else "No gaps in the metrics: the algorithm reports none.",
         ),
         _section("Where the time went", time_spent(run), ""),
         _section("Settings and versions", settings(run), ""),

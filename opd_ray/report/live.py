@@ -40,6 +40,10 @@ PACE_ROUNDS = 20
 """The pace is the mean of so many last rounds: it follows workers that come and go."""
 
 
+WITHIN_EVERY_S = 60.0
+"""Without a screen: how often a long round says how far it is."""
+
+
 class Live:
     """What the loop shows while it runs.
 
@@ -67,6 +71,7 @@ class Live:
         self._spent: dict[str, float] = {}
         self._ends: deque[float] = deque(maxlen=PACE_ROUNDS + 1)
         self._line_at: float | None = None
+        self._told_at = clock()
         self._unprinted = False
         self._broken = False
         self._screen: RichLive | None = None
@@ -111,6 +116,17 @@ class Live:
             if self._screen is None and text:
                 self._print(text)
 
+    def within(self, done: int, total: int) -> None:
+        """How far a round's drawings and marks are; without a screen it is told once a minute."""
+        with self._safely():
+            text = f"round {self._done + 1}: {done} of {total} drawings and marks"
+            if self._screen is not None:
+                if self._phase != text:
+                    self._phase, self._phase_since = text, self._clock()
+            elif self._clock() - self._told_at >= WITHIN_EVERY_S:
+                self._told_at = self._clock()
+                self._print(text)
+
     def note(self, text: str) -> None:
         """One line that stays: a worker was replaced, a checkpoint was written."""
         with self._safely():
@@ -120,6 +136,7 @@ class Live:
         """A finished round, as its row of metrics.jsonl."""
         with self._safely():
             self._take(Round.read(row))
+            self._told_at = self._clock()
             if self._screen is None:
                 now = self._clock()
                 due = self._line_at is None or now - self._line_at >= self._line_every_s

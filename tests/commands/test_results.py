@@ -179,6 +179,9 @@ class TestEvaluate:
             return path
 
         monkeypatch.setattr("opd_ray.world.prompts_path", prompts)
+        told = cli("evaluate", tiny).error
+        assert f"{tiny} draws 16 pixels; evaluate scores the tiny world's 32" in told
+        monkeypatch.setattr("opd_ray.commands.evaluate.PIXELS", 16)
         out = tmp_path / "new" / "scores.json"
         models = [str(tiny), f"{tiny}/", str(finished[0])]
         args = ("evaluate", *models, "--images", 3, "--batch", 2, "--steps", 2, "--guidance", f"{finished[0]}=1")

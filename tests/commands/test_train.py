@@ -308,6 +308,15 @@ def test_what_is_saved_is_the_average(whole, whole_folder):
     assert whole["ema_sha256"] != whole["student_sha256"]
 
 
+def test_a_finished_run_can_be_scored_later(cli, recipe, files, tmp_path):
+    bare, full = recipe(rewards={}, evaluation=None, prompts={"train": str(files / "train.jsonl")}), recipe()
+    first = json.loads(cli("train", bare, "--out", tmp_path, "--json", "--seed", "0").out)
+    assert first["scores"] == {}
+    scored = json.loads(cli("train", full, "--out", tmp_path, "--json", "--seed", "0", "--resume").out)
+    assert list(scored["scores"]) == ["base", "teacher:a", "teacher:b", "student"]
+    assert scored["student_sha256"] == first["student_sha256"]
+
+
 def test_an_average_that_was_never_taken_is_said(run):
     done = run("-o", "rounds=1", "-o", "ema.every=2")
     assert "no average was taken in 1 optimizer steps, since ema.every is 2: lora/ holds the last weights" in done.err

@@ -332,6 +332,11 @@ def test_a_lora_of_no_strength_is_refused(family, saved, where):
     assert "changes nothing: alpha, lora_A or lora_B" in refused(family, saved)
 
 
+def test_values_that_are_no_numbers_are_refused(family, saved):
+    rewrite(saved, lambda tensors: {k: v * torch.nan if "to_q.lora_A" in k else v for k, v in tensors.items()})
+    assert "has NaN or infinite values in" in refused(family, saved)
+
+
 def test_halves_that_cancel_are_refused(family, saved):
     def cancel(tensors):
         """A's rows are equal, and B's columns sum to zero."""

@@ -1,5 +1,6 @@
 """Memory estimates from configs alone, and what does not fit."""
 
+import json
 import re
 from pathlib import Path
 
@@ -72,15 +73,21 @@ def weights(medium, *overrides):
     return sum(need.workers * need.weights for need in needs(load("sd35_mopd", [medium, *overrides])))
 
 
-def test_a_full_checkpoint_is_counted_once_wherever_it_lies(medium):
+def test_a_full_checkpoint_is_counted_once_wherever_it_lies(medium, tmp_path):
     """The base is 2.47 G numbers, the text encoders 5.58 G; two bytes each, and the VAE's 84 M four."""
     base, other = (2.47 + 5.58) * 2 + 0.084 * 4, (2.47 + 5.58) * 2
-    teacher = ("cluster=one_gpu", "teachers.ocr={model: other, guidance: 4.5}")
+    teacher = ("cluster=one_gpu", f"teachers.ocr={{model: {write_configs(tmp_path)}, guidance: 4.5}}")
     assert weights(medium, "cluster=one_gpu") == pytest.approx(base, rel=0.01)
     assert weights(medium, *teacher) == pytest.approx(base + other, rel=0.01)
     assert weights(medium, *teacher, "cluster.share_teachers=false") == pytest.approx(base + other, rel=0.01)
     drawn = ("evaluation.images_per_task=4", "rewards={look: {}}", "evaluation.rewards={ocr: [look]}")
     assert weights(medium, *teacher, *drawn) == pytest.approx(2 * base + other, rel=0.01)
+    file = tmp_path / "transformer" / "config.json"
+    wider = json.loads(file.read_text()) | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
+    file.write_text(json.dumps(wider))
+    assert weights(medium, *teacher) > base + other + 10, "the teacher's own size counts"
+    with pytest.raises(ModelError, match="nowhere"):
+        weights(medium, "cluster=one_gpu", "teachers.ocr={model: ./nowhere}")
 
 
 def test_roles_of_one_process_lie_on_one_card_also_where_they_share_nothing(medium):

@@ -136,3 +136,17 @@ def test_an_interrupt_passes_and_the_terminal_is_restored(clock, console):
         raise KeyboardInterrupt
     text = console.file.getvalue()
     assert text.count("\x1b[?25h") == text.count("\x1b[?25l")
+
+
+def test_a_long_round_says_how_far_it_is(clock):
+    console = plain()
+    with Live(10, "demo", console=console, clock=clock) as live:
+        for second in range(150):
+            clock.now += 1
+            live.within(second // 3, 54)
+    assert lines(console)[1:] == ["round 1: 19 of 54 drawings and marks", "round 1: 39 of 54 drawings and marks"]
+    console = screen()
+    with Live(10, "demo", console=console, clock=clock) as live:
+        live.within(3, 54)
+        console.print(live._panel())
+    assert "round 1: 3 of 54 drawings and marks" in console.file.getvalue()
