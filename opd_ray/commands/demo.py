@@ -37,12 +37,12 @@ def _make_room(config: Config, folder: Path) -> bool:
 
     Never another run, nor a demo with other settings, and nothing for a demo that cannot start.
     """
+    if not folder.exists():
+        return False
     from opd_ray.algorithms import make_algorithm
     from opd_ray.build import identity, preflight
     from opd_ray.storage.run_folder import differences, read_json
 
-    if not folder.exists():
-        return False
     elsewhere = "move it away, use --out, or name this one with -o name=..."
     if not (folder / "run.json").is_file():
         raise RunFolderError(f"{folder} is there and is no run; {elsewhere}")
