@@ -22,7 +22,7 @@ from opd_ray.metrics import MetricsLog, check_logging, mirrors
 from opd_ray.models.base import check_adapters, sigmas_of
 from opd_ray.models.checkpoint import check_complete
 from opd_ray.models.teachers import check_checkpoint, teacher_model
-from opd_ray.planning import check_memory
+from opd_ray.planning import check_memory, needs
 from opd_ray.prompts import PromptStream, read_prompts
 from opd_ray.report.live import Live
 from opd_ray.rewards.base import check_rewards
@@ -104,13 +104,15 @@ def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
     check_rewards(config.rewards, config.evaluation.rewards if scoring else {}, tuple(held_out) if scoring else ())
     algorithm.check(sigmas_of(config.model, config.sampling.steps))
     check_cards(config.cluster)
-    check_memory(config)
+    if config.cluster.gpu_memory_gb is not None:
+        check_memory(config, needs(config))
     check_complete(config.model)
     check_adapters(config.model, config.student.lora, config.teachers)
     for name, teacher in config.teachers.items():
         if teacher.model is not None:
-            check_checkpoint(name, config.model, teacher_model(config.model, teacher))
-            check_complete(teacher_model(config.model, teacher))
+            model = teacher_model(config.model, teacher)
+            check_checkpoint(name, config.model, model)
+            check_complete(model)
     return train, held_out
 
 
@@ -308,19 +310,15 @@ def _source(
 
 def _teacher_pools(config: Config, pool: Any, bases: Bases) -> dict[str, Pool]:
     """One pool for all teachers, or one for each."""
-    placements = config.cluster.teachers
-    default = placements.get("default", RolePlacement())
+    of = config.cluster.of_teacher
     if config.cluster.share_teachers:
-        shared: Pool = pool("teacher", default, roles.teacher(config, tuple(config.teachers), bases))
+        shared: Pool = pool("teacher", of(), roles.teacher(config, tuple(config.teachers), bases))
         return dict.fromkeys(config.teachers, shared)
-    return {
-        name: pool(f"teacher.{name}", placements.get(name, default), roles.teacher(config, (name,), bases))
-        for name in config.teachers
-    }
+    return {name: pool(f"teacher.{name}", of(name), roles.teacher(config, (name,), bases)) for name in config.teachers}
 
 
 def _spec(role: str, placement: Placement, factory: Any, folder: Path) -> WorkerSpec:
-    return WorkerSpec(role, factory, placement.threads, dict(placement.resources), (folder / "logs").resolve())
+    return WorkerSpec(role, factory, placement.threads, dict(placement.resources), folder / "logs")
 
 
 def _facts(pools: Pools, learner: LearnerGroup) -> dict[str, Any]:

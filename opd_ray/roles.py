@@ -13,11 +13,11 @@ import torch
 from opd_ray.actors import Policy, RewardActor, RolloutActor, TeacherActor
 from opd_ray.actors.recorded import RecordedActor
 from opd_ray.algorithms import Algorithm, make_algorithm
-from opd_ray.config import Config, ModelConfig, RolePlacement, TeacherConfig
+from opd_ray.config import Config, ModelConfig, TeacherConfig
 from opd_ray.learners import DdpEngine, Learner
 from opd_ray.learners.learner import Training
 from opd_ray.models.base import Family, load_family, sigmas_of
-from opd_ray.models.precision import dtype_of
+from opd_ray.models.precision import dtype_of, is_full
 from opd_ray.models.teachers import same_text, teacher_model
 from opd_ray.rewards.base import make_rewards
 from opd_ray.runtime.hosts import LearnerHost, RecordedHost, RewardHost, RolloutHost, TeacherHost
@@ -80,8 +80,7 @@ def _probe_tolerance(config: Config) -> float:
         (config.precision.rollout, config.cluster.rollout.device),
         (config.precision.learner, config.cluster.learner.device),
     )
-    exact = all(precision == "fp32" or (precision == "auto" and device == "cpu") for precision, device in roles)
-    return 1e-3 if exact else 5e-2
+    return 1e-3 if all(is_full(precision, device) for precision, device in roles) else 5e-2
 
 
 def make_rollout(config: Config, policy: Policy, sigmas: tuple[float, ...], bases: Bases | None = None) -> RolloutActor:
@@ -99,8 +98,7 @@ def teacher(config: Config, names: tuple[str, ...], bases: Bases) -> Made:
 
 def make_teacher(config: Config, names: tuple[str, ...], bases: Bases | None = None) -> TeacherActor:
     """Denoisers alone, one for all teachers that may share it; text encoders where a teacher's are its own."""
-    placements = config.cluster.teachers
-    device = placements.get(names[0], placements.get("default", RolePlacement())).device
+    device = config.cluster.of_teacher(names[0]).device
     loaded: dict[tuple[ModelConfig, torch.dtype], Family] = {}
 
     def base(teacher: TeacherConfig) -> Family:

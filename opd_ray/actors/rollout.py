@@ -82,7 +82,7 @@ def probe_velocity(family: Family, guidance: float, seed: int) -> Tensor:
 def draw_pictures(family: Family, request: SampleRequest, after_step: Callable[[], None] = lambda: None) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1] by the ODE with the adapter in use; first noises depend on prompts and seed."""
     cond = family.encode([prompt.text for prompt in request.prompts])
-    uncond = family.encode([""]) if request.guidance != 1 else {}
+    uncond = family.empty() if request.guidance != 1 else {}
     rows = zip(request.prompts, request.samples, strict=True)
     x = noise([fold(request.seed, "eval", prompt.id, n) for prompt, n in rows], family.latent_shape).to(family.device)
     sigmas = family.sigmas(request.steps).tolist()
@@ -105,7 +105,6 @@ class RolloutActor:
         family.add_lora(policy.adapter, policy.lora, fold(policy.seed, "lora"))
         family.use(policy.adapter)
         self.bound: Ack | None = None
-        self._empty: Conditioning | None = None
         self._other: Family | None = None
 
     def bind(self, weights: Mapping[str, Tensor], version: WeightVersion, sha256: str) -> Ack:
@@ -151,7 +150,7 @@ class RolloutActor:
         self._require_bound(str(item), (version, sha256))
         self.family.use(self.policy.adapter)
         cond = self.family.encode([prompt.text for prompt in item.prompts])
-        uncond = self.empty() if self.policy.negatives else {}
+        uncond = self.family.empty() if self.policy.negatives else {}
         rows = [(prompt.id, sample) for prompt, sample in zip(item.prompts, item.samples, strict=True)]
         seed, kernel = self.policy.seed, KERNELS[self.policy.kernel]
         x = self._noise([fold(seed, "init_noise", item.round, *row) for row in rows])
@@ -200,12 +199,6 @@ class RolloutActor:
         pictures = draw_pictures(self._other, request)
         own.forwards += self._other.forwards - before
         return pictures
-
-    def empty(self) -> Conditioning:
-        """Embeddings of the empty prompt, each [1, ...]."""
-        if self._empty is None:
-            self._empty = self.family.encode([""])
-        return self._empty
 
     def _adapter_of(self, request: SampleRequest) -> str | None:
         if request.model == "base":

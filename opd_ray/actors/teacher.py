@@ -56,7 +56,7 @@ class TeacherActor:
     @property
     def forwards(self) -> int:
         """Rows that went through any of its denoisers."""
-        return sum(family.forwards for family in {id(family): family for family in self.families.values()}.values())
+        return sum(family.forwards for family in set(self.families.values()))
 
     @torch.no_grad()
     def score(self, trajectory: Trajectory, teacher: str) -> TeacherAnswer:
@@ -73,7 +73,7 @@ class TeacherActor:
         cond, uncond = there.cond, there.uncond
         if facts.own_text:
             cond = family.encode([prompt.text for prompt in item.prompts])
-            uncond = family.encode([""]) if guidance != 1 else {}
+            uncond = family.empty() if guidance != 1 else {}
         with family.adapter(teacher if facts.lora else None):
             velocities = [
                 family.velocity(there.latents[:, j], float(trajectory.sigmas[j]), cond, uncond, guidance)

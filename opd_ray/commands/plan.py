@@ -36,4 +36,4 @@ def plan(
             amounts = (need.weights, need.trained, need.working, need.total)
             table.add_row(need.role, str(need.workers), place, *(f"{amount:.2f}" for amount in amounts))
         console.print(table if found else f"family {loaded.model.family} does not say its shape: nothing to estimate")
-    check_memory(loaded)
+    check_memory(loaded, found)

@@ -67,3 +67,7 @@ class ClusterConfig(Frozen):
     """How long one request may take before its worker counts as lost."""
     object_store_mb: int = Field(256, ge=80)
     """Object store of a Ray that this run starts itself."""
+
+    def of_teacher(self, name: str = "default") -> RolePlacement:
+        """Where a teacher's workers are: its own entry, or the default's."""
+        return self.teachers.get(name, self.teachers.get("default", RolePlacement()))

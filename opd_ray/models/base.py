@@ -98,6 +98,7 @@ class Family(Adapters, ABC):
         self.shift = self.read_shift(model)
         self.forwards = 0
         self.encodes = False
+        self._empty: Conditioning | None = None
 
     @classmethod
     @abstractmethod
@@ -129,6 +130,12 @@ class Family(Adapters, ABC):
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The prompts for the denoiser: each tensor [B, ...] float32, by its argument's name."""
+
+    def empty(self) -> Conditioning:
+        """Embeddings of the empty prompt, each [1, ...], encoded once."""
+        if self._empty is None:
+            self._empty = self.encode([""])
+        return self._empty
 
     @abstractmethod
     def predict(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:

@@ -5,7 +5,6 @@ Dual attention and query/key norms (3.5 medium, 3.5 large) come with the transfo
 
 import logging
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
@@ -67,7 +66,6 @@ class SD3(Family):
 
         _index(model)
         config = read_config(model, "transformer/config.json")
-        _latent_size(model, SimpleNamespace(**config))
         if config.get("guidance_embeds"):
             raise ModelError(
                 f"model {model.path!r} takes guidance as an input of its network; family 'sd3' guides by two forwards, "
@@ -75,6 +73,7 @@ class SD3(Family):
             )
         with refusing(f"model {model.path!r}: its transformer"), torch.device("meta"):
             network: nn.Module = SD3Transformer2DModel.from_config(config)
+        _latent_size(model, network.config)
         return network
 
     @classmethod
@@ -97,13 +96,12 @@ class SD3(Family):
                 )
         own: Any = network.config
         size = _latent_size(model, own)
-        factor = _vae_factor(model)
         return Shape(
             parameters={"denoiser": _count(network), "text": sum(map(_count, text)), "vae": _count(vae)},
             layers=own.num_layers,
             width=own.num_attention_heads * own.attention_head_dim,
             tokens=(size // own.patch_size) ** 2 + CLIP_TOKENS + model.max_sequence_length,
-            pixels=size * factor,
+            pixels=size * _vae_factor(model),
         )
 
     @torch.no_grad()
@@ -186,14 +184,15 @@ def _latent_size(model: ModelConfig, network: Any) -> int:
     """
     if model.resolution is None:
         return int(network.sample_size)
-    unit = _vae_factor(model) * network.patch_size
+    factor = _vae_factor(model)
+    unit = factor * network.patch_size
     largest = network.pos_embed_max_size * unit
     if model.resolution % unit or model.resolution > largest:
         raise ModelError(
             f"model.resolution {model.resolution} does not fit {model.path!r}: expected a multiple of {unit} up to "
             f"{largest}, for instance {min(max(round(model.resolution / unit), 1) * unit, largest)}"
         )
-    return int(model.resolution // _vae_factor(model))
+    return model.resolution // factor
 
 
 def _index(model: ModelConfig) -> dict[str, Any]:

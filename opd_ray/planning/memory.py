@@ -11,11 +11,13 @@ A guided forward has two rows a picture. The VAE decodes in float32 at 512 chann
 that computes on a card holds about 0.6 GB of its runtime. Real numbers differ by tens of percent.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from opd_ray.config import Config, ModelConfig, Placement, RolePlacement
+from opd_ray.config import Config, ModelConfig, Placement, Precision, RolePlacement
 from opd_ray.errors import PlacementError
 from opd_ray.models.base import Shape, family_class
+from opd_ray.models.precision import is_full
 from opd_ray.models.teachers import check_checkpoint, teacher_model
 
 __all__ = ["Need", "check_memory", "needs"]
@@ -63,8 +65,12 @@ def needs(config: Config) -> list[Need]:
     return [_together(config, found)] if config.cluster.runtime == "local" else found
 
 
-def check_memory(config: Config) -> None:
+def check_memory(config: Config, found: Sequence[Need]) -> None:
     """Refuse by name what does not fit on its part of a card, where the cluster file says how large a card is.
+
+    Args:
+        config: the run.
+        found: what ``needs`` gave for it.
 
     Raises:
         PlacementError: the role, what it needs, what it has, and what lowers it.
@@ -72,7 +78,7 @@ def check_memory(config: Config) -> None:
     card = config.cluster.gpu_memory_gb
     if card is None:
         return
-    for need in needs(config):
+    for need in found:
         share = card * min(need.gpu, 1.0)
         if need.device == "cuda" and need.total > share:
             raise PlacementError(
@@ -82,8 +88,8 @@ def check_memory(config: Config) -> None:
             )
 
 
-def _bytes(precision: str, device: str) -> int:
-    return 4 if precision == "fp32" or (precision == "auto" and device == "cpu") else 2
+def _bytes(precision: Precision, device: str) -> int:
+    return 4 if is_full(precision, device) else 2
 
 
 def _block(shape: Shape, rows: int, size: int) -> float:
@@ -91,7 +97,7 @@ def _block(shape: Shape, rows: int, size: int) -> float:
     return BLOCK * rows * shape.tokens * shape.width * size / GB
 
 
-def _rows(config: Config, guidance: float, pictures: int) -> int:
+def _rows(guidance: float, pictures: int) -> int:
     return pictures * (1 if guidance == 1 else 2)
 
 
@@ -108,13 +114,12 @@ def _rollout(config: Config, shape: Shape) -> Need:
     # A teacher that is a full checkpoint is drawn with at the end, one such at a time.
     evaluated = config.evaluation.images_per_task > 0 and any(t.model for t in config.teachers.values())
     decoding = pictures * shape.pixels**2 * VAE_CHANNELS * 4 / GB if config.evaluation.images_per_task else 0.0
-    working = max(_block(shape, _rows(config, config.student.guidance, pictures), size), decoding)
+    working = max(_block(shape, _rows(config.student.guidance, pictures), size), decoding)
     return _need("rollout", placement, whole, _adapter(config, shape), working, own=whole if evaluated else 0.0)
 
 
 def _teachers(config: Config, shape: Shape) -> list[Need]:
-    placements, parts = config.cluster.teachers, shape.parameters
-    default = placements.get("default", RolePlacement())
+    of, parts = config.cluster.of_teacher, shape.parameters
 
     def need(role: str, names: list[str], placement: RolePlacement) -> Need:
         bases, shared, own, working = set[tuple[ModelConfig, int]](), 0.0, 0.0, 0.0
@@ -131,19 +136,19 @@ def _teachers(config: Config, shape: Shape) -> list[Need]:
                     shared += parts["denoiser"] * size / GB
                 else:  # whether its text encoders are the student's shows when they are compared
                     own += (its.parameters["denoiser"] + its.parameters["text"]) * size / GB
-            working = max(working, _block(its, _rows(config, teacher.guidance, config.batch.item_size), size))
+            working = max(working, _block(its, _rows(teacher.guidance, config.batch.item_size), size))
         adapters = sum(config.teachers[name].lora is not None for name in names) * _adapter(config, shape)
         return _need(role, placement, shared, adapters, working, own=own)
 
     if config.cluster.share_teachers:
-        return [need("teachers", list(config.teachers), default)]
-    return [need(f"teacher.{name}", [name], placements.get(name, default)) for name in config.teachers]
+        return [need("teachers", list(config.teachers), of())]
+    return [need(f"teacher.{name}", [name], of(name)) for name in config.teachers]
 
 
 def _learner(config: Config, shape: Shape) -> Need:
     placement = config.cluster.learner
     size = _bytes(config.precision.learner, placement.device)
-    rows = _rows(config, config.student.guidance, config.batch.item_size)
+    rows = _rows(config.student.guidance, config.batch.item_size)
     block = _block(shape, rows, size)
     kept = block / BLOCK if config.student.gradient_checkpointing else block
     trained = _adapter(config, shape) * (ADAM_COPIES + (config.ema is not None))

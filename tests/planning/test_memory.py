@@ -9,9 +9,15 @@ import pytest
 from opd_ray.config import ModelConfig
 from opd_ray.errors import ModelError, PlacementError
 from opd_ray.models.sd3 import SD3
-from opd_ray.planning import check_memory, needs
+from opd_ray.planning import check_memory as check
+from opd_ray.planning import needs
 from opd_ray.recipes import load
 from tests.planning.sd35 import write_configs
+
+
+def check_memory(config):
+    check(config, needs(config))
+
 
 CLUSTERS = Path(__file__).parents[2] / "configs" / "cluster"
 
