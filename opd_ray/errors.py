@@ -13,14 +13,18 @@
     └── RuntimeFault              exit 1: inside one run the pool may still recover from it
         ├── StaleWeightsError     a draw was asked of weights whose delivery was not proven
         ├── WorkerLostError       a worker died or does not answer
-        └── InputLostError        a stored object is gone: its producer has to run again
+        ├── InputLostError        a stored object is gone: its producer has to run again
+        ├── BadInputError         a stored object is not what it should be: its producer has to run again elsewhere
+        └── LearnerLostError      a learner rank died or does not answer: the group starts again from a checkpoint
 
 Every error crosses process borders, so each takes one message and stays picklable.
 """
 
 __all__ = [
+    "BadInputError",
     "ConfigError",
     "InputLostError",
+    "LearnerLostError",
     "ModelError",
     "NotFiniteError",
     "OpdRayError",
@@ -96,3 +100,23 @@ class WorkerLostError(RuntimeFault):
 
 class InputLostError(RuntimeFault):
     """A stored object is gone; the work item that produced it has to run again."""
+
+
+class BadInputError(RuntimeFault):
+    """What another worker answered has a wrong shape, or NaN or infinity where its own reader found none before.
+
+    Args:
+        what: `trajectory`, `answer` or `images`: which of the reader's inputs.
+        text: what is wrong with it.
+    """
+
+    def __init__(self, what: str, text: str) -> None:
+        super().__init__(what, text)  # both, so that it survives pickling
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {self.args[1]}"
+
+
+class LearnerLostError(RuntimeFault):
+    """A learner rank died or does not answer."""

@@ -22,6 +22,10 @@ class Done:
     seconds: float
     forwards: int
     """Rows that went through a denoiser; a guided row counts twice."""
+    holds: tuple[str, ...] | None = None
+    """What the worker has loaded now, where its work may need one of several things: names of teachers."""
+    loading: float = 0.0
+    """The part of the seconds that went into loading one of them."""
 
 
 @dataclass(frozen=True, slots=True)
