@@ -15,7 +15,8 @@ from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import Collected
 from opd_ray.runtime.handle import Weights
 from opd_ray.runtime.hosts import Share
-from opd_ray.runtime.pool import Job, Output, Pool
+from opd_ray.runtime.jobs import Job, Output
+from opd_ray.runtime.pool import Pool
 from opd_ray.types import Prompt, WeightVersion, WorkItem
 
 __all__ = ["ExperienceSource", "RecordedSource", "RolloutSource", "Round"]

@@ -21,7 +21,7 @@ from opd_ray.report.live import Live
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import LearnerGroup
 from opd_ray.runtime.handle import Weights
-from opd_ray.runtime.pool import Job
+from opd_ray.runtime.jobs import Job
 from opd_ray.storage.run_folder import newest_attempt, read_json, write_json_atomic
 
 __all__ = ["Run"]

@@ -6,9 +6,10 @@ number in [0, 1]; 1 is noise. velocity = eps - x0.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from torch import Tensor
+if TYPE_CHECKING:  # records travel through processes that compute nothing
+    from torch import Tensor
 
 __all__ = [
     "Conditioning",
@@ -20,7 +21,7 @@ __all__ = [
     "WorkItem",
 ]
 
-Conditioning = Mapping[str, Tensor]
+Conditioning = Mapping[str, "Tensor"]
 """What the text encoders made of the prompts, by the denoiser's argument name; each tensor is [B, ...]."""
 
 
@@ -80,8 +81,8 @@ class Trajectory:
     item: WorkItem
     weights: WeightVersion
     """The version that drew it."""
-    sigmas: Tensor  # [S] float32, descending from 1 to 0
-    latents: Tensor  # [B, S, C, H, W] float32, index 0 = noise; fewer states where nobody reads the later ones
+    sigmas: "Tensor"  # [S] float32, descending from 1 to 0
+    latents: "Tensor"  # [B, S, C, H, W] float32, index 0 = noise; fewer states where nobody reads the later ones
     cond: Conditioning
     uncond: Conditioning  # of the empty prompt, each tensor [1, ...]; {} when nobody's guidance differs from 1
 
@@ -106,7 +107,7 @@ class TeacherAnswer:
 
     teacher: str
     steps: tuple[int, ...]
-    velocity: Tensor  # [B, T, C, H, W] float32, T = the item's trained steps
+    velocity: "Tensor"  # [B, T, C, H, W] float32, T = the item's trained steps
 
     def __post_init__(self) -> None:
         if self.velocity.shape[1] != len(self.steps):
@@ -124,8 +125,8 @@ class Experience:
     item: WorkItem
     trajectory: Trajectory | None = None
     answer: TeacherAnswer | None = None
-    scores: Mapping[str, Tensor] = field(default_factory=dict)  # reward name -> [B] float32
-    recorded: Mapping[str, Tensor] = field(default_factory=dict)
+    scores: Mapping[str, "Tensor"] = field(default_factory=dict)  # reward name -> [B] float32
+    recorded: Mapping[str, "Tensor"] = field(default_factory=dict)
 
     def to(self, device: str) -> Self:
         """The same on another device."""

@@ -65,8 +65,14 @@ class ClusterConfig(Frozen):
     """How long workers may take to start before the run says what is missing and stops."""
     call_timeout_s: float = Field(600, gt=0)
     """How long one request may take before its worker counts as lost."""
+    heartbeat_timeout_s: float = Field(60, gt=0)
+    """How long a worker may give no sign of life, whatever it does, before it counts as lost."""
+    nodes_may_come: bool = False
+    """A cluster autoscaler may add nodes: what the present ones have no room for is waited for, not refused."""
     object_store_mb: int = Field(256, ge=80)
     """Object store of a Ray that this run starts itself."""
+    plasma_fraction: float = Field(0.7, gt=0, le=1)
+    """The part of any node's object store that the rounds under way may fill; fewer are drawn ahead otherwise."""
 
     def of_teacher(self, name: str = "default") -> RolePlacement:
         """Where a teacher's workers are: its own entry, or the default's."""

@@ -15,7 +15,7 @@ from opd_ray.learners.engine import MEETING
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import Call, Done, Handle, Weights, WorkerSpec
 from opd_ray.runtime.hosts import Share
-from opd_ray.runtime.pool import Job, Output
+from opd_ray.runtime.jobs import Job, Output
 from opd_ray.types import WeightVersion, WorkItem
 
 __all__ = ["Collected", "LearnerGroup"]

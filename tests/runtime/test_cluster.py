@@ -18,8 +18,9 @@ from opd_ray.runtime import cluster
 from opd_ray.runtime.cluster import RayBackend, classify
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import Done, WorkerSpec
+from opd_ray.runtime.jobs import Job
 from opd_ray.runtime.local import LocalBackend
-from opd_ray.runtime.pool import Job, Pool
+from opd_ray.runtime.pool import Pool
 from tests.runtime.runs import nowhere
 from tests.runtime.toys import Toy
 
