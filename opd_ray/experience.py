@@ -140,8 +140,8 @@ class RolloutSource:
                 )
             )
         jobs = tuple(job for job in (draw, mark, score) if job is not None)
-        bulk = (Output(draw, 0), *((Output(mark, 0),) if mark else ()))
-        return Collected(_share(item, draw, mark, score), bulk, jobs)
+        producers = {"trajectory": (draw,), "answer": (mark,) if mark else ()}
+        return Collected(item, _share(item, draw, mark, score), producers, jobs)
 
     def _submit(self, job: Job) -> Job:
         return self.dispatcher.submit(job)
@@ -190,7 +190,7 @@ class RecordedSource:
                 read = Job(self.reader, "read", (task, prompt.id), 1, f"reading {item}")
                 self.dispatcher.submit(read)
                 items.append(item)
-                collected.append(Collected(_recorded(item, read), (Output(read, 0),), (read,)))
+                collected.append(Collected(item, _recorded(item, read), {"recorded": (read,)}, (read,)))
         return Round(round, weights.version, tuple(items), tuple(collected))
 
     def cursors(self, round: int) -> dict[str, int]:

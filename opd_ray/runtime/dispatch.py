@@ -92,6 +92,10 @@ class Dispatcher:
             if job.done:
                 job.pool.retry(job)
 
+    def blame(self, job: Job, why: str) -> None:
+        """Run a job once more whose answer is not what it should be."""
+        self.again([job])
+
     def abandon(self) -> None:
         """Nobody will wait for what is queued or under way: the run ends."""
         for pool in self.pools:

@@ -189,16 +189,23 @@ class LearnerHost:
         """What it computes in."""
         return Done(NAMES[self.learner.family.dtype], 0.0, 0)
 
-    def stage(self, items: Sequence[WorkItem], scores: Sequence[Any], shares: Sequence[Share], *flats: Flat) -> Done:
-        """Take this rank's share of a round; nothing is trained yet."""
-        clock, arrays = _Clock(None), list(flats)
-        experience = [share.unpack(arrays) for share in shares]
-        named = [
-            (item, {name: torch.tensor(score) for name, score in of_item.items()})
-            for item, of_item in zip(items, scores, strict=True)
-        ]
-        self.learner.stage(items, experience, named)
+    def begin(self, items: Sequence[WorkItem]) -> Done:
+        """A round of these items begins, or begins once more."""
+        self.learner.begin(items)
+        return Done(None, 0.0, 0)
+
+    def take(self, share: Share, *flats: Flat) -> Done:
+        """This rank's next item; a streaming algorithm's gradient accumulates now."""
+        clock = _Clock(self.learner.family)
+        self.learner.take(share.unpack(list(flats)))
         return clock.done(None)
+
+    def observe(self, scores: Sequence[tuple[WorkItem, Mapping[str, Sequence[float]]]]) -> Done:
+        """Every item's scores, once a round."""
+        self.learner.observe(
+            [(item, {name: torch.tensor(score) for name, score in of_item.items()}) for item, of_item in scores]
+        )
+        return Done(None, 0.0, 0)
 
     def update(self, update: int) -> Done:
         """One optimizer step."""

@@ -226,14 +226,15 @@ def test_a_recording_comes_back_as_it_was_saved(tmp_path) -> None:
     assert torch.equal(unpack(flat, done.value)["x"], torch.arange(5))
 
 
-def test_staged_work_is_a_copy(learner, drawn, tiny, tiny_teachers) -> None:
+def test_work_that_was_taken_is_a_copy(learner, drawn, tiny, tiny_teachers) -> None:
     flat, _, done = drawn
     family = load_family(ModelConfig(path=str(tiny)), text=False, image=False)
     host = TeacherHost(lambda: TeacherActor(on(family), {"a": TeacherConfig(lora=str(tiny_teachers["a"]))}))
     answer, marked = host.score(done.value.trajectory, "a", flat)
     flat.flags.writeable = answer.flags.writeable = False
     before = flat.copy(), answer.copy()
-    learner.stage([ITEM], [{}], [Share(ITEM, done.value.trajectory, marked.value)], flat, answer)
+    learner.begin([ITEM])
+    learner.take(Share(ITEM, done.value.trajectory, marked.value), flat, answer)
     experience = learner.learner._experience[0]
     experience.trajectory.latents.add_(1)
     experience.answer.velocity.add_(1)

@@ -85,14 +85,19 @@ def test_staleness_grows_to_its_bound_and_no_further(make_config, bound, tmp_pat
     seen = []
 
     def watch(run, live) -> None:
-        stage = run.learner.stage
+        take, finish_round = run.learner.take, run.learner.finish_round
+        lags = set()
 
-        def staged(items, collected) -> None:
-            drawn = {one.share().trajectory.weights.version for one in collected}
-            seen.append([run.learner.version.version - version for version in drawn])
-            stage(items, collected)
+        def taking(one) -> None:
+            lags.add(run.learner.version.version - one.share().trajectory.weights.version)
+            take(one)
 
-        run.learner.stage = staged
+        def finishing(number) -> None:
+            seen.append(list(lags))
+            lags.clear()
+            finish_round(number)
+
+        run.learner.take, run.learner.finish_round = taking, finishing
 
     config = make_config(cluster={"max_staleness": bound}, rounds=5)
     done = go(config, tmp_path / "run", watch=watch)
