@@ -15,6 +15,7 @@
         ├── WorkerLostError       a worker died or does not answer
         ├── InputLostError        a stored object is gone: its producer has to run again
         ├── BadInputError         a stored object is not what it should be: its producer has to run again elsewhere
+        ├── OutOfOrderError       a learner rank was given an item before the one that it waits for
         └── LearnerLostError      a learner rank died or does not answer: the group starts again from a checkpoint
 
 Every error crosses process borders, so each takes one message and stays picklable.
@@ -28,6 +29,7 @@ __all__ = [
     "ModelError",
     "NotFiniteError",
     "OpdRayError",
+    "OutOfOrderError",
     "PlacementError",
     "PromptError",
     "RewardError",
@@ -116,6 +118,10 @@ class BadInputError(RuntimeFault):
 
     def __str__(self) -> str:
         return f"{self.args[0]}: {self.args[1]}"
+
+
+class OutOfOrderError(RuntimeFault):
+    """A learner rank was given an item before the one that it waits for: the one before it did not arrive."""
 
 
 class LearnerLostError(RuntimeFault):

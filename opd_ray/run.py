@@ -3,7 +3,8 @@
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from opd_ray.report.card import write_card
 from opd_ray.report.html import write_report
 from opd_ray.report.live import Live
 from opd_ray.runtime.dispatch import Dispatcher
-from opd_ray.runtime.group import LearnerGroup
+from opd_ray.runtime.group import Collected, LearnerGroup
 from opd_ray.runtime.handle import Weights
 from opd_ray.runtime.jobs import Job
 from opd_ray.storage.run_folder import newest_attempt, read_json, write_json_atomic
@@ -63,23 +64,28 @@ class Run:
         """Rounds that may be drawn ahead."""
         return self.config.cluster.max_staleness
 
-    def wait(self, batch: Round) -> None:
-        """Everything of a round is there.
+    @contextmanager
+    def arrivals(self, batch: Round) -> Iterator[Iterator[Collected]]:
+        """A round's items in their order, each once it is there. Nothing is trained inside.
 
         Raises:
             NotFiniteError: an answer is not a number; a checkpoint from before this round was written.
         """
-        start = self._since = time.perf_counter()
+        self._since = time.perf_counter()
         self._waiting = batch.jobs
         try:
-            self.dispatcher.wait(batch.jobs)
+            yield self._arriving(batch)
         except NotFiniteError:
             self.dispatcher.abandon()
-            self.save()  # nothing of this round was trained: it can begin again
+            self.save()  # gradients are no state: this round can begin again
             raise
         finally:
             self._waiting = []
-        self._seconds["wait"] = time.perf_counter() - start
+
+    def _arriving(self, batch: Round) -> Iterator[Collected]:
+        for one in batch.collected:
+            self.dispatcher.wait(one.jobs)
+            yield one
 
     def resume(self) -> None:
         """Go on from the newest valid checkpoint, or from the beginning where there is none."""
@@ -118,6 +124,8 @@ class Run:
         staleness = weights.version.version - 1 - batch.version.version
         row = self._row(batch, updates, staleness, weights)
         self._seconds["round"] = now - self._since
+        # Items arrive while the learner works on those before: only what it waited for itself is lost time.
+        self._seconds["wait"] = self.learner.idle
         self._seconds["update"] = max(self._seconds["round"] - self._seconds["wait"], 0.0)
         row["seconds"] = dict(self._seconds)
         self._book()

@@ -54,8 +54,10 @@ def first_update(config, folder):
         learner = run.learner.ranks[0]._host.learner
         first = {name: p.detach().clone() for name, p in learner.student.items()}
         batch = run.source.collect(0, run.learner.publish())
-        run.wait(batch)
-        run.learner.stage(batch.items, batch.collected)
+        run.learner.begin(batch.items)
+        with run.arrivals(batch) as arrivals:
+            for one in arrivals:
+                run.learner.take(one)
         (report,) = run.learner.update(0)
         losses = {task: total / count for task, (total, count) in report.tasks.items()}
         return losses, flat(gradients(learner)), first, cut(config, run.algorithm, run.source.stream, 0)

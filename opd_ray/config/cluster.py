@@ -50,6 +50,9 @@ class ClusterConfig(Frozen):
     """`local`: every role in this process, one after the other, for debugging."""
     max_staleness: int = Field(0, ge=0)
     """Rounds that the drawing weights may be behind the training ones; 0 is strictly on-policy."""
+    step_chunks: int = Field(1, ge=1)
+    """Parts in which a drawing is handed over: teachers mark the first steps while the student draws the next. It
+    changes no bit of the result."""
     share_teachers: bool = False
     """One pool whose workers hold every teacher LoRA; otherwise each teacher has workers of its own."""
     share_base: bool = False

@@ -51,8 +51,8 @@ def rounds_that_fit(parts: dict[str, int], capacity: int, fraction: float) -> in
         amounts = " + ".join(f"{part} {_mb(count)}" for part, count in parts.items())
         raise PlacementError(
             f"a round needs {_mb(total)} MB of object store ({amounts}), and {fraction:g} of the smallest node's "
-            f"{_mb(capacity)} MB is {_mb(room)} MB; lower batch.images_per_task, or raise cluster.object_store_mb (of a "
-            "Ray that was there before: its nodes' --object-store-memory)"
+            f"{_mb(capacity)} MB is {_mb(room)} MB; lower batch.images_per_task, or raise cluster.object_store_mb "
+            "(of a Ray that was there before: --object-store-memory of its nodes)"
         )
     return int(room // total)
 
