@@ -9,6 +9,13 @@ __all__ = ["train"]
 
 
 def train(run: Run) -> None:
+    """All rounds; from the last checkpoint again where a learner rank was lost."""
+    while run.round < run.rounds:
+        with run.recovering():
+            rounds(run)
+
+
+def rounds(run: Run) -> None:
     """On-policy distillation: the student draws, the teacher marks each step of *that* drawing."""
     weights = run.learner.publish()
     inflight: deque[Round] = deque()

@@ -62,8 +62,14 @@ class LearnerGroup:
     def __init__(
         self, dispatcher: Dispatcher, specs: Sequence[WorkerSpec], *, attempt: int, start_timeout_s: float
     ) -> None:
-        self.dispatcher = dispatcher
+        self.dispatcher, self._specs, self._start_timeout = dispatcher, specs, start_timeout_s
         self.version = WeightVersion(attempt, 0, -1)
+        self.precision = ""
+        """What the ranks compute in, once they are up."""
+        self._start()
+
+    def _start(self) -> None:
+        specs = self._specs
         if len(specs) > 1:
             meeting = _rendezvous(len(specs))
             weakref.finalize(self, Path(meeting[MEETING]).unlink, missing_ok=True)  # ranks that are killed leave it
@@ -76,14 +82,21 @@ class LearnerGroup:
                 )
                 for rank, spec in enumerate(specs)
             ]
-        self.ranks: list[Handle] = dispatcher.backend.start_group(specs, start_timeout_s)
+        self.ranks: list[Handle] = self.dispatcher.backend.start_group(specs, self._start_timeout)
         self._ready = [rank.call("ready", bulk=0) for rank in self.ranks]
-        self._start_timeout = start_timeout_s
-        self.precision = ""
-        """What the ranks compute in, once they are up."""
         self._sent = [deque[_Sent]() for _ in self.ranks]
         self._scores: list[tuple[WorkItem, Mapping[str, Sequence[float]]]] = []
         self._free, self._idle = [0.0] * len(self.ranks), [0.0] * len(self.ranks)
+
+    def rebuild(self) -> None:
+        """Every rank once more, as at the very start: whoever drives restores a checkpoint then.
+
+        What the former ranks published belongs to an older generation and is drawn with no more.
+        """
+        self.dispatcher.backend.end_group(self.ranks)
+        self.version = WeightVersion(self.version.attempt, self.version.generation + 1, -1)
+        self._start()
+        self.wait_ready()
 
     def wait_ready(self) -> None:
         """Every rank is up and has the backend it asked for."""
