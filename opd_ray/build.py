@@ -4,7 +4,7 @@ import importlib.metadata
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,20 @@ from opd_ray.metrics import MetricsLog, check_logging, mirrors
 from opd_ray.models.base import check_adapters, sigmas_of
 from opd_ray.models.checkpoint import check_complete
 from opd_ray.models.teachers import check_checkpoint, teacher_model
-from opd_ray.planning import check_memory, needs
+from opd_ray.planning import check_memory, needs, round_bytes, rounds_that_fit
 from opd_ray.prompts import PromptStream, read_prompts
 from opd_ray.report.live import Live
 from opd_ray.rewards.base import check_rewards
 from opd_ray.roles import Bases
+from opd_ray.rows import TimeBooks
 from opd_ray.run import Run
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import LearnerGroup
 from opd_ray.runtime.handle import Backend, WorkerSpec
 from opd_ray.runtime.local import LocalBackend
 from opd_ray.runtime.pool import Pool
+from opd_ray.runtime.scaling import Scaler
+from opd_ray.runtime.usage import Meter
 from opd_ray.startup import Startup
 from opd_ray.storage.run_folder import abandon, claim, read_json, write_json_atomic
 from opd_ray.types import Prompt
@@ -40,6 +43,9 @@ from opd_ray.types import Prompt
 __all__ = ["build", "identity", "preflight"]
 
 Prompts = dict[str, tuple[Prompt, ...]]
+
+STACK_AFTER = 0.75
+"""Part of the heartbeat's timeout after which a wedged worker writes its stacks into its log."""
 
 
 @contextmanager
@@ -208,8 +214,12 @@ def _wire(
     held_out: Prompts,
     attempt: int,
 ) -> Run:
-    dispatcher = Dispatcher(backend, call_timeout_s=config.cluster.call_timeout_s)
-    dispatcher.note = live.note
+    cluster = config.cluster
+    dispatcher = Dispatcher(
+        backend, call_timeout_s=cluster.call_timeout_s, pause_timeout_s=cluster.start_timeout_s
+    )
+    dispatcher.note, dispatcher.logs = live.note, folder / "logs"
+    in_store = _rounds_in_store(config, algorithm, backend, live, len(train))
     evaluated = bool(held_out) and config.evaluation.images_per_task > 0
     bases = Bases(share=config.cluster.share_base)
     pools = _pools(config, folder, dispatcher, algorithm, bases, rewards=algorithm.needs_rewards or evaluated)
@@ -240,9 +250,46 @@ def _wire(
         log=MetricsLog(folder / "metrics.jsonl", mirrors(config, folder, live.note)),
         live=live,
         facts=facts,
+        scaler=_scaler(config, dispatcher),
+        books=TimeBooks(dispatcher, learner),
+        meter=Meter({pool.spec.role: pool for pool in dispatcher.pools}),
+        rounds_in_store=in_store,
     )
     dispatcher.tick = run.tick
     return run
+
+
+def _rounds_in_store(config: Config, algorithm: Algorithm, backend: Backend, live: Live, tasks: int) -> int:
+    """How many rounds may be under way at once, so that no node's object store overflows."""
+    store, wanted = backend.object_store(), config.cluster.max_staleness + 1
+    parts = round_bytes(config, algorithm, tasks) if store is not None else {}
+    fit = rounds_that_fit(parts, store.smallest, config.cluster.plasma_fraction) if store is not None else None
+    if fit is None:
+        return wanted
+    if fit < wanted:
+        live.note(
+            f"cluster.max_staleness {wanted - 1} becomes {fit - 1}: the smallest node's object store has room for "
+            f"{fit} rounds of {sum(parts.values()) / 2**20:.0f} MB"
+        )
+    return min(fit, wanted)
+
+
+def _scaler(config: Config, dispatcher: Dispatcher) -> Scaler:
+    cluster = config.cluster
+    local = cluster.runtime == "local"
+    limits = {}
+    for pool in dispatcher.pools:
+        role, _, teacher = pool.spec.role.partition(".")
+        placement = {
+            "rollout": cluster.rollout,
+            "reader": cluster.rollout,
+            "teacher": cluster.of_teacher(teacher or "default"),
+            "reward": cluster.rewards.get("default", RolePlacement()),
+        }[role]
+        if placement.autoscale is not None and not local:
+            limits[pool.spec.role] = placement.autoscale
+    fixed = "this run is in one process (runtime: local), so there is nothing to scale" if local else ""
+    return Scaler({pool.spec.role: pool for pool in dispatcher.pools}, limits, fixed=fixed)
 
 
 def _pools(
@@ -250,14 +297,17 @@ def _pools(
 ) -> Pools:
     cluster = config.cluster
 
-    def pool(role: str, placement: RolePlacement, factory: Any) -> Pool:
+    def pool(role: str, placement: RolePlacement, factory: Any, teachers: tuple[str, ...] = ()) -> Pool:
+        spec = _spec(role, placement, factory, folder)
         made = Pool(
             dispatcher.backend,
-            _spec(role, placement, factory, folder),
+            replace(spec, stack_after_s=STACK_AFTER * cluster.heartbeat_timeout_s),
             placement.workers,
             clock=time.monotonic,
             start_timeout_s=cluster.start_timeout_s,
             call_timeout_s=cluster.call_timeout_s,
+            beat_timeout_s=cluster.heartbeat_timeout_s,
+            teachers=teachers,
         )
         dispatcher.pools.append(made)
         return made
@@ -281,8 +331,10 @@ def _start(
     ranks = [_spec("learner", placement, roles.learner(config, rank, bases), folder) for rank in range(placement.ranks)]
     elastic = [pool.spec for pool in dispatcher.pools for _ in range(pool.size)]
     lack = dispatcher.backend.shortage([*ranks, *elastic])
-    if lack:
+    if lack and not config.cluster.nodes_may_come:
         raise PlacementError(lack)
+    if lack:
+        live.note(f"waiting for nodes: {lack}")
     live.phase(f"starting {len(elastic) + len(ranks)} workers")
     learner = LearnerGroup(dispatcher, ranks, attempt=attempt, start_timeout_s=timeout)
     dispatcher.wait_ready()
@@ -312,9 +364,13 @@ def _teacher_pools(config: Config, pool: Any, bases: Bases) -> dict[str, Pool]:
     """One pool for all teachers, or one for each."""
     of = config.cluster.of_teacher
     if config.cluster.share_teachers:
-        shared: Pool = pool("teacher", of(), roles.teacher(config, tuple(config.teachers), bases))
+        names = tuple(config.teachers)
+        shared: Pool = pool("teacher", of(), roles.teacher(config, names, bases), names)
         return dict.fromkeys(config.teachers, shared)
-    return {name: pool(f"teacher.{name}", of(name), roles.teacher(config, (name,), bases)) for name in config.teachers}
+    return {
+        name: pool(f"teacher.{name}", of(name), roles.teacher(config, (name,), bases), (name,))
+        for name in config.teachers
+    }
 
 
 def _spec(role: str, placement: Placement, factory: Any, folder: Path) -> WorkerSpec:

@@ -7,6 +7,7 @@ no possible one counts as lost.
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from opd_ray.errors import (
     BadInputError,
@@ -20,6 +21,7 @@ from opd_ray.errors import (
 from opd_ray.runtime.handle import Backend, Call, Done, Ref
 from opd_ray.runtime.jobs import PROBE, Job
 from opd_ray.runtime.pool import Pool
+from opd_ray.runtime.telling import last_lines
 
 __all__ = ["Dispatcher"]
 
@@ -49,6 +51,8 @@ class Dispatcher:
         """Denoiser rows by role, of answers that were used."""
         self.first: dict[str, Callable[[], None]] = {}
         """By role: called once, at its first answer."""
+        self.logs: Path | None = None
+        """Where workers write what they have to say."""
         self.note: Callable[[str], None] = lambda text: None
         """Called with a line about everything unusual."""
         self.tick: Callable[[], None] = lambda: None
@@ -86,13 +90,15 @@ class Dispatcher:
             left.pop()
         return not left
 
-    def results(self, calls: Sequence[Call], what: str, timeout_s: float | None = None) -> list[Done]:
+    def results(
+        self, calls: Sequence[Call], what: str, timeout_s: float | None = None, *, first_rank: int = 0
+    ) -> list[Done]:
         """The records of calls outside the pools (learner ranks), while the pools go on.
 
         Raises:
             LearnerLostError: one of them was lost, or did not answer in time.
         """
-        ranks = {call.done: rank for rank, call in enumerate(calls)}
+        ranks = {call.done: rank for rank, call in enumerate(calls, first_rank)}
         pending, results = set(ranks), dict[Ref, Done]()
         limit = timeout_s or self._call_timeout
         deadline, broken = self._clock() + limit, None
@@ -102,7 +108,9 @@ class Dispatcher:
                 try:
                     results[ref] = self.backend.result(ref)
                 except WorkerLostError as error:
-                    raise LearnerLostError(f"{what}: learner rank {ranks[ref]} was lost ({error})") from None
+                    raise LearnerLostError(
+                        f"{what}: learner rank {ranks[ref]} was lost ({error}){self._last_words(ranks[ref])}"
+                    ) from None
                 except RuntimeError as error:
                     broken = broken or error
                     deadline = min(deadline, self._clock() + LAST_WORDS_S)
@@ -110,8 +118,14 @@ class Dispatcher:
             raise broken
         if pending:
             late = ", ".join(str(ranks[ref]) for ref in sorted(pending, key=ranks.__getitem__))
-            raise LearnerLostError(f"{what}: learner rank {late} did not answer in {limit:.0f} s")
+            words = self._last_words(min(ranks[ref] for ref in pending))
+            raise LearnerLostError(f"{what}: learner rank {late} did not answer in {limit:.0f} s{words}")
         return [results[call.done] for call in calls]
+
+    def _last_words(self, rank: int) -> str:
+        name = f"learner-{rank}"
+        lines = last_lines(self.logs, name)
+        return f"; last in {name}.log: {' | '.join(lines)}" if lines else ""
 
     def again(self, jobs: Sequence[Job]) -> None:
         """Their stored results are gone: run them once more.

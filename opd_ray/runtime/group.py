@@ -126,6 +126,11 @@ class LearnerGroup:
         """Seconds of this round that the busiest rank waited for items which were not there yet."""
         return min(self._idle)
 
+    @property
+    def waited(self) -> float:
+        """The same, summed over the ranks."""
+        return sum(self._idle)
+
     def _send(self, rank: int, collected: Collected) -> _Sent:
         calls = [job.call for jobs in collected.producers.values() for job in jobs]
         flats = [call.bulk[0] for call in calls if call is not None]
@@ -137,7 +142,7 @@ class LearnerGroup:
         for _ in range(MAX_TRIES):
             oldest = self._sent[rank][0]
             try:
-                (done,) = self.dispatcher.results([oldest.call], f"rank {rank} taking {oldest.collected.item}")
+                (done,) = self.dispatcher.results([oldest.call], f"taking {oldest.collected.item}", first_rank=rank)
             except AGAIN as error:
                 self._repair(rank, error)
                 continue
@@ -165,7 +170,7 @@ class LearnerGroup:
                 self.dispatcher.again([job for jobs in producers.values() for job in jobs])
         for sent in behind:
             with suppress(*AGAIN):  # it came without the one before it, and was refused
-                self.dispatcher.results([sent.call], f"rank {rank} refusing {sent.collected.item}")
+                self.dispatcher.results([sent.call], f"refusing {sent.collected.item}", first_rank=rank)
         self.dispatcher.wait(oldest.collected.jobs)
         self._sent[rank] = deque(self._send(rank, sent.collected) for sent in (oldest, *behind))
 
