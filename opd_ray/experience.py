@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from opd_ray.algorithms import Algorithm
+from opd_ray.answers import drawn_for, marked_for, scored_for
 from opd_ray.config import Config
 from opd_ray.prompts import PromptStream
 from opd_ray.runtime.dispatch import Dispatcher
@@ -132,11 +133,9 @@ class RolloutSource:
             args = (item, weights.version, weights.sha256, states[-1], images)
             parts = tuple(dict.fromkeys((draws[0], draws[-1]))) if draws else ()
             label = f"drawing {_named(item, states, runs)}"
-            draws.append(
-                self._submit(
-                    Job(self.rollout, "draw", _with_parts(args, parts), 2, label, after=parts, weights=weights)
-                )
-            )
+            job = Job(self.rollout, "draw", _with_parts(args, parts), 2, label, after=parts, weights=weights)
+            job.check = drawn_for(item, weights.version, states)
+            draws.append(self._submit(job))
         return tuple(draws)
 
     def _mark(self, item: WorkItem, runs: Sequence[range], draws: Sequence[Job]) -> tuple[Job, ...]:
@@ -147,7 +146,9 @@ class RolloutSource:
                 parts = tuple(dict.fromkeys((draws[0], draw)))
                 label = f"{teacher} marking {_named(item, states, runs)}"
                 args = _with_teacher(parts, teacher)
-                marks.append(self._submit(Job(self.teachers[teacher], "score", args, 1, label, after=parts)))
+                job = Job(self.teachers[teacher], "score", args, 1, label, after=parts, asset=teacher)
+                job.check = marked_for(item, teacher, states)
+                marks.append(self._submit(job))
         return tuple(marks)
 
     def _score(self, item: WorkItem, draw: Job) -> Job:
@@ -161,6 +162,7 @@ class RolloutSource:
                 0,
                 f"scoring {item}",
                 after=(draw,),
+                check=scored_for(len(texts)),
             )
         )
 

@@ -138,7 +138,7 @@ class Run:
         else:
             self._require_same(driver, round)
             self.totals = driver["totals"]
-            for line in self.scaler.restore(driver.get("workers", {})):
+            for line in self.scaler.restore(driver.get("targets", {})):
                 self.live.note(line)
             self.live.note(f"going on after round {round} of {self.rounds}")
         self.round = round
@@ -224,7 +224,7 @@ class Run:
             "attempt": self.attempt,
             "identity_sha256": read_json(self.folder / "run.json")["identity_sha256"],
             "totals": self.totals,
-            "workers": self.scaler.state(),
+            "targets": self.scaler.state(),
         }
         self.learner.save(self.folder, self.round, driver, attempt=self.attempt, keep=self.config.checkpoint.keep)
         self._seconds["checkpoint"] = time.perf_counter() - start

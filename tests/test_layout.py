@@ -15,7 +15,20 @@ RUNGS = (
     {"actors", "learners"},
     {"storage", "metrics"},
     {"runtime"},
-    {"loop", "run", "rows", "experience", "build", "roles", "startup", "evaluation", "planning", "report"},
+    {
+        "loop",
+        "run",
+        "rows",
+        "answers",
+        "preflight",
+        "experience",
+        "build",
+        "roles",
+        "startup",
+        "evaluation",
+        "planning",
+        "report",
+    },
     {"commands", "cli", "console", "__main__", "testing"},
 )
 RUNG = {name: rung for rung, names in enumerate(RUNGS) for name in names}

@@ -8,8 +8,9 @@ import torch
 import yaml
 from rich.console import Console
 
-from opd_ray.build import build, overlaps
+from opd_ray.build import build
 from opd_ray.experience import cut
+from opd_ray.preflight import overlaps
 from opd_ray.prompts import read_prompts
 from opd_ray.recipes import load
 from opd_ray.report.live import Live

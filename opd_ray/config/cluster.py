@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from opd_ray.config.section import Frozen
 
-__all__ = ["ClusterConfig", "LearnerPlacement", "Placement", "RolePlacement"]
+__all__ = ["Autoscale", "ClusterConfig", "LearnerPlacement", "Placement", "RolePlacement"]
 
 
 class Placement(Frozen):
@@ -30,10 +30,33 @@ class Placement(Frozen):
         return "cuda" if self.resources.get("gpu") else "cpu"
 
 
+class Autoscale(Frozen):
+    """How far a role's workers may follow its load."""
+
+    min: int = Field(1, ge=1)
+    max: int = Field(ge=1)
+    target: float = Field(0.1, gt=0, lt=1)
+    """Share of wall time in which work of this role may find no free worker: more of it starts another worker, less
+    than a quarter of it ends one whose work fits into the others."""
+
+
 class RolePlacement(Placement):
     """Workers of one elastic role."""
 
     workers: int = Field(1, ge=1)
+    """At the start; `opd-ray scale` and autoscale change it while the run goes on."""
+    autoscale: Autoscale | None = None
+    """Off where null, and with `runtime: local`."""
+
+    @model_validator(mode="after")
+    def _within(self) -> "RolePlacement":
+        limits = self.autoscale
+        if limits is not None and not limits.min <= self.workers <= limits.max:
+            raise ValueError(
+                f"workers {self.workers} is not within autoscale.min {limits.min} and autoscale.max {limits.max}; "
+                "set workers to where it begins"
+            )
+        return self
 
 
 class LearnerPlacement(Placement):

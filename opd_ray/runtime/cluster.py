@@ -144,7 +144,7 @@ def classify(error: BaseException) -> Exception | None:
 
 def _cause(error: BaseException) -> str:
     """Ray's own reason where it has one that a person can act on."""
-    if isinstance(error, OutOfMemoryError) or "memory pressure" in str(error) or "OOM" in str(error):
+    if isinstance(error, OutOfMemoryError) or "running low on memory" in str(error):
         return f"Ray ended it, since its node had too little memory left: {_first_line(error)}"
     if getattr(error, "preempted", False):
         return f"its node was preempted: {_first_line(error)}"

@@ -381,7 +381,10 @@ class Pool:
             return None
         if self._paused is None:
             self._paused = self._clock()
-        return self._clock() - self._paused, self.lost[-1] if self.lost else "its workers are starting"
+        return (
+            self._clock() - self._paused,
+            "its last worker is gone, and a successor starts" if self.lost else "its workers start",
+        )
 
     @property
     def usage(self) -> Usage:

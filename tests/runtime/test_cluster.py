@@ -228,6 +228,7 @@ def test_a_hanging_worker_is_replaced(backend) -> None:
     job = dispatcher.submit(Job(pool, "nap", lambda: (next(naps),), 0, "a nap"))
     dispatcher.wait([job])
     assert job.result.value == "rested"
-    assert notes == ["toy-0 was lost while a nap (no answer in 3 s); 1 work items run again"]
+    assert notes[0].startswith("toy-0 (node ") and "was lost while a nap (no answer in 3 s); 1 work items" in notes[0]
+    assert "last heartbeat" in notes[0] and " MB" in notes[0]
     assert pool.workers[0].handle.name == "toy-1" and gone(first.facts)
     pool.workers[0].handle.kill()
