@@ -25,8 +25,8 @@ def rounds(run: Run) -> None:
             inflight.append(run.source.collect(run.round + len(inflight), weights))
 
         batch = inflight.popleft()
-        run.learner.begin(batch.items)
         with run.arrivals(batch) as arrivals:  # trajectories, teachers' velocities, scores
+            run.learner.begin(batch.items)
             for one in arrivals:  # references, never a tensor here; later ones are still drawn and marked
                 run.learner.take(one)
         updates = [run.learner.update(update) for update in range(run.algorithm.updates_per_round)]

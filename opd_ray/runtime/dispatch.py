@@ -59,7 +59,7 @@ class Dispatcher:
         """Called about once a second while waiting: heartbeats, control."""
         self._clock, self._call_timeout, self._ticked = clock, call_timeout_s, clock()
         self._pause_timeout, self._told_pause = pause_timeout_s, False
-        self._submitted = 0
+        self._submitted, self._failures = 0, 0
 
     def submit(self, job: Job) -> Job:
         """Queue a job; it starts when its inputs are there and somebody waits for anything."""
@@ -79,16 +79,28 @@ class Dispatcher:
         self._run(lambda: not any(worker.starting for pool in self.pools for worker in pool.workers))
 
     def wait(self, jobs: Sequence[Job]) -> None:
-        """All these jobs are answered."""
-        while left := [job for job in jobs if not job.done]:
-            self._run(lambda left=left: self._all_done(left))  # type: ignore[misc]
+        """All these jobs are answered.
 
-    @staticmethod
-    def _all_done(left: list[Job]) -> bool:
-        """What was answered is looked at once, not at every turn; ``wait`` looks again, since answers can be lost."""
-        while left and left[-1].done:
-            left.pop()
-        return not left
+        Raises:
+            Exception: one of them, or of those whose results they read, ended with an error of its own.
+        """
+        while left := [job for job in jobs if not job.done]:
+            self._raise_of(left)
+            failed = self._failures
+            # What was answered is looked at once, not at every turn; then again, since answers can be lost.
+            while left and self._failures == failed:
+                if left[-1].done:
+                    left.pop()
+                else:
+                    self._pump([])
+
+    def _raise_of(self, jobs: Sequence[Job]) -> None:
+        """The work's own error goes to whoever waits for it."""
+        if not self._failures:
+            return
+        for job in jobs:
+            if (error := job.failure()) is not None:
+                raise error
 
     def results(
         self, calls: Sequence[Call], what: str, timeout_s: float | None = None, *, first_rank: int = 0
@@ -235,6 +247,12 @@ class Dispatcher:
                     self.blame(other, str(error))
         except (WorkerLostError, StaleWeightsError) as error:
             pool.lose(ref, str(error))
+        except Exception as error:  # the work's own
+            job = pool.release(ref)
+            if job is None:
+                raise
+            if not job.dropped:
+                job.error, self._failures = error, self._failures + 1
         else:
             if job is not None:
                 if job.books != PROBE:

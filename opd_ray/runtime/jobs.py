@@ -53,6 +53,8 @@ class Job:
     """What is wrong with a record, or an empty text: it comes from another process and may be anything."""
     call: Call | None = None
     result: Done | None = None
+    error: Exception | None = None
+    """The work's own, for whoever waits for it."""
     by: str = ""
     """The worker that has it, or answered it."""
     attempts: int = 0
@@ -71,6 +73,11 @@ class Job:
     def done(self) -> bool:
         """Answered, and the answer not lost since."""
         return self.result is not None
+
+    def failure(self) -> Exception | None:
+        """Its own error, or that of a job without whose result it never runs."""
+        errors = (other.failure() for other in self.after if not other.done)
+        return self.error or next((error for error in errors if error is not None), None)
 
     @property
     def needs(self) -> Hashable:

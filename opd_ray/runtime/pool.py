@@ -180,7 +180,7 @@ class Pool:
         Raises:
             Stopped: it was tried often enough.
         """
-        job.call = job.result = None
+        job.call = job.result = job.error = None
         if job.dropped:
             return
         if why := job.exhausted(where(self.spec.logs, job.by)):
@@ -248,8 +248,10 @@ class Pool:
         worker.slots = 1 if worker.pace > SLOW * self.account.pace else self._in_flight
 
     def release(self, ref: Ref) -> Job | None:
-        """Forget a call that failed for want of an input; returns its job. The worker is not to blame."""
+        """Forget a call that failed and leaves its worker as it was; returns its job, if it has one."""
         worker = self.pending[ref]
+        if ref not in worker.flying:
+            return None
         job = self._land(worker, ref, 0.0, answered=False)
         self._settle(worker)
         return job
