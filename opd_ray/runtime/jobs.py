@@ -145,6 +145,10 @@ class Queue:
         """The first ready job of each kind of need, oldest first."""
         return [job for _, job in sorted(heap[0] for heap in self._ready.values())]
 
+    def assets(self) -> Iterator[str]:
+        """What ready jobs need to be loaded, each once."""
+        return (need for need in self._ready if isinstance(need, str) and need != ANYTHING)
+
     def behind(self, job: Job) -> Job | None:
         """The ready job after the first one of its kind was taken."""
         heap = self._ready.get(job.needs)

@@ -147,6 +147,8 @@ class Pool:
             return True
         if holders == len(self.workers):
             return False
+        if any(self._roster.holders(asset) == 0 for asset in self.queue.assets()):
+            return False  # that one has to be loaded anyway
         waiting = (self.queue.count(job.needs) + holders) * self.account.pace / holders
         return waiting > self._loading.get(job.asset, max(self._loading.values(), default=0.0))
 
@@ -164,10 +166,9 @@ class Pool:
         self.account.begin(worker)
         worker.health.apply(Event.UNPROVEN)
         record = Weights(weights.version, weights.sha256, weights.manifest, None)
-        call = worker.handle.call("bind", record, weights.flat, bulk=0)
         worker.binding = weights.identity
         self._binding[worker.binding] += 1
-        self._fly(worker, call.done, None)
+        self._fly(worker, worker.handle.call("bind", record, weights.flat, bulk=0).done, None)
 
     def _fly(self, worker: Worker, ref: Ref, job: Job | None) -> None:
         worker.flying[ref] = job
@@ -216,7 +217,8 @@ class Pool:
             self._check_proof(worker, result)
         elif job.check is not None and (wrong := job.check(result.value)):
             raise StaleWeightsError(f"{worker.handle.name} answered {job.label} with {wrong}")
-        self._land(worker, ref, result.seconds if job is not None else 0.0, answered=job is not None)
+        work = result.seconds - result.loading if job is not None else 0.0
+        self._land(worker, ref, work, answered=job is not None)
         if job is not None:
             self._learn(worker, job, result)
         self._settle(worker)
