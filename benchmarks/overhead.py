@@ -2,12 +2,14 @@
 
     python benchmarks/overhead.py --rounds 6 --repeats 3
 
-The same model, batch, steps and threads on all sides, one after the other and several times over; printed are images a
-second as ratios to the plain loop with their spread, since absolute times are a machine's mood. A side's rate is that
-of its median round, so that start-up does not count.
+The same model, batch and steps on all sides, on the same two cores, one after the other and several times over. The
+plain loop runs with one torch thread and with two, and the faster of them is what the others are compared with; `local`
+and every role of `ray` have one thread. Printed are seconds a round as ratios to the plain loop's with their spread,
+since absolute times are a machine's mood. A side's time is that of its median round, so that start-up does not count.
 """
 
 import argparse
+import itertools
 import os
 import re
 import statistics
@@ -24,35 +26,52 @@ from opd_ray.recipes import load
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = 24
+ITEM = 12
+SIDES = {
+    "local": ["cluster.runtime=local"],
+    "ray, staleness 0": ["cluster.max_staleness=0"],
+    "ray, staleness 1": ["cluster.max_staleness=1"],
+}
+PARTS = ("busy", "transfer", "input", "output")
 
 
 def plain(rounds: int, folder: Path, threads: int) -> float:
-    """Images a second of the one-file loop, by its own count."""
+    """Seconds of a round of the one-file loop, by its own count."""
     command = [sys.executable, ROOT / "examples/one_file.py", "--rounds", str(rounds), "--images", str(IMAGES)]
-    command += ["--out", folder / "student"]
+    command += ["--out", folder / f"student-{threads}"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-    return statistics.median(float(rate) for rate in re.findall(r"([\d.]+) images/s", output))
+    return 3 * IMAGES / statistics.median(float(rate) for rate in re.findall(r"([\d.]+) images/s", output))
 
 
-def ours(runtime: str, rounds: int, folder: Path, threads: int) -> float:
-    """Images a second of a run of the demo's recipe, trained on all nine steps as the one-file loop does."""
+def ours(side: str, rounds: int, folder: Path) -> tuple[float, dict[str, dict[str, float]]]:
+    """Seconds of a round of the demo's recipe, trained on all nine steps as the one-file loop does; roles' shares."""
     overrides = [
-        f"name={runtime}",
-        f"rounds={rounds}",
-        f"cluster.runtime={runtime}",
+        f"name={side.replace(', ', '-').replace(' ', '-')}",
+        f"rounds={rounds + 2}",  # the first holds the start, the last draws nothing ahead
         "algorithm.steps_per_item=null",
         "evaluation.images_per_task=0",
         f"student.lora.targets=[{','.join(ATTENTION)}]",  # what the one-file loop trains
         f"batch.images_per_task={IMAGES}",
-        f"batch.item_size={IMAGES}",
-        *(f"cluster.{role}.threads={threads}" for role in ("rollout", "teachers.default", "learner")),
+        f"batch.item_size={ITEM}",
+        *SIDES[side],
+        *(f"cluster.{role}.threads=1" for role in ("rollout", "teachers.default", "learner")),
     ]
-    if runtime == "ray":  # one thread for each of the roles that work at the same time
-        overrides += ["cluster.rollout.threads=1", "cluster.teachers.default.threads=1"]
-    run_training(load("demo", overrides), folder / runtime, resume=False)
-    seconds = [row["seconds"]["round"] for row in rows(folder / runtime / "metrics.jsonl")]
-    return 3 * IMAGES / statistics.median(seconds)
+    config = load("demo", overrides)
+    run_training(config, folder / config.name, resume=False)
+    found = list(rows(folder / config.name / "metrics.jsonl"))[1:-1]
+    ends = [row["time"] for row in found]
+    each = [after - before for before, after in itertools.pairwise(ends)]
+    return statistics.median(each), _shares([row["roles"] for row in found if "roles" in row])
+
+
+def _shares(found: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Role -> share of its workers' time by what they did."""
+    shares: dict[str, dict[str, float]] = {}
+    for role in found[0] if found else ():
+        spent = {part: sum(row[role][part] for row in found) for part in PARTS}
+        shares[role] = {part: seconds / (sum(spent.values()) or 1.0) for part, seconds in spent.items()}
+    return shares
 
 
 def main() -> None:
@@ -60,20 +79,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="torch threads of the plain loop, local and the learner")
     args = parser.parse_args()
-    ratios: dict[str, list[float]] = {"local": [], "ray": []}
+    ratios: dict[str, list[float]] = {side: [] for side in SIDES}
+    shares: dict[str, dict[str, dict[str, float]]] = {}
     for repeat in range(args.repeats):
         with tempfile.TemporaryDirectory() as folder:
-            base = plain(args.rounds, Path(folder), args.threads)
-            for runtime, found in ratios.items():
-                found.append(ours(runtime, args.rounds, Path(folder), args.threads) / base)
-        console.print(f"repeat {repeat + 1}: " + ", ".join(f"{name} {found[-1]:.2f}" for name, found in ratios.items()))
-    for name, found in ratios.items():
+            base = {threads: plain(args.rounds, Path(folder), threads) for threads in (1, 2)}
+            for side, found in ratios.items():
+                seconds, shares[side] = ours(side, args.rounds, Path(folder))
+                found.append(seconds / min(base.values()))
         console.print(
-            f"{name}: {statistics.median(found):.2f} x the plain loop's images a second "
-            f"({min(found):.2f} to {max(found):.2f} in {len(found)} repeats)"
+            f"repeat {repeat + 1}: plain {base[1]:.2f} s a round with one thread, {base[2]:.2f} s with two; "
+            + ", ".join(f"{name} {found[-1]:.2f}" for name, found in ratios.items())
         )
+    console.print("\n| side | seconds a round, of the plain loop's | spread |\n|---|---|---|", markup=False)
+    for name, found in ratios.items():
+        spread = f"{min(found):.2f} to {max(found):.2f} in {len(found)} repeats"
+        console.print(f"| {name} | {statistics.median(found):.2f} | {spread} |", markup=False, soft_wrap=True)
+    console.print("\n| side | role | " + " | ".join(PARTS) + " |\n|---|---" + "|---" * len(PARTS) + "|", markup=False)
+    for side, roles in shares.items():
+        for role, parts in roles.items():
+            cells = " | ".join(f"{100 * parts[part]:.0f} %" for part in PARTS)
+            console.print(f"| {side} | {role} | {cells} |", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, RecordedSource, RolloutSource
 from opd_ray.metrics import MetricsLog, mirrors
 from opd_ray.planning import round_bytes, rounds_that_fit
-from opd_ray.preflight import Prompts, anchored, identity, overlaps, preflight
+from opd_ray.preflight import FORCED, Prompts, anchored, identity, overlaps, preflight
 from opd_ray.prompts import PromptStream
 from opd_ray.report.live import Live
 from opd_ray.roles import Bases
@@ -43,11 +43,23 @@ STACK_AFTER = 0.75
 
 @contextmanager
 def build(
-    config: Config, folder: Path, live: Live, *, resume: bool = False, startup: Startup | None = None
+    config: Config,
+    folder: Path,
+    live: Live,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    startup: Startup | None = None,
 ) -> Iterator[Run]:
     """Check everything that can be checked, claim the folder, start the workers; end them afterwards.
 
-    ``live`` is entered here, so that a refusal is one line and nothing else.
+    Args:
+        config: the run.
+        folder: its run folder.
+        live: entered here, so that a refusal is one line and nothing else.
+        resume: go on with the run that is there.
+        force: also where it was trained otherwise until now, as far as the weights still fit.
+        startup: books of the time until the first drawing.
 
     Raises:
         UserError: what is wrong with the configuration, its files, the folder or the cluster.
@@ -58,7 +70,7 @@ def build(
     algorithm = make_algorithm(config)
     train, held_out = preflight(config, algorithm)
     startup.mark("checks")
-    attempt = claim(folder, identity(config), resume=resume)
+    attempt = claim(folder, identity(config), resume=resume, may_differ=FORCED if force else ())
     config = anchored(config)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     with ExitStack() as failed, live:
@@ -76,7 +88,7 @@ def build(
             failed.pop_all()  # it started: the claim stands
             with closing(run.log):
                 if resume:
-                    run.resume()
+                    run.resume(force=force)
                 run.status()
                 yield run
         finally:
@@ -136,6 +148,8 @@ def _wire(
     elif config.rewards and not algorithm.needs_rewards:
         live.note("rewards are not used: there is nothing to score without prompts.eval and evaluation.images_per_task")
     facts = _facts(pools, learner)
+    if text := _other_versions(folder, facts):
+        live.note(text)
     _note_facts(folder, facts)
     chosen = facts["precision"]
     common = set(chosen.values())
@@ -303,3 +317,10 @@ def _facts(pools: Pools, learner: LearnerGroup) -> dict[str, Any]:
 def _note_facts(folder: Path, facts: dict[str, Any]) -> None:
     path = folder / "run.json"
     write_json_atomic(path, read_json(path) | facts)
+
+
+def _other_versions(folder: Path, facts: dict[str, Any]) -> str:
+    """Packages that are not those of the attempt before."""
+    before, now = read_json(folder / "run.json").get("versions", {}), facts["versions"]
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in before if before[name] != now.get(name)]
+    return f"other packages than before ({', '.join(changed)}): the student's bits may differ" if changed else ""

@@ -21,9 +21,12 @@ from opd_ray.prompts import read_prompts
 from opd_ray.rewards.base import check_rewards
 from opd_ray.types import Prompt
 
-__all__ = ["Prompts", "anchored", "identity", "overlaps", "preflight"]
+__all__ = ["FORCED", "Prompts", "anchored", "identity", "overlaps", "preflight"]
 
 Prompts = dict[str, tuple[Prompt, ...]]
+
+FORCED = ("algorithm", "batch", "optimizer", "precision", "prompts", "rewards", "rounds", "sampling", "teachers")
+"""Sections in which a resumed run may differ with --force: the saved weights and moments still mean the same."""
 
 
 def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:

@@ -97,9 +97,11 @@ class Run:
                 raise Stopped(f"{error}; --resume goes on from the last checkpoint") from None
             self.live.note(f"{error}; the learner starts again from the last checkpoint")
             self.dispatcher.abandon()
+            self.dispatcher.seconds.clear()  # of rounds that are done again
+            self.dispatcher.forwards.clear()
             try:
                 self.learner.rebuild()
-                self.resume()
+                self._restore()
             except LearnerLostError as another:
                 error = another
             else:
@@ -128,34 +130,47 @@ class Run:
             self.dispatcher.wait(one.jobs)
             yield one
 
-    def resume(self) -> None:
-        """Go on from the newest valid checkpoint, or from the beginning where there is none."""
-        round, driver, notes = self.learner.restore(self.folder)
+    def resume(self, *, force: bool = False) -> None:
+        """Go on where another attempt ended.
+
+        Args:
+            force: also where prompts or teachers are not those of before.
+
+        Raises:
+            RunFolderError: they are not.
+        """
+        driver = self._restore()
+        if driver is not None:
+            self._require_same(driver, force)
+            for line in self.scaler.restore(driver.get("targets", {})):
+                self.live.note(line)
+
+    def _restore(self) -> dict[str, Any] | None:
+        """Take the newest valid checkpoint, or begin anew where there is none; returns the driver's part of it."""
+        self.round, driver, notes = self.learner.restore(self.folder)
         for note in notes:
             self.live.note(note)
         if driver is None:
             self.live.note("no checkpoint to resume from: starting at round 0")
         else:
-            self._require_same(driver, round)
-            self.totals = driver["totals"]
-            for line in self.scaler.restore(driver.get("targets", {})):
-                self.live.note(line)
-            self.live.note(f"going on after round {round} of {self.rounds}")
-        self.round = round
-        self.log.truncate_from(round)
+            self.live.note(f"going on after round {self.round} of {self.rounds}")
+        self.totals = driver["totals"] if driver is not None else {"seconds": {}, "forwards": {}}
+        self.log.truncate_from(self.round)
+        return driver
 
-    def _require_same(self, driver: Mapping[str, Any], round: int) -> None:
+    def _require_same(self, driver: Mapping[str, Any], force: bool) -> None:
         """What was trained with until then is what is here. Where it lies may have changed."""
         for what, before, now in (
             ("prompts of", driver["prompts"], self.source.prompts()),
             ("file of teacher", driver["teachers"], self._teachers()),
         ):
             for name in sorted(before.keys() | now.keys()):
-                if before.get(name) != now.get(name):
-                    raise RunFolderError(
-                        f"{self.folder}: the {what} {name!r} are not those of round {round}; put them back, "
-                        "or start another run"
-                    )
+                if before.get(name) == now.get(name):
+                    continue
+                text = f"{self.folder}: the {what} {name!r} are not those of round {self.round}"
+                if not force:
+                    raise RunFolderError(f"{text}; put them back, start another run, or add --force")
+                self.live.note(f"{text}; going on with --force")
 
     def _teachers(self) -> dict[str, str]:
         """Teacher -> sha256 of its file."""

@@ -16,7 +16,7 @@ import typer
 from opd_ray.commands.options import Json, Override, Runs, RunSeed, overrides
 from opd_ray.config import Config
 from opd_ray.console import console, errors
-from opd_ray.errors import RunFolderError, Stopped
+from opd_ray.errors import ConfigError, RunFolderError, Stopped
 from opd_ray.recipes import load
 from opd_ray.startup import Startup
 
@@ -40,17 +40,23 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint; without one, start at round 0.")
     ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="With --resume: also where method, prompts or teachers are not those of before."),
+    ] = False,
     seed: RunSeed = None,
     out: Runs = Path("runs"),
     json: Json = False,
 ) -> None:
     """Distil specialists into one student (or run any other algorithm's recipe)."""
     loaded = load(config, overrides(override, seed))
-    result = run_training(loaded, out / loaded.name, resume=resume)
+    if force and not resume:
+        raise ConfigError("--force belongs to --resume: a new run has nothing to differ from")
+    result = run_training(loaded, out / loaded.name, resume=resume, force=force)
     show(result, out / loaded.name, as_json=json)
 
 
-def run_training(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
+def run_training(config: Config, folder: Path, *, resume: bool, force: bool = False) -> dict[str, Any]:
     """Build, train, finish.
 
     Ctrl-C or SIGTERM ends the round, writes a checkpoint and stops; while no round is under way, at the second one, or
@@ -75,7 +81,7 @@ def run_training(config: Config, folder: Path, *, resume: bool) -> dict[str, Any
         with (
             redirect_stdout(sys.stderr),
             _signals(_interrupt),
-            build(config, folder, live, resume=resume, startup=startup) as run,
+            build(config, folder, live, resume=resume, force=force, startup=startup) as run,
         ):
             return _drive(run, live)
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ __all__ = [
 LOCK_TIMEOUT_S = 30.0
 
 
-def claim(run_dir: Path, identity: Mapping[str, Any], *, resume: bool = False) -> int:
+def claim(run_dir: Path, identity: Mapping[str, Any], *, resume: bool = False, may_differ: Sequence[str] = ()) -> int:
     """Take a run folder for this run, creating it where there is none, and number the attempt.
 
     ``run.json`` gets ``attempt``, ``identity`` and ``identity_sha256``; other keys in it are kept.
@@ -37,6 +37,7 @@ def claim(run_dir: Path, identity: Mapping[str, Any], *, resume: bool = False) -
         run_dir: the folder, new or empty or a run's.
         identity: plain JSON data in which a continued run must not differ, for instance its method.
         resume: go on with the run that is there; without one, start at attempt 0.
+        may_differ: keys of ``identity`` that may be others than the run's.
 
     Returns:
         0 for the first attempt, one more each time the run is started again.
@@ -62,9 +63,11 @@ def claim(run_dir: Path, identity: Mapping[str, Any], *, resume: bool = False) -
             raise RunFolderError(f"{run_dir} has a run already; go on with it by --resume or choose another name")
         else:
             run["attempt"] += 1
-            if other := differences(run["identity"], plain):
+            before, now = ({k: v for k, v in side.items() if k not in may_differ} for side in (run["identity"], plain))
+            if other := differences(before, now):
                 raise RunFolderError(
-                    f"{run_dir} belongs to another run: {'; '.join(other)}. Choose another name, or start it as it was"
+                    f"{run_dir} belongs to another run: {'; '.join(other)}. Choose another name, start it as it was, "
+                    "or add --force where the weights still fit"
                 )
         run |= {"identity": plain, "identity_sha256": _sha256(plain)}
         write_json_atomic(path, run)

@@ -261,7 +261,7 @@ def test_what_a_resumed_run_may_change(run, tmp_path):
     ]:
         error = run("--resume", *(change.split() if change.startswith("--") else ("-o", change))).error
         assert error.startswith(f"{tmp_path / 'small'} belongs to another run: ") and expected in error
-        assert error.endswith("Choose another name, or start it as it was")
+        assert error.endswith("Choose another name, start it as it was, or add --force where the weights still fit")
     assert (tmp_path / "small" / "run.json").read_bytes() == before, "a refusal changes nothing"
     allowed = ("rounds=2", "checkpoint.keep=1", "cluster.share_teachers=true", "cluster.rollout.workers=2")
     done = run("--resume", *(part for change in allowed for part in ("-o", change)))
@@ -292,7 +292,7 @@ def test_a_resumed_run_finds_what_it_was_trained_with_wherever_it_lies(cli, reci
     refused = run(3, "--resume")
     assert refused.code == 2 and refused.out == ""
     line = refused.err.splitlines()[-1]
-    assert "the file of teacher 'a' are not those of round 2; put them back, or start another run" in line
+    assert "the file of teacher 'a' are not those of round 2; put them back, start another run, or add --force" in line
     link.unlink()
     link.symlink_to(b)
     prompts.write_text(prompts.read_text().replace("red cat", "red cow", 1))
@@ -344,3 +344,14 @@ def test_more_workers_than_the_cluster_has_room_for(cli, run, recipe, ray_sessio
     assert line.startswith("error: no room for 104 workers: asked {CPU: 104}; ") and "per node {CPU: " in line
     assert "missing {CPU: " in line and "Lower workers or their cpu, gpu, resources in the cluster file" in line
     assert run("--resume", "-o", "rounds=1").code == 0, "the folder is not lost"
+
+
+def test_force_goes_on_with_another_method_as_far_as_the_weights_fit(run, tmp_path):
+    assert run("-o", "rounds=2").code == 0
+    refused = run("--resume", "-o", "optimizer.lr=0.5")
+    assert refused.code == 2 and "optimizer.lr" in refused.err and "--force" in refused.err
+    assert run("--resume", "--force", "-o", "optimizer.lr=0.5", "-o", "rounds=3").code == 0
+    assert told(tmp_path, "result.json")["rounds"] == 3
+    fits_not = run("--resume", "--force", "-o", "student.lora.rank=2", "-o", "rounds=4")
+    assert fits_not.code == 2 and "student.lora.rank" in fits_not.err
+    assert run("--force").code == 2
