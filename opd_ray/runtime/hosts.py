@@ -6,7 +6,7 @@ Every method returns its bulk results as flat arrays and a small ``Done`` last. 
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +131,15 @@ class TeacherHost:
         self.actor = make()
 
     def ready(self) -> Done:
-        """The facts of the teachers it holds."""
-        return Done(self.actor.facts, 0.0, 0)
+        """The facts of its teachers, and which of them are loaded."""
+        return Done(self.actor.facts, 0.0, 0, holds=self.actor.loaded)
 
     def score(self, record: TrajectoryRecord, teacher: str, flat: Flat) -> tuple[Flat, Done]:
-        """The teacher's velocities on a trajectory."""
-        clock = _Clock(self.actor)
+        """The teacher's velocities on a trajectory; which teachers are loaded now, and the seconds that this took."""
+        clock, loading = _Clock(self.actor), self.actor.loading
         answer, answer_record = pack_answer(self.actor.score(unpack_trajectory(flat, record), teacher))
-        return answer, clock.done(answer_record)
+        done = clock.done(answer_record)
+        return answer, replace(done, holds=self.actor.loaded, loading=self.actor.loading - loading)
 
 
 class RewardHost:
