@@ -4,42 +4,41 @@ import importlib.metadata
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from opd_ray import roles, world
+from opd_ray import roles
 from opd_ray.actors.recorded import recordings
 from opd_ray.algorithms import Algorithm, make_algorithm
-from opd_ray.config import ClusterConfig, Config, Placement, RolePlacement
-from opd_ray.errors import PlacementError, PromptError
+from opd_ray.config import Config, Placement, RolePlacement
+from opd_ray.errors import PlacementError
 from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, RecordedSource, RolloutSource
-from opd_ray.metrics import MetricsLog, check_logging, mirrors
-from opd_ray.models.base import check_adapters, sigmas_of
-from opd_ray.models.checkpoint import check_complete
-from opd_ray.models.teachers import check_checkpoint, teacher_model
-from opd_ray.planning import check_memory, check_teacher_memory, needs
-from opd_ray.prompts import PromptStream, read_prompts
+from opd_ray.metrics import MetricsLog, mirrors
+from opd_ray.planning import round_bytes, rounds_that_fit
+from opd_ray.preflight import Prompts, anchored, identity, overlaps, preflight
+from opd_ray.prompts import PromptStream
 from opd_ray.report.live import Live
-from opd_ray.rewards.base import check_rewards
 from opd_ray.roles import Bases
+from opd_ray.rows import TimeBooks
 from opd_ray.run import Run
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import LearnerGroup
 from opd_ray.runtime.handle import Backend, WorkerSpec
 from opd_ray.runtime.local import LocalBackend
 from opd_ray.runtime.pool import Pool
+from opd_ray.runtime.scaling import Scaler
+from opd_ray.runtime.usage import Meter
 from opd_ray.startup import Startup
 from opd_ray.storage.run_folder import abandon, claim, read_json, write_json_atomic
-from opd_ray.types import Prompt
 
-__all__ = ["build", "identity", "preflight"]
+__all__ = ["build"]
 
-Prompts = dict[str, tuple[Prompt, ...]]
+STACK_AFTER = 0.75
+"""Part of the heartbeat's timeout after which a wedged worker writes its stacks into its log."""
 
 
 @contextmanager
@@ -90,96 +89,6 @@ def _started(run: Run, startup: Startup) -> None:
     _note_facts(run.folder, {"startup_seconds": startup.parts})
 
 
-def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
-    """Everything that can be refused before a worker starts; returns training and held-out prompts."""
-    check_logging(config)
-    prompts = config.prompts
-    train = read_prompts(_located(prompts.train), "prompts.train") if prompts else {}
-    held_out = read_prompts(_located(prompts.eval), "prompts.eval") if prompts and prompts.eval else {}
-    if train:
-        config.check_tasks(tuple(train))
-    if config.recorded is not None:
-        recordings(config.recorded)
-    scoring = config.evaluation.images_per_task > 0
-    check_rewards(config.rewards, config.evaluation.rewards if scoring else {}, tuple(held_out) if scoring else ())
-    algorithm.check(sigmas_of(config.model, config.sampling.steps))
-    check_cards(config.cluster)
-    if config.cluster.gpu_memory_gb is not None:
-        check_memory(config, needs(config))
-    check_complete(config.model)
-    check_adapters(config.model, config.student.lora, config.teachers)
-    for name, teacher in config.teachers.items():
-        if teacher.model is not None:
-            model = teacher_model(config.model, teacher)
-            check_checkpoint(name, config.model, model)
-            check_complete(model)
-    check_teacher_memory(config)
-    return train, held_out
-
-
-def check_cards(cluster: ClusterConfig) -> None:
-    """Refuse a card for a role in this process where there is none; Ray says so of its nodes itself.
-
-    Raises:
-        PlacementError: a role asks for one.
-    """
-    placements = [cluster.rollout, cluster.learner, *cluster.teachers.values(), *cluster.rewards.values()]
-    wanted = any(placement.device == "cuda" for placement in placements)
-    if wanted and cluster.runtime == "local" and not torch.cuda.is_available():
-        raise PlacementError("a role asks for a gpu, and this process sees none; set resources.gpu to 0")
-
-
-def overlaps(train: Prompts, held_out: Prompts) -> Iterator[str]:
-    """A warning for each task whose held-out prompts are also trained on."""
-    seen = {prompt.text for prompts in train.values() for prompt in prompts}
-    for task, prompts in held_out.items():
-        count = sum(prompt.text in seen for prompt in prompts)
-        if count:
-            yield f"{count} of {len(prompts)} held-out prompts of {task} are also trained on: its scores are too good"
-
-
-def _located(spec: str | dict[str, str]) -> str | dict[str, str]:
-    return {task: _locate(path) for task, path in spec.items()} if isinstance(spec, dict) else _locate(spec)
-
-
-def _locate(path: str) -> str:
-    """A prompt file, or `world/<task>/<split>` of the built-in ones."""
-    match path.split("/"):
-        case ["world", task, split]:
-            try:
-                return str(world.prompts_path(task, split))
-            except ValueError as error:
-                raise PromptError(f"{path}: {error}") from None
-    return path
-
-
-def identity(config: Config) -> dict[str, Any]:
-    """What a resumed run must not change. Where it runs, how long and what it reports, and where, may change."""
-    free = {"cluster", "rounds", "checkpoint", "evaluation", "logging", "name"}
-    if config.optimizer.schedule == "cosine":
-        free.remove("rounds")  # the learning rate of every round depends on their number
-    if not make_algorithm(config).needs_rewards:
-        free.add("rewards")  # they score what was trained, and change nothing of it
-    found = config.model_dump(mode="json", exclude=free)
-    (found["prompts"] or {}).pop("eval", None)
-    return found
-
-
-def anchored(config: Config) -> Config:
-    """Local paths made absolute: workers of a Ray that was there before us have another working directory."""
-
-    def absolute(path: str) -> str:
-        return str(Path(path).resolve()) if path.partition("/")[0] != "world" and Path(path).exists() else path
-
-    teachers = {
-        name: teacher.model_copy(update={"lora" if teacher.lora else "model": absolute(teacher.path)})
-        for name, teacher in config.teachers.items()
-    }
-    model = config.model.model_copy(update={"path": absolute(config.model.path)})
-    recorded = absolute(config.recorded) if config.recorded else None
-    return config.model_copy(update={"teachers": teachers, "model": model, "recorded": recorded})
-
-
 def make_backend(config: Config) -> Backend:
     """Ray, or this process."""
     if config.cluster.runtime == "local":
@@ -209,8 +118,10 @@ def _wire(
     held_out: Prompts,
     attempt: int,
 ) -> Run:
-    dispatcher = Dispatcher(backend, call_timeout_s=config.cluster.call_timeout_s)
-    dispatcher.note = live.note
+    cluster = config.cluster
+    dispatcher = Dispatcher(backend, call_timeout_s=cluster.call_timeout_s, pause_timeout_s=cluster.start_timeout_s)
+    dispatcher.note, dispatcher.logs = live.note, folder / "logs"
+    in_store = _rounds_in_store(config, algorithm, backend, live, len(train))
     evaluated = bool(held_out) and config.evaluation.images_per_task > 0
     bases = Bases(share=config.cluster.share_base)
     pools = _pools(config, folder, dispatcher, algorithm, bases, rewards=algorithm.needs_rewards or evaluated)
@@ -241,9 +152,46 @@ def _wire(
         log=MetricsLog(folder / "metrics.jsonl", mirrors(config, folder, live.note)),
         live=live,
         facts=facts,
+        scaler=_scaler(config, dispatcher),
+        books=TimeBooks(dispatcher, learner),
+        meter=Meter({pool.spec.role: pool for pool in dispatcher.pools}),
+        rounds_in_store=in_store,
     )
     dispatcher.tick = run.tick
     return run
+
+
+def _rounds_in_store(config: Config, algorithm: Algorithm, backend: Backend, live: Live, tasks: int) -> int:
+    """How many rounds may be under way at once, so that no node's object store overflows."""
+    store, wanted = backend.object_store(), config.cluster.max_staleness + 1
+    parts = round_bytes(config, algorithm, tasks) if store is not None else {}
+    fit = rounds_that_fit(parts, store.smallest, config.cluster.plasma_fraction) if store is not None else None
+    if fit is None:
+        return wanted
+    if fit < wanted:
+        live.note(
+            f"cluster.max_staleness {wanted - 1} becomes {fit - 1}: the smallest node's object store has room for "
+            f"{fit} rounds of {sum(parts.values()) / 2**20:.0f} MB"
+        )
+    return min(fit, wanted)
+
+
+def _scaler(config: Config, dispatcher: Dispatcher) -> Scaler:
+    cluster = config.cluster
+    local = cluster.runtime == "local"
+    limits = {}
+    for pool in dispatcher.pools:
+        role, _, teacher = pool.spec.role.partition(".")
+        placement = {
+            "rollout": cluster.rollout,
+            "reader": cluster.rollout,
+            "teacher": cluster.of_teacher(teacher or "default"),
+            "reward": cluster.rewards.get("default", RolePlacement()),
+        }[role]
+        if placement.autoscale is not None and not local:
+            limits[pool.spec.role] = placement.autoscale
+    fixed = "this run is in one process (runtime: local), so there is nothing to scale" if local else ""
+    return Scaler({pool.spec.role: pool for pool in dispatcher.pools}, limits, fixed=fixed)
 
 
 def _pools(
@@ -251,14 +199,17 @@ def _pools(
 ) -> Pools:
     cluster = config.cluster
 
-    def pool(role: str, placement: RolePlacement, factory: Any) -> Pool:
+    def pool(role: str, placement: RolePlacement, factory: Any, teachers: tuple[str, ...] = ()) -> Pool:
+        spec = _spec(role, placement, factory, folder)
         made = Pool(
             dispatcher.backend,
-            _spec(role, placement, factory, folder),
+            replace(spec, stack_after_s=STACK_AFTER * cluster.heartbeat_timeout_s),
             placement.workers,
             clock=time.monotonic,
             start_timeout_s=cluster.start_timeout_s,
             call_timeout_s=cluster.call_timeout_s,
+            beat_timeout_s=cluster.heartbeat_timeout_s,
+            teachers=teachers,
         )
         dispatcher.pools.append(made)
         return made
@@ -282,8 +233,10 @@ def _start(
     ranks = [_spec("learner", placement, roles.learner(config, rank, bases), folder) for rank in range(placement.ranks)]
     elastic = [pool.spec for pool in dispatcher.pools for _ in range(pool.size)]
     lack = dispatcher.backend.shortage([*ranks, *elastic])
-    if lack:
+    if lack and not config.cluster.nodes_may_come:
         raise PlacementError(lack)
+    if lack:
+        live.note(f"waiting for nodes: {lack}")
     live.phase(f"starting {len(elastic) + len(ranks)} workers")
     learner = LearnerGroup(dispatcher, ranks, attempt=attempt, start_timeout_s=timeout)
     dispatcher.wait_ready()
@@ -313,9 +266,13 @@ def _teacher_pools(config: Config, pool: Any, bases: Bases) -> dict[str, Pool]:
     """One pool for all teachers, or one for each."""
     of = config.cluster.of_teacher
     if config.cluster.share_teachers:
-        shared: Pool = pool("teacher", of(), roles.teacher(config, tuple(config.teachers), bases))
+        names = tuple(config.teachers)
+        shared: Pool = pool("teacher", of(), roles.teacher(config, names, bases), names)
         return dict.fromkeys(config.teachers, shared)
-    return {name: pool(f"teacher.{name}", of(name), roles.teacher(config, (name,), bases)) for name in config.teachers}
+    return {
+        name: pool(f"teacher.{name}", of(name), roles.teacher(config, (name,), bases), (name,))
+        for name in config.teachers
+    }
 
 
 def _spec(role: str, placement: Placement, factory: Any, folder: Path) -> WorkerSpec:

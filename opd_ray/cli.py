@@ -11,6 +11,8 @@ from opd_ray.commands.evaluate import evaluate
 from opd_ray.commands.plan import plan
 from opd_ray.commands.report import report
 from opd_ray.commands.sample import sample
+from opd_ray.commands.scale import scale
+from opd_ray.commands.status import status
 from opd_ray.commands.train import train
 from opd_ray.console import errors
 from opd_ray.errors import OpdRayError
@@ -23,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (demo, train, sample, evaluate, config, plan, report, doctor):
+for verb in (demo, train, sample, evaluate, scale, status, config, plan, report, doctor):
     app.command()(verb)
 
 

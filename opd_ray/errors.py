@@ -9,13 +9,14 @@
     │   ├── RunFolderError        an output folder that belongs to another run, or a broken checkpoint
     │   └── PlacementError        workers that the cluster has no room for
     ├── Stopped                   exit 3: the run stopped and can be resumed
-    │   └── NotFiniteError        NaN or infinity in an answer, a loss or a weight
+    │   ├── NotFiniteError        NaN or infinity in an answer, a loss or a weight
+    │   └── LearnerLostError      a learner rank died or does not answer; the run begins again from its checkpoint
     └── RuntimeFault              exit 1: inside one run the pool may still recover from it
         ├── StaleWeightsError     a draw was asked of weights whose delivery was not proven
         ├── WorkerLostError       a worker died or does not answer
         ├── InputLostError        a stored object is gone: its producer has to run again
         ├── BadInputError         a stored object is not what it should be: its producer has to run again elsewhere
-        └── LearnerLostError      a learner rank died or does not answer: the group starts again from a checkpoint
+        └── OutOfOrderError       a learner rank was given an item before the one that it waits for
 
 Every error crosses process borders, so each takes one message and stays picklable.
 """
@@ -28,6 +29,7 @@ __all__ = [
     "ModelError",
     "NotFiniteError",
     "OpdRayError",
+    "OutOfOrderError",
     "PlacementError",
     "PromptError",
     "RewardError",
@@ -86,6 +88,10 @@ class NotFiniteError(Stopped, ArithmeticError):
     """NaN or infinity in an answer, a loss or a weight."""
 
 
+class LearnerLostError(Stopped):
+    """A learner rank died or does not answer. It stops a run only where the group cannot be rebuilt."""
+
+
 class RuntimeFault(OpdRayError):
     """A fault of the running system."""
 
@@ -118,5 +124,5 @@ class BadInputError(RuntimeFault):
         return f"{self.args[0]}: {self.args[1]}"
 
 
-class LearnerLostError(RuntimeFault):
-    """A learner rank died or does not answer."""
+class OutOfOrderError(RuntimeFault):
+    """A learner rank was given an item before the one that it waits for: the one before it did not arrive."""

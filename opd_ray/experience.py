@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from opd_ray.algorithms import Algorithm
+from opd_ray.answers import drawn_for, marked_for, scored_for
 from opd_ray.config import Config
 from opd_ray.prompts import PromptStream
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import Collected
 from opd_ray.runtime.handle import Weights
 from opd_ray.runtime.hosts import Share
-from opd_ray.runtime.pool import Job, Output, Pool
+from opd_ray.runtime.jobs import Job, Output
+from opd_ray.runtime.pool import Pool
+from opd_ray.storage.packing import TrajectoryRecord
 from opd_ray.types import Prompt, WeightVersion, WorkItem
 
 __all__ = ["ExperienceSource", "RecordedSource", "RolloutSource", "Round"]
@@ -112,46 +115,97 @@ class RolloutSource:
         return self.stream.digests()
 
     def _item(self, item: WorkItem, weights: Weights) -> Collected:
-        args = (item, weights.version, weights.sha256, self.algorithm.whole_paths, self.reward is not None)
-        draw = self._submit(Job(self.rollout, "draw", args, 2, f"drawing {item}", weights=weights))
-        mark = score = None
-        if self.teachers:
-            teacher = self.routes[item.task]
-            mark = self._submit(
-                Job(
-                    self.teachers[teacher],
-                    "score",
-                    lambda: (_value(draw).trajectory, teacher, Output(draw, 0)),
-                    1,
-                    f"{teacher} marking {item}",
-                    after=(draw,),
-                )
+        whole = self.algorithm.whole_paths or self.reward is not None
+        last = self.config.sampling.steps if whole else max(item.steps)
+        runs = cut_states(item.steps, last, self.config.cluster.step_chunks if self.teachers else 1)
+        draws = self._draw(item, runs, weights)
+        marks = self._mark(item, runs, draws) if self.teachers else ()
+        score = self._score(item, draws[-1]) if self.reward else None
+        producers = {"trajectory": draws, "answer": marks}
+        jobs = (*draws, *marks, *((score,) if score else ()))
+        return Collected(item, _share(item, draws, marks, score), producers, jobs)
+
+    def _draw(self, item: WorkItem, runs: Sequence[range], weights: Weights) -> tuple[Job, ...]:
+        """A job for each part, which takes up where the part before it ended, on any worker."""
+        draws: list[Job] = []
+        for states in runs:
+            images = self.reward is not None and states is runs[-1]
+            args = (item, weights.version, weights.sha256, states[-1], images)
+            parts = tuple(dict.fromkeys((draws[0], draws[-1]))) if draws else ()
+            label = f"drawing {_named(item, states, runs)}"
+            job = Job(self.rollout, "draw", _with_parts(args, parts), 2, label, after=parts, weights=weights)
+            job.check = drawn_for(item, weights.version, states)
+            draws.append(self._submit(job))
+        return tuple(draws)
+
+    def _mark(self, item: WorkItem, runs: Sequence[range], draws: Sequence[Job]) -> tuple[Job, ...]:
+        """A job for each part that has trained steps; the conditioning is in the first part."""
+        teacher, marks = self.routes[item.task], list[Job]()
+        for states, draw in zip(runs, draws, strict=True):
+            if any(step in states for step in item.steps):
+                parts = tuple(dict.fromkeys((draws[0], draw)))
+                label = f"{teacher} marking {_named(item, states, runs)}"
+                args = _with_teacher(parts, teacher)
+                job = Job(self.teachers[teacher], "score", args, 1, label, after=parts, asset=teacher)
+                job.check = marked_for(item, teacher, states)
+                marks.append(self._submit(job))
+        return tuple(marks)
+
+    def _score(self, item: WorkItem, draw: Job) -> Job:
+        assert self.reward is not None
+        texts = [prompt.text for prompt in item.prompts]
+        return self._submit(
+            Job(
+                self.reward,
+                "score",
+                lambda: (texts, _value(draw).images, Output(draw, 1)),
+                0,
+                f"scoring {item}",
+                after=(draw,),
+                check=scored_for(len(texts)),
             )
-        if self.reward:
-            texts = [prompt.text for prompt in item.prompts]
-            score = self._submit(
-                Job(
-                    self.reward,
-                    "score",
-                    lambda: (texts, _value(draw).images, Output(draw, 1)),
-                    0,
-                    f"scoring {item}",
-                    after=(draw,),
-                )
-            )
-        jobs = tuple(job for job in (draw, mark, score) if job is not None)
-        bulk = (Output(draw, 0), *((Output(mark, 0),) if mark else ()))
-        return Collected(_share(item, draw, mark, score), bulk, jobs)
+        )
 
     def _submit(self, job: Job) -> Job:
         return self.dispatcher.submit(job)
 
 
-def _share(item: WorkItem, draw: Job, mark: Job | None, score: Job | None) -> Callable[[], Share]:
+def cut_states(steps: Sequence[int], last: int, chunks: int) -> tuple[range, ...]:
+    """The states of each part of a drawing: equal runs of steps up to the last trained one, then on to ``last``.
+
+    A mark needs the state that its step begins with, so the part that ends with a state has its step.
+    """
+    needed = max(steps)
+    count = max(min(chunks, needed), 1)
+    ends = [-(-needed * number // count) for number in range(1, count)] + [last]
+    return tuple(range(first, end + 1) for first, end in zip([0, *(end + 1 for end in ends)], ends, strict=False))
+
+
+def _named(item: WorkItem, states: range, runs: Sequence[range]) -> str:
+    return str(item) if len(runs) == 1 else f"{item}, states {states[0]} to {states[-1]}"
+
+
+def _with_parts(args: tuple[Any, ...], parts: tuple[Job, ...]) -> tuple[Any, ...] | Callable[[], tuple[Any, ...]]:
+    """A draw's arguments, with the parts that came before."""
+    if not parts:
+        return args
+    return lambda: (*args, _trajectories(parts), *(Output(part, 0) for part in parts))
+
+
+def _with_teacher(parts: tuple[Job, ...], teacher: str) -> Callable[[], tuple[Any, ...]]:
+    """A mark's arguments."""
+    return lambda: (_trajectories(parts), teacher, *(Output(part, 0) for part in parts))
+
+
+def _trajectories(draws: Sequence[Job]) -> tuple[TrajectoryRecord, ...]:
+    return tuple(_value(draw).trajectory for draw in draws)
+
+
+def _share(item: WorkItem, draws: Sequence[Job], marks: Sequence[Job], score: Job | None) -> Callable[[], Share]:
     return lambda: Share(
         item,
-        trajectory=_value(draw).trajectory,
-        answer=_value(mark) if mark else None,
+        trajectory=_trajectories(draws),
+        answer=tuple(_value(mark) for mark in marks),
         scores=_value(score) if score else None,
     )
 
@@ -190,7 +244,7 @@ class RecordedSource:
                 read = Job(self.reader, "read", (task, prompt.id), 1, f"reading {item}")
                 self.dispatcher.submit(read)
                 items.append(item)
-                collected.append(Collected(_recorded(item, read), (Output(read, 0),), (read,)))
+                collected.append(Collected(item, _recorded(item, read), {"recorded": (read,)}, (read,)))
         return Round(round, weights.version, tuple(items), tuple(collected))
 
     def cursors(self, round: int) -> dict[str, int]:

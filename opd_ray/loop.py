@@ -9,6 +9,13 @@ __all__ = ["train"]
 
 
 def train(run: Run) -> None:
+    """All rounds; from the last checkpoint again where a learner rank was lost."""
+    while run.round < run.rounds:
+        with run.recovering():
+            rounds(run)
+
+
+def rounds(run: Run) -> None:
     """On-policy distillation: the student draws, the teacher marks each step of *that* drawing."""
     weights = run.learner.publish()
     inflight: deque[Round] = deque()
@@ -18,8 +25,10 @@ def train(run: Run) -> None:
             inflight.append(run.source.collect(run.round + len(inflight), weights))
 
         batch = inflight.popleft()
-        run.wait(batch)  # trajectories, teachers' velocities, scores: references, never a tensor here
-        run.learner.stage(batch.items, batch.collected)
+        run.learner.begin(batch.items)
+        with run.arrivals(batch) as arrivals:  # trajectories, teachers' velocities, scores
+            for one in arrivals:  # references, never a tensor here; later ones are still drawn and marked
+                run.learner.take(one)
         updates = [run.learner.update(update) for update in range(run.algorithm.updates_per_round)]
         run.learner.finish_round(batch.number)
         weights = run.learner.publish()

@@ -3,14 +3,15 @@
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from opd_ray.algorithms import Algorithm
 from opd_ray.config import Config
-from opd_ray.errors import NotFiniteError, RunFolderError, Stopped
+from opd_ray.errors import LearnerLostError, NotFiniteError, RunFolderError, Stopped
 from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, Round
 from opd_ray.learners import UpdateReport
@@ -18,13 +19,20 @@ from opd_ray.metrics import MetricsLog
 from opd_ray.report.card import write_card
 from opd_ray.report.html import write_report
 from opd_ray.report.live import Live
+from opd_ray.rows import TimeBooks, learned
 from opd_ray.runtime.dispatch import Dispatcher
-from opd_ray.runtime.group import LearnerGroup
+from opd_ray.runtime.group import Collected, LearnerGroup
 from opd_ray.runtime.handle import Weights
-from opd_ray.runtime.pool import Job
+from opd_ray.runtime.jobs import Job
+from opd_ray.runtime.scaling import Scaler
+from opd_ray.runtime.usage import Meter
+from opd_ray.storage.control import serve
 from opd_ray.storage.run_folder import newest_attempt, read_json, write_json_atomic
 
 __all__ = ["Run"]
+
+MAX_REBUILDS = 3
+"""Of the learner, without a finished round in between."""
 
 
 @dataclass(slots=True)
@@ -43,6 +51,11 @@ class Run:
     live: Live
     facts: dict[str, Any]
     """What is known of teachers and packages, for run.json and result.json."""
+    scaler: Scaler
+    books: TimeBooks
+    meter: Meter
+    rounds_in_store: int = 10**6
+    """How many may be under way at once for the object store's sake."""
     round: int = 0
     stopping: bool = False
     """Set by Ctrl-C or SIGTERM: finish this round, write a checkpoint, stop."""
@@ -52,6 +65,8 @@ class Run:
     _seconds: dict[str, float] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
     _waiting: list[Job] = field(default_factory=list)
+    _rebuilt: int = 0
+    """How often the learner was, since the last finished round."""
 
     @property
     def rounds(self) -> int:
@@ -60,26 +75,58 @@ class Run:
 
     @property
     def max_staleness(self) -> int:
-        """Rounds that may be drawn ahead."""
-        return self.config.cluster.max_staleness
+        """Rounds that may be drawn ahead: as many as asked for, unless the object store has no room for them."""
+        return min(self.config.cluster.max_staleness, self.rounds_in_store - 1)
 
-    def wait(self, batch: Round) -> None:
-        """Everything of a round is there.
+    @contextmanager
+    def recovering(self) -> Iterator[None]:
+        """Where a learner rank is lost inside, its group starts again from the last checkpoint, and so does the run.
+
+        Raises:
+            Stopped: it was lost again and again without a finished round in between.
+        """
+        try:
+            yield
+        except LearnerLostError as error:
+            self._recover(error)
+
+    def _recover(self, error: LearnerLostError) -> None:
+        while True:
+            self._rebuilt += 1
+            if self.stopping or self._rebuilt > MAX_REBUILDS:
+                raise Stopped(f"{error}; --resume goes on from the last checkpoint") from None
+            self.live.note(f"{error}; the learner starts again from the last checkpoint")
+            self.dispatcher.abandon()
+            try:
+                self.learner.rebuild()
+                self.resume()
+            except LearnerLostError as another:
+                error = another
+            else:
+                return
+
+    @contextmanager
+    def arrivals(self, batch: Round) -> Iterator[Iterator[Collected]]:
+        """A round's items in their order, each once it is there. Nothing is trained inside.
 
         Raises:
             NotFiniteError: an answer is not a number; a checkpoint from before this round was written.
         """
-        start = self._since = time.perf_counter()
+        self._since = time.perf_counter()
         self._waiting = batch.jobs
         try:
-            self.dispatcher.wait(batch.jobs)
+            yield self._arriving(batch)
         except NotFiniteError:
             self.dispatcher.abandon()
-            self.save()  # nothing of this round was trained: it can begin again
+            self.save()  # gradients are no state: this round can begin again
             raise
         finally:
             self._waiting = []
-        self._seconds["wait"] = time.perf_counter() - start
+
+    def _arriving(self, batch: Round) -> Iterator[Collected]:
+        for one in batch.collected:
+            self.dispatcher.wait(one.jobs)
+            yield one
 
     def resume(self) -> None:
         """Go on from the newest valid checkpoint, or from the beginning where there is none."""
@@ -91,6 +138,8 @@ class Run:
         else:
             self._require_same(driver, round)
             self.totals = driver["totals"]
+            for line in self.scaler.restore(driver.get("targets", {})):
+                self.live.note(line)
             self.live.note(f"going on after round {round} of {self.rounds}")
         self.round = round
         self.log.truncate_from(round)
@@ -116,12 +165,23 @@ class Run:
         """Write the round's row, and what is due after it."""
         now = time.perf_counter()
         staleness = weights.version.version - 1 - batch.version.version
-        row = self._row(batch, updates, staleness, weights)
+        row = learned(batch, updates)
+        row |= {"staleness": staleness, "weight_version": str(weights.version)}
+        row |= {"busy": dict(self.dispatcher.seconds), "forwards": dict(self.dispatcher.forwards)}
         self._seconds["round"] = now - self._since
+        # Items arrive while the learner works on those before: only what it waited for itself is lost time.
+        self._seconds["wait"] = self.learner.idle
         self._seconds["update"] = max(self._seconds["round"] - self._seconds["wait"], 0.0)
         row["seconds"] = dict(self._seconds)
+        if self.config.cluster.runtime == "ray":  # in one process nobody waits for anybody
+            of_learner = {"round": now - self._since, "learner": self.dispatcher.seconds.get("learner", 0.0)}
+            row["roles"] = self.books.round(of_learner)
+        store = self.dispatcher.backend.object_store()
+        if store is not None:
+            row["store"] = {"used": store.used, "spilled": store.spilled}
+        self.books.close()
         self._book()
-        self.round = batch.number + 1
+        self.round, self._rebuilt = batch.number + 1, 0
         self._remark(batch.number, row)
         every = self.config.evaluation.every
         if self.evaluation is not None and every and self.round % every == 0 and self.round < self.rounds:
@@ -164,6 +224,7 @@ class Run:
             "attempt": self.attempt,
             "identity_sha256": read_json(self.folder / "run.json")["identity_sha256"],
             "totals": self.totals,
+            "targets": self.scaler.state(),
         }
         self.learner.save(self.folder, self.round, driver, attempt=self.attempt, keep=self.config.checkpoint.keep)
         self._seconds["checkpoint"] = time.perf_counter() - start
@@ -203,6 +264,8 @@ class Run:
         """
         if time.monotonic() > self.stop_by:
             raise Stopped("stopped at once, since Ray waits no longer; --resume goes on from the last checkpoint")
+        for line in [*serve(self.folder, self.scaler.request), *self.scaler.tick()]:
+            self.live.note(line)
         self.status()
         if self._waiting:
             self.live.within(sum(job.done for job in self._waiting), len(self._waiting))
@@ -216,7 +279,11 @@ class Run:
         if (newest := newest_attempt(self.folder)) != self.attempt:
             raise RunFolderError(f"{self.folder}: attempt {newest} has taken over; attempt {self.attempt} ends here")
         beat = {"status": status, "round": self.round, "rounds": self.rounds, "attempt": self.attempt}
-        write_json_atomic(self.folder / "status.json", beat | {"time": time.time(), "pid": os.getpid()})
+        beat |= {"time": time.time(), "pid": os.getpid(), "roles": self.meter.roles(), "waiting": None}
+        if (paused := self.dispatcher.paused()) is not None and paused[1] >= 1:
+            role, seconds, why = paused
+            beat["waiting"] = {"for": role, "since": time.time() - seconds, "why": why}
+        write_json_atomic(self.folder / "status.json", beat)
 
     def result(self, status: str) -> dict[str, Any]:
         """Identity and cost of what was trained; scores are added to it."""
@@ -237,70 +304,3 @@ class Run:
                 for name, teacher in self.config.teachers.items()
             },
         }
-
-    def _row(
-        self, batch: Round, updates: Sequence[Sequence[UpdateReport]], staleness: int, weights: Weights
-    ) -> dict[str, Any]:
-        last = updates[-1]
-        tasks = _merge([report.tasks for report in last])
-        loss = {"total": sum(report.loss for report in last)} | {task: s / n for task, (s, n) in tasks.items()}
-        row: dict[str, Any] = {
-            "round": batch.number,
-            "time": time.time(),
-            "loss": loss,
-            "grad_norm": last[0].grad_norm,
-            "lr": last[0].lr,
-            "skipped_steps": sum(reports[0].skipped for reports in updates),
-            "staleness": staleness,
-            "weight_version": str(weights.version),
-            "busy": dict(self.dispatcher.seconds),
-            "forwards": dict(self.dispatcher.forwards),
-        }
-        found = [metrics for report in last for steps in report.steps.values() for metrics in steps.values()]
-        for metric in dict.fromkeys(name for metrics in found for name in metrics):
-            row.setdefault(metric, _steps(last, metric))
-        scores = _scores(batch)
-        if scores:
-            row["scores"] = scores
-        return row
-
-
-def _merge(parts: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:
-    """Sums and counts over ranks."""
-    merged: dict[str, tuple[float, int]] = {}
-    for part in parts:
-        for name, (total, count) in part.items():
-            before = merged.get(name, (0.0, 0))
-            merged[name] = (before[0] + total, before[1] + count)
-    return merged
-
-
-def _steps(reports: Sequence[UpdateReport], metric: str) -> dict[str, dict[str, float]]:
-    """Task -> step -> mean of a metric."""
-    tasks = {task: None for report in reports for task in report.steps}
-    means: dict[str, dict[str, float]] = {}
-    for task in tasks:
-        found = _merge(
-            [
-                {
-                    str(step): metrics[metric]
-                    for step, metrics in report.steps.get(task, {}).items()
-                    if metric in metrics
-                }
-                for report in reports
-            ]
-        )
-        if found:
-            means[task] = {step: found[step][0] / found[step][1] for step in sorted(found, key=int)}
-    return means
-
-
-def _scores(batch: Round) -> dict[str, float]:
-    """Mean of each reward over the pictures it applies to."""
-    values: dict[str, list[float]] = {}
-    for one in batch.collected:
-        for name, scores in (one.share().scores or {}).items():
-            values.setdefault(name, []).extend(score for score in scores if not math.isnan(score))
-    if any(math.isinf(score) for scores in values.values() for score in scores):
-        raise NotFiniteError(f"a reward of round {batch.number} is infinite")
-    return {name: sum(scores) / len(scores) for name, scores in values.items() if scores}

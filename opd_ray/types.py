@@ -6,9 +6,10 @@ number in [0, 1]; 1 is noise. velocity = eps - x0.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from torch import Tensor
+if TYPE_CHECKING:  # records travel through processes that compute nothing
+    from torch import Tensor
 
 __all__ = [
     "Conditioning",
@@ -20,7 +21,7 @@ __all__ = [
     "WorkItem",
 ]
 
-Conditioning = Mapping[str, Tensor]
+Conditioning = Mapping[str, "Tensor"]
 """What the text encoders made of the prompts, by the denoiser's argument name; each tensor is [B, ...]."""
 
 
@@ -75,24 +76,36 @@ class WorkItem:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """What the behaviour policy drew for one work item."""
+    """What the behaviour policy drew for one work item, or a run of its states where it is drawn in parts."""
 
     item: WorkItem
     weights: WeightVersion
     """The version that drew it."""
-    sigmas: Tensor  # [S] float32, descending from 1 to 0
-    latents: Tensor  # [B, S, C, H, W] float32, index 0 = noise; fewer states where nobody reads the later ones
-    cond: Conditioning
+    sigmas: "Tensor"  # [S] float32, descending from 1 to 0
+    latents: "Tensor"  # [B, S, C, H, W] float32, index 0 = noise; fewer states where nobody reads the later ones
+    cond: Conditioning  # {} in parts after the first
     uncond: Conditioning  # of the empty prompt, each tensor [1, ...]; {} when nobody's guidance differs from 1
+    first: int = 0
+    """Index of the first state of ``latents``: 0 but in parts after the first."""
 
     def __post_init__(self) -> None:
-        shape = tuple(self.latents.shape)
-        states = range(max(self.item.steps, default=-1) + 1, len(self.sigmas) + 1)
-        if len(shape) != 5 or shape[0] != len(self.item.prompts) or shape[1] not in states:
+        shape, states = tuple(self.latents.shape), len(self.sigmas) - self.first
+        if len(shape) != 5 or shape[0] != len(self.item.prompts) or not 0 < shape[1] <= states or self.first < 0:
             raise ValueError(
-                f"latents of {self.item} are {shape}, expected {len(self.item.prompts)} rows of "
-                f"{states[0]} to {states[-1]} states of C, H, W"
+                f"latents of {self.item} are {shape} from state {self.first} on, expected {len(self.item.prompts)} "
+                f"rows of 1 to {states} states of C, H, W"
             )
+
+    @property
+    def last(self) -> int:
+        """Index of the last state of ``latents``."""
+        return self.first + self.latents.shape[1] - 1
+
+    def state(self, index: int) -> "Tensor":
+        """One state [B, C, H, W]."""
+        if not self.first <= index <= self.last:
+            raise IndexError(f"{self.item} has states {self.first} to {self.last} here, not {index}")
+        return self.latents[:, index - self.first]
 
     def to(self, device: str) -> Self:
         """The same on another device. The schedule stays on the CPU, where steps read their numbers."""
@@ -106,7 +119,7 @@ class TeacherAnswer:
 
     teacher: str
     steps: tuple[int, ...]
-    velocity: Tensor  # [B, T, C, H, W] float32, T = the item's trained steps
+    velocity: "Tensor"  # [B, T, C, H, W] float32, T = the item's trained steps
 
     def __post_init__(self) -> None:
         if self.velocity.shape[1] != len(self.steps):
@@ -124,8 +137,13 @@ class Experience:
     item: WorkItem
     trajectory: Trajectory | None = None
     answer: TeacherAnswer | None = None
-    scores: Mapping[str, Tensor] = field(default_factory=dict)  # reward name -> [B] float32
-    recorded: Mapping[str, Tensor] = field(default_factory=dict)
+    scores: Mapping[str, "Tensor"] = field(default_factory=dict)  # reward name -> [B] float32
+    recorded: Mapping[str, "Tensor"] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        path, needed = self.trajectory, max(self.item.steps, default=0)
+        if path is not None and not path.first == 0 <= needed <= path.last:
+            raise ValueError(f"{self.item} has states {path.first} to {path.last}, expected 0 to {needed} at least")
 
     def to(self, device: str) -> Self:
         """The same on another device."""

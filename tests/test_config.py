@@ -108,6 +108,18 @@ REFUSED = [
     ("cluster.max_staleness", -1, "f: cluster.max_staleness: Input should be greater than or equal to 0, got -1"),
     ("cluster.learner.backend", "zero", "f: cluster.learner.backend: Input should be "),
     ("cluster.rollout.workers", 0, "f: cluster.rollout.workers: Input should be greater than or equal to 1, got 0"),
+    (
+        "cluster.rollout.autoscale",
+        {"min": 2, "max": 4},
+        "f: cluster.rollout: workers 1 is not within autoscale.min 2 and autoscale.max 4; set workers to",
+    ),
+    ("cluster.rollout.autoscale", {}, "f: cluster.rollout.autoscale.max is missing"),
+    ("cluster.rollout.autoscale", {"max": 0}, "f: cluster.rollout.autoscale.max: Input should be greater than or e"),
+    (
+        "cluster.rollout.autoscale",
+        {"max": 2, "target": 1},
+        "f: cluster.rollout.autoscale.target: Input should be less than 1, got 1",
+    ),
     ("cluster.rollout.threads", 0, "f: cluster.rollout.threads: Input should be greater than or equal to 1, got 0"),
     ("cluster.rollout.resources", {"cpu": -1}, "f: cluster.rollout.resources: amounts are 0 or more"),
     (

@@ -1,14 +1,15 @@
 """How a round is cut into work items, and to whom each goes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from opd_ray.algorithms.opd import Opd
 from opd_ray.config import OpdConfig, parse
-from opd_ray.experience import RecordedSource, RolloutSource, cut
+from opd_ray.experience import RecordedSource, RolloutSource, cut, cut_states
 from opd_ray.prompts import PromptStream
-from opd_ray.runtime.handle import Weights
+from opd_ray.runtime.handle import Call, Done, Weights
+from opd_ray.runtime.hosts import Drawn
 from opd_ray.storage.packing import Manifest
 from opd_ray.types import Prompt, WeightVersion
 
@@ -105,10 +106,71 @@ def test_every_item_goes_to_its_own_teacher_whatever_the_round(first):
         for one, collected in zip(batch.items, batch.collected, strict=True):
             draw, mark = collected.jobs  # no scores: distillation needs no rewards
             teacher = TASKS[one.task]
-            assert draw.pool == "rollout" and draw.args == (one, WEIGHTS.version, "abc", False, False)
+            assert draw.pool == "rollout" and draw.args == (one, WEIGHTS.version, "abc", 8, False)
             assert draw.weights is WEIGHTS
             assert mark.pool == pools[teacher] and mark.label == f"{teacher} marking {one}" and mark.after == (draw,)
     assert source.cursors(3) == dict.fromkeys(TASKS, 12)
+
+
+@pytest.mark.parametrize(
+    ("steps", "last", "chunks", "ends"),
+    [
+        ((0, 2, 8), 8, 1, [8]),
+        ((0, 2, 8), 8, 2, [4, 8]),
+        ((8,), 8, 3, [3, 6, 8]),  # the last is the shortest: nothing is drawn while it is marked
+        ((0, 2, 4), 10, 2, [2, 10]),  # down to the image
+        ((0, 2), 2, 9, [1, 2]),  # no part without a step
+        ((0,), 0, 2, [0]),
+        ((0,), 10, 2, [10]),
+    ],
+)
+def test_a_drawing_is_cut_into_equal_runs_up_to_the_last_trained_step(steps, last, chunks, ends):
+    runs = cut_states(steps, last, chunks)
+    assert [states[-1] for states in runs] == ends
+    assert [state for states in runs for state in states] == list(range(last + 1))
+
+
+@pytest.mark.parametrize("needs_rewards", [False, True])
+def test_each_part_of_a_drawing_is_a_job_after_the_part_before_and_is_marked_as_it_is_there(needs_rewards):
+    class Scored(Opd):
+        pass
+
+    Scored.needs_rewards = needs_rewards
+    recorder, algorithm = Recorder(), Scored(OpdConfig())
+    config = config_of()
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"step_chunks": 3})})
+    source = RolloutSource(
+        *(config, algorithm, stream_of(), recorder), rollout="draw", teachers={"one": "1", "two": "2"}, reward="reward"
+    )
+    item = replace(cut(config, algorithm, stream_of(), 0)[0], steps=(0, 1, 8))
+    collected = source._item(item, WEIGHTS)
+    draws, marks = (collected.producers[what] for what in ("trajectory", "answer"))
+    assert collected.jobs[: len(draws) + len(marks)] == (*draws, *marks)
+    assert all(draw.weights is WEIGHTS and draw.pool == "draw" and draw.bulk == 2 for draw in draws)
+    assert [draw.after for draw in draws] == [(), (draws[0],), (draws[0], draws[1])]
+    assert [mark.after for mark in marks] == [(draws[0],), (draws[0], draws[2])], "no trained step in 4 to 6"
+    for number, draw in enumerate(draws):
+        draw.result = Done(Drawn(f"record {number}", f"images {number}"), 0.0, 0)
+        draw.call = Call((f"states {number}", f"pictures {number}"), None)
+    last = 10 if needs_rewards else 8
+    named = (item, WEIGHTS.version, "abc")
+    assert [draw.arguments() for draw in draws] == [
+        (*named, 3, False),
+        (*named, 6, False, ("record 0",), "states 0"),
+        (*named, last, needs_rewards, ("record 0", "record 1"), "states 0", "states 1"),
+    ]
+    assert [mark.arguments() for mark in marks] == [
+        (("record 0",), "two", "states 0"),
+        (("record 0", "record 2"), "two", "states 0", "states 2"),
+    ]
+    for mark in marks:
+        mark.result = Done(f"mark {marks.index(mark)}", 0.0, 0)
+    if needs_rewards:
+        (score,) = collected.jobs[-1:]
+        assert score.after == (draws[2],) and score.arguments()[1:] == ("images 2", "pictures 2")
+        score.result = Done({}, 0.0, 0)
+    share = collected.share()
+    assert share.trajectory == ("record 0", "record 1", "record 2") and share.answer == ("mark 0", "mark 1")
 
 
 def test_recordings_are_items_of_their_own_and_each_is_read_once_an_epoch():

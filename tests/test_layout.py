@@ -15,7 +15,20 @@ RUNGS = (
     {"actors", "learners"},
     {"storage", "metrics"},
     {"runtime"},
-    {"loop", "run", "experience", "build", "roles", "startup", "evaluation", "planning", "report"},
+    {
+        "loop",
+        "run",
+        "rows",
+        "answers",
+        "preflight",
+        "experience",
+        "build",
+        "roles",
+        "startup",
+        "evaluation",
+        "planning",
+        "report",
+    },
     {"commands", "cli", "console", "__main__", "testing"},
 )
 RUNG = {name: rung for rung, names in enumerate(RUNGS) for name in names}
@@ -163,7 +176,7 @@ def test_the_core_stays_small() -> None:
     for name, source in SOURCES.items():
         if top(name) in CORE:
             parts[top(name)] += len(source.splitlines())
-    assert sum(parts.values()) < 3500, f"over 3,500 lines: {parts}"
+    assert sum(parts.values()) < 5000, f"over 5,000 lines: {parts}"
 
 
 @pytest.mark.parametrize(

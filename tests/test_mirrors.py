@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from opd_ray.build import identity
 from opd_ray.config import parse
 from opd_ray.errors import ConfigError
 from opd_ray.metrics import MetricsLog, Mirror, check_logging, mirrors, rows, scalars
+from opd_ray.preflight import identity
 
 ROW = {
     "round": 3,

@@ -8,8 +8,9 @@ import torch
 import yaml
 from rich.console import Console
 
-from opd_ray.build import build, overlaps
+from opd_ray.build import build
 from opd_ray.experience import cut
+from opd_ray.preflight import overlaps
 from opd_ray.prompts import read_prompts
 from opd_ray.recipes import load
 from opd_ray.report.live import Live
@@ -54,8 +55,10 @@ def first_update(config, folder):
         learner = run.learner.ranks[0]._host.learner
         first = {name: p.detach().clone() for name, p in learner.student.items()}
         batch = run.source.collect(0, run.learner.publish())
-        run.wait(batch)
-        run.learner.stage(batch.items, batch.collected)
+        run.learner.begin(batch.items)
+        with run.arrivals(batch) as arrivals:
+            for one in arrivals:
+                run.learner.take(one)
         (report,) = run.learner.update(0)
         losses = {task: total / count for task, (total, count) in report.tasks.items()}
         return losses, flat(gradients(learner)), first, cut(config, run.algorithm, run.source.stream, 0)

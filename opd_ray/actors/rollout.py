@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -135,36 +135,60 @@ class RolloutActor:
         self.family.use(self.policy.adapter)  # another role of this process may share the family
         return probe_velocity(self.family, self.policy.guidance, self.policy.seed)
 
-    def draw(self, item: WorkItem, version: WeightVersion, sha256: str, *, whole: bool = True) -> Trajectory:
-        """The behaviour policy's own path for one work item; no gradient.
+    def draw(
+        self,
+        item: WorkItem,
+        version: WeightVersion,
+        sha256: str,
+        *,
+        last: int | None = None,
+        before: Trajectory | None = None,
+    ) -> Trajectory:
+        """The behaviour policy's own path for one work item, or a part of it; no gradient.
 
         Args:
             item: what to draw.
             version: of the weights to draw with.
             sha256: of these weights.
-            whole: down to the image, not only to the item's last trained step.
+            last: the state to end with; None is the image.
+            before: the part before it, with the conditioning; None begins with the noise. Any worker may have drawn it.
+
+        Returns:
+            States up to ``last``: from the noise on, with the conditioning; or those after ``before``, without it.
 
         Raises:
-            StaleWeightsError: these weights were not bound and proven here.
+            StaleWeightsError: these weights were not bound and proven here, or did not draw ``before``.
         """
         self._require_bound(str(item), (version, sha256))
+        if before is not None and before.weights != version:
+            raise StaleWeightsError(
+                f"{item} asks for weights {version}, its part before was drawn with {before.weights}"
+            )
         self.family.use(self.policy.adapter)
-        cond = self.family.encode([prompt.text for prompt in item.prompts])
-        uncond = self.family.empty() if self.policy.negatives else {}
         rows = [(prompt.id, sample) for prompt, sample in zip(item.prompts, item.samples, strict=True)]
         seed, kernel = self.policy.seed, KERNELS[self.policy.kernel]
-        x = self._noise([fold(seed, "init_noise", item.round, *row) for row in rows])
-        states = [x]
-        for j in range(len(self.sigmas) - 1 if whole else max(item.steps)):
+        begun = self._begin(item, version, rows) if before is None else before.to(self.family.device)
+        x, states = begun.state(begun.last).contiguous(), list[Tensor]()
+        for j in range(begun.last, len(self.sigmas) - 1 if last is None else last):
             t, t_next = float(self.sigmas[j]), float(self.sigmas[j + 1])
-            velocity = self._velocity(x, t, cond, uncond, self.policy.guidance)
+            velocity = self._velocity(x, t, begun.cond, begun.uncond, self.policy.guidance)
             step = kernel(x, velocity, t, t_next, self.policy.noise_level)
             x = step.mean
             if self.policy.noise_level > 0:
                 seeds = [fold(seed, "step_noise", item.round, *row, j) for row in rows]
                 x = sample(step, self._noise(seeds))
             states.append(x)
-        return Trajectory(item, version, self.sigmas, torch.stack(states, dim=1), cond, uncond)
+        if before is None:
+            return replace(begun, latents=torch.stack([begun.state(0), *states], dim=1))
+        return Trajectory(item, version, self.sigmas, torch.stack(states, dim=1), {}, {}, before.last + 1)
+
+    def _begin(self, item: WorkItem, version: WeightVersion, rows: Sequence[tuple[str, int]]) -> Trajectory:
+        """The noise and the conditioning. Laid out as a copy that travelled would be, so that parts change no bit."""
+        cond = self.family.encode([prompt.text for prompt in item.prompts])
+        uncond = self.family.empty() if self.policy.negatives else {}
+        x = self._noise([fold(self.policy.seed, "init_noise", item.round, *row) for row in rows])
+        cond, uncond = ({name: one.contiguous() for name, one in side.items()} for side in (cond, uncond))
+        return Trajectory(item, version, self.sigmas, x.unsqueeze(1), cond, uncond)
 
     def _require_bound(self, what: str, asked: tuple[WeightVersion, str] | None) -> None:
         if self.bound is None or (self.bound.version, self.bound.sha256) != asked:
@@ -172,7 +196,7 @@ class RolloutActor:
 
     def decode(self, trajectory: Trajectory) -> Tensor:
         """The drawn pictures, [B, 3, H, W] in [0, 1]."""
-        return self.family.decode(trajectory.latents[:, -1])
+        return self.family.decode(trajectory.state(len(self.sigmas) - 1))
 
     def sample(self, request: SampleRequest) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1] of any model of the run, at seeds that all models share.

@@ -106,6 +106,8 @@ class TeacherActor:
     def score(self, trajectory: Trajectory, teacher: str) -> TeacherAnswer:
         """The teacher's velocity at the item's trained steps, one forward batch a step.
 
+        Of a drawing that comes in parts, at those whose state is in this one, which is given the first's conditioning.
+
         Raises:
             ModelError: its sigma schedule is another one, or its checkpoint cannot be loaded any more.
             NotFiniteError: the answer holds NaN or infinity; names teacher, round and prompts.
@@ -114,6 +116,7 @@ class TeacherActor:
         if not torch.equal(family.sigmas(len(trajectory.sigmas) - 1), trajectory.sigmas):
             raise ModelError(f"teacher {teacher}'s sigma schedule is not the trajectory's; use the student's base")
         item, guidance = trajectory.item, facts.guidance
+        steps = tuple(j for j in item.steps if trajectory.first <= j <= trajectory.last)
         there = trajectory.to(family.device)
         cond, uncond = there.cond, there.uncond
         if facts.own_text:
@@ -121,10 +124,9 @@ class TeacherActor:
             uncond = family.empty() if guidance != 1 else {}
         with family.adapter(teacher if facts.lora else None):
             velocities = [
-                family.velocity(there.latents[:, j], float(trajectory.sigmas[j]), cond, uncond, guidance)
-                for j in item.steps
+                family.velocity(there.state(j), float(trajectory.sigmas[j]), cond, uncond, guidance) for j in steps
             ]
-        answer = TeacherAnswer(teacher, item.steps, torch.stack(velocities, dim=1))
+        answer = TeacherAnswer(teacher, steps, torch.stack(velocities, dim=1))
         finite = answer.velocity.isfinite().flatten(1).all(1)
         if not finite.all():
             bad = [prompt.text for prompt, fine in zip(item.prompts, finite.tolist(), strict=True) if not fine]

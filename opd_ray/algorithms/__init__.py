@@ -44,6 +44,11 @@ def _check_needs(config: Config, algorithm: Algorithm) -> None:
         raise ConfigError(f"algorithm {name} learns from teachers; teachers is empty, add at least one")
     if algorithm.needs_rewards and not config.rewards:
         raise ConfigError(f"algorithm {name} learns from rewards; rewards is empty, add at least one")
+    if algorithm.streams and (algorithm.updates_per_round != 1 or type(algorithm).select is not Algorithm.select):
+        raise ConfigError(
+            f"algorithm {name} streams, but has {algorithm.updates_per_round} updates a round or selects items; "
+            "set streams = False"
+        )
     if algorithm.kernel not in KERNELS:
         raise ConfigError(f"algorithm {name} draws with kernel {algorithm.kernel!r}; known: {', '.join(KERNELS)}")
     known = ("student", *algorithm.adapters)

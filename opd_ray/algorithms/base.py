@@ -54,6 +54,9 @@ class Algorithm(ABC):
     """False: it reads no state behind the last trained step, so that a drawing without pictures stops there."""
     needs_teachers: ClassVar[bool] = False
     needs_rewards: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
+    """True: one update a round, over all its items, which needs neither scores nor other items: gradients accumulate
+    while later items are still drawn and marked. ``observe`` comes after them then."""
     updates_per_round: int = 1
     kernel: str = "flow"
     noise_level: float = 0.0

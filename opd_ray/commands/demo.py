@@ -13,9 +13,6 @@ from opd_ray.recipes import load
 
 __all__ = ["demo"]
 
-FRESH_S = 60.0
-"""A run that works writes its heartbeat more often."""
-
 
 def demo(
     override: Override = None,
@@ -40,7 +37,8 @@ def _make_room(config: Config, folder: Path) -> bool:
     if not folder.exists():
         return False
     from opd_ray.algorithms import make_algorithm
-    from opd_ray.build import identity, preflight
+    from opd_ray.preflight import identity, preflight
+    from opd_ray.storage.control import HEARTBEAT_S
     from opd_ray.storage.run_folder import differences, read_json
 
     elsewhere = "move it away, use --out, or name this one with -o name=..."
@@ -52,7 +50,7 @@ def _make_room(config: Config, folder: Path) -> bool:
     if other := differences(run.get("identity", {}), identity(config)):
         raise RunFolderError(f"{folder} holds another run than this demo ({'; '.join(other)}); {elsewhere}")
     state = read_json(folder / "status.json") if (folder / "status.json").is_file() else {}
-    if state.get("status") == "running" and _alive(state["pid"]) and time.time() - state["time"] < FRESH_S:
+    if state.get("status") == "running" and _alive(state["pid"]) and time.time() - state["time"] < HEARTBEAT_S:
         raise RunFolderError(f"{folder} is being made by process {state['pid']}; wait for it, or {elsewhere}")
     if state.get("status") != "done":
         errors.print(f"going on with the demo in {folder}, which did not come to its end", soft_wrap=True)

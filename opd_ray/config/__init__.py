@@ -4,7 +4,7 @@ Unknown keys are errors, so a typo never becomes a default. An algorithm is a na
 vetted run. ``recipes.load`` turns a recipe's name or a YAML file into one ``Config``.
 """
 
-from opd_ray.config.cluster import ClusterConfig, LearnerPlacement, Placement, RolePlacement
+from opd_ray.config.cluster import Autoscale, ClusterConfig, LearnerPlacement, Placement, RolePlacement
 from opd_ray.config.method import (
     ATTENTION,
     AlgorithmConfig,
@@ -28,6 +28,7 @@ from opd_ray.config.run import Config, parse
 __all__ = [
     "ATTENTION",
     "AlgorithmConfig",
+    "Autoscale",
     "BatchConfig",
     "ClusterConfig",
     "Config",

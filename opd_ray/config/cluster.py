@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from opd_ray.config.section import Frozen
 
-__all__ = ["ClusterConfig", "LearnerPlacement", "Placement", "RolePlacement"]
+__all__ = ["Autoscale", "ClusterConfig", "LearnerPlacement", "Placement", "RolePlacement"]
 
 
 class Placement(Frozen):
@@ -30,10 +30,33 @@ class Placement(Frozen):
         return "cuda" if self.resources.get("gpu") else "cpu"
 
 
+class Autoscale(Frozen):
+    """How far a role's workers may follow its load."""
+
+    min: int = Field(1, ge=1)
+    max: int = Field(ge=1)
+    target: float = Field(0.1, gt=0, lt=1)
+    """Share of wall time in which work of this role may find no free worker: more of it starts another worker, less
+    than a quarter of it ends one whose work fits into the others."""
+
+
 class RolePlacement(Placement):
     """Workers of one elastic role."""
 
     workers: int = Field(1, ge=1)
+    """At the start; `opd-ray scale` and autoscale change it while the run goes on."""
+    autoscale: Autoscale | None = None
+    """Off where null, and with `runtime: local`."""
+
+    @model_validator(mode="after")
+    def _within(self) -> "RolePlacement":
+        limits = self.autoscale
+        if limits is not None and not limits.min <= self.workers <= limits.max:
+            raise ValueError(
+                f"workers {self.workers} is not within autoscale.min {limits.min} and autoscale.max {limits.max}; "
+                "set workers to where it begins"
+            )
+        return self
 
 
 class LearnerPlacement(Placement):
@@ -50,6 +73,9 @@ class ClusterConfig(Frozen):
     """`local`: every role in this process, one after the other, for debugging."""
     max_staleness: int = Field(0, ge=0)
     """Rounds that the drawing weights may be behind the training ones; 0 is strictly on-policy."""
+    step_chunks: int = Field(1, ge=1)
+    """Parts in which a drawing is handed over: teachers mark the first steps while the student draws the next. It
+    changes no bit of the result."""
     share_teachers: bool = False
     """One pool whose workers hold every teacher; otherwise each teacher has workers of its own."""
     teacher_memory_gb: float | None = Field(None, gt=0)
@@ -68,8 +94,14 @@ class ClusterConfig(Frozen):
     """How long workers may take to start before the run says what is missing and stops."""
     call_timeout_s: float = Field(600, gt=0)
     """How long one request may take before its worker counts as lost."""
+    heartbeat_timeout_s: float = Field(60, gt=0)
+    """How long a worker may give no sign of life, whatever it does, before it counts as lost."""
+    nodes_may_come: bool = False
+    """A cluster autoscaler may add nodes: what the present ones have no room for is waited for, not refused."""
     object_store_mb: int = Field(256, ge=80)
     """Object store of a Ray that this run starts itself."""
+    plasma_fraction: float = Field(0.7, gt=0, le=1)
+    """The part of any node's object store that the rounds under way may fill; fewer are drawn ahead otherwise."""
 
     def of_teacher(self, name: str = "default") -> RolePlacement:
         """Where a teacher's workers are: its own entry, or the default's."""

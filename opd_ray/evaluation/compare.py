@@ -13,7 +13,8 @@ from opd_ray.models.teachers import teacher_model
 from opd_ray.prompts import PromptStream
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import Weights
-from opd_ray.runtime.pool import PROBE, Job, Output, Pool
+from opd_ray.runtime.jobs import PROBE, Job, Output
+from opd_ray.runtime.pool import Pool
 from opd_ray.storage.run_folder import write_json_atomic
 from opd_ray.types import Prompt
 

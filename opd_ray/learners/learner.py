@@ -1,7 +1,6 @@
 """One learner rank: accumulates the algorithm's loss over its work items, steps the optimizer, publishes weights."""
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor
 
 from opd_ray.actors.rollout import probe_velocity
-from opd_ray.algorithms.base import Algorithm, Forward
+from opd_ray.algorithms.base import Algorithm, Forward, Loss
 from opd_ray.config import EmaConfig, LoraConfig, OptimizerConfig
 from opd_ray.digest import digest
-from opd_ray.errors import NotFiniteError, RunFolderError
+from opd_ray.errors import NotFiniteError, OutOfOrderError, RunFolderError
 from opd_ray.learners.engine import Engine
 from opd_ray.models.base import Family
 from opd_ray.seeds import fold
@@ -53,6 +52,36 @@ class UpdateReport:
     """The fp16 gradient overflowed: no weight was changed, and the loss is scaled by less from now on."""
 
 
+@dataclass(slots=True)
+class Sums:
+    """What the forwards of one update have added up to on one rank."""
+
+    loss: float = 0.0
+    tasks: dict[str, float] = field(default_factory=dict)
+    items: dict[str, set[int]] = field(default_factory=dict)
+    steps: dict[str, dict[int, dict[str, tuple[float, int]]]] = field(default_factory=dict)
+    broken: str = ""
+    """Where the loss was not finite for the first time."""
+
+    def add(self, item: WorkItem, step: int, loss: Loss, share: float, count: int) -> None:
+        """One of an item's ``count`` forwards; ``share`` is its part of the update's loss."""
+        value = float(loss.value.detach())
+        if not math.isfinite(value) and not self.broken:
+            self.broken = f"; first in {item} step {step}, prompt {item.prompts[0].text!r}"
+        self.loss += share
+        self.tasks[item.task] = self.tasks.get(item.task, 0.0) + value / count
+        self.items.setdefault(item.task, set()).add(item.position)
+        by_step = self.steps.setdefault(item.task, {}).setdefault(step, {})
+        for name, metric in loss.metrics.items():
+            seen, times = by_step.get(name, (0.0, 0))
+            by_step[name] = (seen + float(metric), times + 1)
+
+    def report(self, grad_norm: float, lr: float, skipped: bool) -> UpdateReport:
+        """The numbers of the update that they belong to."""
+        tasks = {task: (total, len(self.items[task])) for task, total in self.tasks.items()}
+        return UpdateReport(self.loss, tasks, self.steps, grad_norm, lr, skipped)
+
+
 @dataclass(frozen=True, slots=True)
 class LearnerState:
     """All that a learner needs to go on bit-identically: tensors by group and name, and JSON values."""
@@ -82,25 +111,42 @@ class Learner:
         self.ema = {name: p.detach().clone() for name, p in self.student.items()} if training.ema else None
         self.updates = 0
         self._items: tuple[WorkItem, ...] = ()
+        self._own: tuple[WorkItem, ...] = ()
+        self._taken = 0
         self._experience: dict[int, Experience] = {}
-        self._scores: Sequence[tuple[WorkItem, Mapping[str, Tensor]]] | None = None
+        self._sums = Sums()
 
-    def stage(
-        self,
-        items: Sequence[WorkItem],
-        experience: Sequence[Experience],
-        scores: Sequence[tuple[WorkItem, Mapping[str, Tensor]]],
-    ) -> None:
-        """Take a round's inputs; again where another rank lacked one of its own. Nothing changes by it.
+    def begin(self, items: Sequence[WorkItem]) -> None:
+        """A round begins, or begins once more: there is nothing of it yet, and no gradient.
 
         Args:
             items: all of the round, the same on every rank.
-            experience: this rank's share.
-            scores: every item's, the same on every rank.
         """
         self._items = tuple(items)
-        self._experience = {one.item.position: one.to(self.family.device) for one in experience}
-        self._scores = scores
+        self._own = tuple(item for item in items if self.owner(item) == self.engine.rank)
+        self._taken, self._experience = 0, {}
+        self._clear()
+
+    def take(self, experience: Experience) -> None:
+        """This rank's next item, in item order; a streaming algorithm accumulates its gradient at once.
+
+        But for the rank's last: its backward reduces the gradients of all ranks, and an ``update`` alone may do that,
+        when every rank has everything.
+
+        Raises:
+            OutOfOrderError: another item is next; nothing was taken.
+        """
+        item, awaited = experience.item, self._own[self._taken : self._taken + 1]
+        if (item,) != awaited:
+            raise OutOfOrderError(f"rank {self.engine.rank} got {item} and waits for {[str(one) for one in awaited]}")
+        self._taken += 1
+        self._experience[item.position] = experience.to(self.family.device)
+        if self.algorithm.streams and self._taken < len(self._own):
+            self._accumulate((item,), self._items, 0)
+
+    def observe(self, scores: Sequence[tuple[WorkItem, Mapping[str, Tensor]]]) -> None:
+        """Every item's scores, the same on every rank: once a round, when every rank has its items."""
+        self.algorithm.observe(scores)
 
     def update(self, update: int) -> UpdateReport:
         """One optimizer step over the selected items: gradients in (task, item, step) order, one reduction.
@@ -108,45 +154,52 @@ class Learner:
         Raises:
             NotFiniteError: on every rank alike, before any weight changed.
         """
-        self.family.use("student")  # another role of this process may share the family
-        if self._scores is not None:  # once a round, when every rank has its inputs
-            self.algorithm.observe(self._scores)
-            self._scores = None
+        if self._taken < len(self._own):
+            raise ValueError(f"rank {self.engine.rank} has {self._taken} of its {len(self._own)} work items")
         selected = self.algorithm.select(self._items, update)
         by_rank = [[item for item in selected if self.owner(item) == rank] for rank in range(self.engine.ranks)]
         if not all(by_rank):
             raise ValueError(f"{len(selected)} work items leave a rank of {self.engine.ranks} without work")
+        own = by_rank[self.engine.rank]
+        if self.algorithm.streams:
+            own = own[-1:]
+        else:
+            self._clear()
+        self._accumulate(own, selected, update, last=True)
+        sums = self._sums
+        lr = self._set_lr()
+        norm, skipped = self._step(sums.broken)
+        self.updates += 1
+        self._average()
+        return sums.report(norm, lr, skipped)
+
+    def _clear(self) -> None:
+        self._sums = Sums()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _accumulate(
+        self, items: Sequence[WorkItem], selected: Sequence[WorkItem], update: int, *, last: bool = False
+    ) -> None:
+        """Add these items' share of an update over ``selected``; the update's last also reduce the gradients."""
+        self.family.use("student")  # another role of this process may share the family
         work = [
             (item, forward, len(forwards))
-            for item in by_rank[self.engine.rank]
+            for item in items
             for forwards in [list(self.algorithm.forwards(self._experience[item.position], update))]
             for forward in forwards
         ]
-        self.optimizer.zero_grad(set_to_none=True)
-        total, tasks, broken = 0.0, dict[str, float](), ""
-        steps: dict[str, dict[int, dict[str, tuple[float, int]]]] = defaultdict(lambda: defaultdict(dict))
         for number, (item, forward, count) in enumerate(work, start=1):
-            with self.engine.accumulate(last=number == len(work)):
+            with self.engine.accumulate(last=last and number == len(work)):
                 loss = self.algorithm.loss(forward, self._velocities(forward))
                 value = float(loss.value.detach())
                 # An infinite loss may have a finite gradient: NaN travels to the other ranks as well.
                 weight = self.algorithm.item_weight(item, selected) / count if math.isfinite(value) else math.nan
                 share = loss.value * weight
                 self.engine.backward(self.scaler.scale(share))
-            if not math.isfinite(value) and not broken:
-                broken = f"; first in {item} step {forward.step}, prompt {item.prompts[0].text!r}"
-            total += float(share.detach())
-            tasks[item.task] = tasks.get(item.task, 0.0) + value / count
-            for name, metric in loss.metrics.items():
-                seen, times = steps[item.task][forward.step].get(name, (0.0, 0))
-                steps[item.task][forward.step][name] = (seen + float(metric), times + 1)
-        lr = self._set_lr()
-        norm, skipped = self._step(broken)
-        self.updates += 1
-        self._average()
-        counts = {task: sum(item.task == task for item in by_rank[self.engine.rank]) for task in tasks}
-        per_task = {task: (value, counts[task]) for task, value in tasks.items()}
-        return UpdateReport(total, per_task, {t: dict(by_step) for t, by_step in steps.items()}, norm, lr, skipped)
+            self._sums.add(item, forward.step, loss, float(share.detach()), count)
+        if self.algorithm.streams:
+            for item in items:
+                del self._experience[item.position]  # nobody asks for it again
 
     def _step(self, broken: str) -> tuple[float, bool]:
         """Clip and step; returns the gradient's norm, and whether an overflow in fp16 made this a step of nothing.
@@ -170,7 +223,7 @@ class Learner:
                 keep = self.algorithm.follow(name, round)
                 for key, parameter in self.family.adapter_parameters(name).items():
                     parameter.lerp_(self.student[key], 1 - keep)
-        self._items, self._experience, self._scores = (), {}, None
+        self._items, self._own, self._experience = (), (), {}
 
     def owner(self, item: WorkItem) -> int:
         """The rank that trains on an item."""

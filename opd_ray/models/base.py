@@ -61,6 +61,10 @@ class Shape:
     """That a block attends over, for one picture with its prompt."""
     pixels: int
     """Height and width of a picture."""
+    latent: int
+    """Numbers in one state of one picture."""
+    conditioning: int
+    """Numbers in one prompt's embeddings."""
 
 
 class Family(Adapters, ABC):

@@ -102,6 +102,9 @@ class SD3(Family):
             width=own.num_attention_heads * own.attention_head_dim,
             tokens=(size // own.patch_size) ** 2 + CLIP_TOKENS + model.max_sequence_length,
             pixels=size * _vae_factor(model),
+            latent=own.in_channels * size**2,
+            conditioning=(CLIP_TOKENS + model.max_sequence_length) * own.joint_attention_dim
+            + own.pooled_projection_dim,
         )
 
     @torch.no_grad()

@@ -6,6 +6,9 @@ cluster   Ray actors
 hosts     what a worker process holds: a plain actor, with its tensors packed and unpacked
 health    a worker's life as a pure state machine
 pool      workers of one role: bounded work in flight, replacement of the dead
+usage     what workers did with their time, and how a pool stands
+autoscale when a role gets more workers, and when fewer: a pure function of its usage
+scaling   the sizes of all roles: a person's word and autoscale
 dispatch  work items through the pools, and again where a worker or an input was lost
 group     the learner ranks
 trial     a Ray that starts, answers and ends, for `opd-ray doctor`

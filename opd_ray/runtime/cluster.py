@@ -1,15 +1,18 @@
 """Workers as plain Ray actors. Ray never restarts or retries anything here: the pool alone does."""
 
+import faulthandler
 import os
+import resource
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
-import torch
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray._private.state import available_resources_per_node  # no public name without the dashboard
 from ray.exceptions import (
     GetTimeoutError,
@@ -25,7 +28,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from opd_ray.errors import InputLostError, PlacementError, WorkerLostError
-from opd_ray.runtime.handle import Call, Done, Handle, Ref, WorkerSpec
+from opd_ray.runtime.handle import Beat, Call, Done, Handle, Ref, Store, WorkerSpec
 
 __all__ = ["RayBackend", "classify"]
 
@@ -52,15 +55,49 @@ class Process:
             sys.stderr.flush()
             os.dup2(log, 1)  # also what native code prints when it dies
             os.dup2(log, 2)
-        torch.set_num_threads(spec.threads)
         self._spec = spec
         self._host: Any = None
 
     def call(self, method: str, *args: Any) -> Any:
         """Run a method of the host; its own errors travel to whoever waits."""
         if self._host is None:
+            if "torch" in sys.modules or self._spec.threads > 1:
+                _set_threads(self._spec.threads)
             self._host = self._spec.factory()
+            if "torch" in sys.modules:
+                _set_threads(self._spec.threads)
         return getattr(self._host, method)(*args)
+
+    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]  # beside a call that is under way
+    def beat(self, stack: bool) -> Done:
+        """A sign of life; with the stacks of all threads in the log where they were asked for."""
+        if stack:
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        if self._spec.stack_after_s:  # a watchdog without Python's lock, put off by each sign of life
+            faulthandler.dump_traceback_later(self._spec.stack_after_s, file=sys.stderr)
+        return Done(Beat(ray.util.get_node_ip_address(), os.getpid(), _memory_mb(), _gpu_memory_mb()), 0.0, 0)
+
+
+def _set_threads(count: int) -> None:
+    import torch  # a worker that computes nothing does without
+
+    torch.set_num_threads(count)
+
+
+def _memory_mb() -> float:
+    """Resident memory of this process; at its highest where the system does not tell the present one."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _gpu_memory_mb() -> float:
+    """What torch holds of its card."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0.0
+    return float(torch.cuda.memory_reserved()) / 2**20
 
 
 class RayHandle:
@@ -76,6 +113,10 @@ class RayHandle:
         remote = self._actor.call.options(num_returns=bulk + 1, name=f"{self.name}.{method}")
         results = remote.remote(method, *args)
         return Call((), results) if bulk == 0 else Call(tuple(results[:-1]), results[-1])
+
+    def beat(self, *, stack: bool = False) -> Call:
+        """Ask for a sign of life."""
+        return Call((), self._actor.beat.remote(stack))
 
     def kill(self) -> None:
         """End the process at once."""
@@ -97,8 +138,17 @@ def classify(error: BaseException) -> Exception | None:
             seen = seen.__cause__
     # A record that does not arrive was on a node that Ray does not know to be gone yet.
     if isinstance(error, RayActorError | WorkerCrashedError | NodeDiedError | OutOfMemoryError | GetTimeoutError):
-        return WorkerLostError(_first_line(error))
+        return WorkerLostError(_cause(error))
     return None
+
+
+def _cause(error: BaseException) -> str:
+    """Ray's own reason where it has one that a person can act on."""
+    if isinstance(error, OutOfMemoryError) or "running low on memory" in str(error):
+        return f"Ray ended it, since its node had too little memory left: {_first_line(error)}"
+    if getattr(error, "preempted", False):
+        return f"its node was preempted: {_first_line(error)}"
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:
@@ -111,11 +161,11 @@ class RayBackend:
 
     def __init__(self, *, object_store_mb: int) -> None:
         self._mine = not ray.is_initialized()
-        self._groups: list[PlacementGroup] = []
+        self._groups: dict[Handle, PlacementGroup] = {}
         self._handles: list[RayHandle] = []
         if self._mine:
             self._connect(object_store_mb)
-        self._actor = ray.remote(Process)
+        self._actor = ray.remote(concurrency_groups={"control": 1})(Process)
 
     def _connect(self, object_store_mb: int) -> None:
         """Ray's init replaces the handler of SIGTERM; whoever set one, for instance to stop in order, gets it back."""
@@ -149,8 +199,8 @@ class RayBackend:
     def start_group(self, specs: Sequence[WorkerSpec], timeout_s: float) -> list[Handle]:
         """Learner ranks in one anonymous placement group on one node, since they meet on its loopback address."""
         group = placement_group([_demand(spec) for spec in specs], strategy="STRICT_PACK")
-        self._groups.append(group)
         if not group.wait(timeout_seconds=timeout_s):
+            remove_placement_group(group)
             lack = self.shortage(specs, free=True) or "no single node has room for all of its ranks"
             raise PlacementError(f"the learner was not placed in {timeout_s:.0f} s; {lack}")
         handles: list[Handle] = []
@@ -160,8 +210,22 @@ class RayBackend:
             name = f"{spec.role}-{rank}"
             handle = RayHandle(self._actor.options(**options).remote(spec, name), name)
             self._handles.append(handle)
+            self._groups[handle] = group
             handles.append(handle)
         return handles
+
+    def end_group(self, handles: Sequence[Handle]) -> None:
+        """Kill them and remove their placement group."""
+        for handle in handles:
+            handle.kill()
+        for group in {self._groups.pop(handle) for handle in handles}:
+            remove_placement_group(group)
+
+    def object_store(self) -> Store:
+        """As the raylets say."""
+        stats = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
+        nodes = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
+        return Store(stats.object_store_bytes_used, stats.spilled_bytes_total, int(min(nodes, default=0.0)))
 
     def shortage(self, specs: Sequence[WorkerSpec], *, free: bool = False) -> str | None:
         """Asked, free per node, missing. A worker needs all that it asks for on one node."""
@@ -183,7 +247,7 @@ class RayBackend:
             "Lower workers or their cpu, gpu, resources in the cluster file, or add nodes"
         )
 
-    def wait(self, refs: Sequence[Ref], timeout_s: float) -> list[Ref]:
+    def wait(self, refs: Collection[Ref], timeout_s: float) -> list[Ref]:
         """Sleep until one is done, then take all that are."""
         if not refs:
             time.sleep(timeout_s)
@@ -212,9 +276,9 @@ class RayBackend:
         """End our workers by handle, then our own Ray."""
         for handle in self._handles:
             handle.kill()
-        for group in self._groups:
+        for group in set(self._groups.values()):
             remove_placement_group(group)
-        self._handles, self._groups = [], []
+        self._handles, self._groups = [], {}
         if self._mine and ray.is_initialized():
             ray.shutdown()
 

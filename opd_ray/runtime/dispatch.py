@@ -1,19 +1,33 @@
 """Moves jobs through the pools until they are answered, and again where a worker or an input was lost.
 
 Errors are of three kinds: a lost worker is replaced and its jobs run again; a lost input makes the job that produced it
-run again, same seed, same weights; the work's own error goes to whoever waits.
+run again, same seed, same weights; the work's own error goes to whoever waits. A worker whose answer turns out to be
+no possible one counts as lost.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from opd_ray.errors import InputLostError, RuntimeFault, StaleWeightsError, Stopped, WorkerLostError
+from opd_ray.errors import (
+    BadInputError,
+    InputLostError,
+    LearnerLostError,
+    RuntimeFault,
+    StaleWeightsError,
+    Stopped,
+    WorkerLostError,
+)
 from opd_ray.runtime.handle import Backend, Call, Done, Ref
-from opd_ray.runtime.pool import PROBE, Job, Pool
+from opd_ray.runtime.jobs import PROBE, Job
+from opd_ray.runtime.pool import Pool
+from opd_ray.runtime.telling import last_lines
 
 __all__ = ["Dispatcher"]
 
-TICK_S = 0.5
+WAIT_S = 0.5
+"""A turn ends after so long without an answer."""
+TICK_S = 1.0
 LAST_WORDS_S = 10.0
 """Where a learner rank dies, its peers fail in the middle of a reduction and are often heard of first."""
 
@@ -21,7 +35,14 @@ LAST_WORDS_S = 10.0
 class Dispatcher:
     """The driver's only event loop. It runs while somebody waits for something."""
 
-    def __init__(self, backend: Backend, *, call_timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        call_timeout_s: float,
+        pause_timeout_s: float = 3600.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.backend = backend
         self.pools: list[Pool] = []
         self.seconds: dict[str, float] = {}
@@ -30,15 +51,21 @@ class Dispatcher:
         """Denoiser rows by role, of answers that were used."""
         self.first: dict[str, Callable[[], None]] = {}
         """By role: called once, at its first answer."""
+        self.logs: Path | None = None
+        """Where workers write what they have to say."""
         self.note: Callable[[str], None] = lambda text: None
         """Called with a line about everything unusual."""
         self.tick: Callable[[], None] = lambda: None
         """Called about once a second while waiting: heartbeats, control."""
         self._clock, self._call_timeout, self._ticked = clock, call_timeout_s, clock()
+        self._pause_timeout, self._told_pause = pause_timeout_s, False
+        self._submitted = 0
 
     def submit(self, job: Job) -> Job:
         """Queue a job; it starts when its inputs are there and somebody waits for anything."""
-        job.pool.queue.append(job)
+        self._submitted += 1
+        job.order = self._submitted
+        job.pool.put(job)
         return job
 
     def wait_ready(self) -> None:
@@ -49,19 +76,29 @@ class Dispatcher:
         """
         for pool in self.pools:
             pool.fill()
-        self._run(lambda: not any(worker.ready.done in pool.refs() for pool in self.pools for worker in pool.workers))
+        self._run(lambda: not any(worker.starting for pool in self.pools for worker in pool.workers))
 
     def wait(self, jobs: Sequence[Job]) -> None:
         """All these jobs are answered."""
-        self._run(lambda: all(job.done for job in jobs))
+        while left := [job for job in jobs if not job.done]:
+            self._run(lambda left=left: self._all_done(left))  # type: ignore[misc]
 
-    def results(self, calls: Sequence[Call], what: str, timeout_s: float | None = None) -> list[Done]:
+    @staticmethod
+    def _all_done(left: list[Job]) -> bool:
+        """What was answered is looked at once, not at every turn; ``wait`` looks again, since answers can be lost."""
+        while left and left[-1].done:
+            left.pop()
+        return not left
+
+    def results(
+        self, calls: Sequence[Call], what: str, timeout_s: float | None = None, *, first_rank: int = 0
+    ) -> list[Done]:
         """The records of calls outside the pools (learner ranks), while the pools go on.
 
         Raises:
-            Stopped: one of them was lost, or did not answer in time.
+            LearnerLostError: one of them was lost, or did not answer in time.
         """
-        ranks = {call.done: rank for rank, call in enumerate(calls)}
+        ranks = {call.done: rank for rank, call in enumerate(calls, first_rank)}
         pending, results = set(ranks), dict[Ref, Done]()
         limit = timeout_s or self._call_timeout
         deadline, broken = self._clock() + limit, None
@@ -71,7 +108,9 @@ class Dispatcher:
                 try:
                     results[ref] = self.backend.result(ref)
                 except WorkerLostError as error:
-                    raise Stopped(f"{what}: learner rank {ranks[ref]} was lost ({error}); --resume goes on") from None
+                    raise LearnerLostError(
+                        f"{what}: learner rank {ranks[ref]} was lost ({error}){self._last_words(ranks[ref])}"
+                    ) from None
                 except RuntimeError as error:
                     broken = broken or error
                     deadline = min(deadline, self._clock() + LAST_WORDS_S)
@@ -79,8 +118,14 @@ class Dispatcher:
             raise broken
         if pending:
             late = ", ".join(str(ranks[ref]) for ref in sorted(pending, key=ranks.__getitem__))
-            raise Stopped(f"{what}: learner rank {late} did not answer in {limit:.0f} s; --resume goes on")
+            words = self._last_words(min(ranks[ref] for ref in pending))
+            raise LearnerLostError(f"{what}: learner rank {late} did not answer in {limit:.0f} s{words}")
         return [results[call.done] for call in calls]
+
+    def _last_words(self, rank: int) -> str:
+        name = f"learner-{rank}"
+        lines = last_lines(self.logs, name)
+        return f"; last in {name}.log: {' | '.join(lines)}" if lines else ""
 
     def again(self, jobs: Sequence[Job]) -> None:
         """Their stored results are gone: run them once more.
@@ -92,12 +137,22 @@ class Dispatcher:
             if job.done:
                 job.pool.retry(job)
 
+    def blame(self, job: Job, why: str) -> None:
+        """A job's answer is no possible one: whoever gave it is replaced, and it runs once more.
+
+        Raises:
+            Stopped: it was run often enough.
+        """
+        job.killed += 1
+        worker = job.pool.named(job.by)
+        if worker is not None:
+            job.pool.condemn(worker, f"its answer to {job.label} cannot be: {why}")
+        self.again([job])
+
     def abandon(self) -> None:
-        """Nobody will wait for what is queued or under way: the run ends."""
+        """Nobody will wait for what is queued or under way: the run ends, or begins again from a checkpoint."""
         for pool in self.pools:
-            pool.queue.clear()
-            for worker in pool.workers:
-                worker.flying.clear()
+            pool.abandon()
 
     def account(self, role: str, done: Done) -> None:
         """Add one answer to the books."""
@@ -105,6 +160,13 @@ class Dispatcher:
             self.first.pop(role)()
         self.seconds[role] = self.seconds.get(role, 0.0) + done.seconds
         self.forwards[role] = self.forwards.get(role, 0) + done.forwards
+
+    def paused(self) -> tuple[str, float, str] | None:
+        """The role without which nothing goes on, for how many seconds, and why."""
+        for pool in self.pools:
+            if (found := pool.paused()) is not None:
+                return pool.spec.role, *found
+        return None
 
     def _run(self, finished: Callable[[], bool]) -> None:
         while not finished():
@@ -114,39 +176,79 @@ class Dispatcher:
         """One turn; returns those of ``others`` that are done."""
         for pool in self.pools:
             pool.assign()
-        owned = {ref: pool for pool in self.pools for ref in pool.refs()}
-        if not owned and not others:
+        pending = [pool.pending for pool in self.pools if pool.pending]
+        if not pending and not others:
             queued = [job.label for pool in self.pools for job in pool.queue]
             raise RuntimeFault(f"nothing is under way, and yet {len(queued)} jobs wait: {queued[:3]}")
-        ready = self.backend.wait([*owned, *others], TICK_S)
+        ready = self.backend.wait([*others, *(ref for refs in pending for ref in refs)], WAIT_S)
+        mine = []
         for ref in ready:
-            if ref in owned:
-                self._settle(owned[ref], ref)
-        # After the answers were taken: a driver that slept must not blame its workers.
+            owner = next((pool for pool in self.pools if ref in pool.pending), None)
+            if owner is not None:
+                self._settle(owner, ref)
+            else:
+                mine.append(ref)
+        if self._clock() - self._ticked >= TICK_S:  # after the answers: a driver that slept must not blame its workers
+            self._ticked = self._clock()
+            self._supervise()
+            self.tick()
+        self._tell()
+        return mine
+
+    def _supervise(self) -> None:
+        """Who is late, and whether anybody is left to do the work.
+
+        Raises:
+            Stopped: a role has had no worker for too long.
+        """
         for pool in self.pools:
             pool.check_time()
-            for text in pool.lost[pool.noted :]:
+        stuck = self.paused()
+        if stuck is None:
+            self._told_pause = False
+            return
+        role, seconds, why = stuck
+        if seconds > self._pause_timeout:
+            raise Stopped(f"waited {seconds:.0f} s for a worker of {role} ({why}); --resume goes on")
+        if seconds >= 1 and not self._told_pause:
+            self._told_pause = True
+            self.note(f"waiting for {role}: {why}")
+
+    def _tell(self) -> None:
+        for pool in self.pools:
+            for text in [*pool.lost[pool.noted :], *pool.remarks]:
                 self.note(text)
             pool.noted = len(pool.lost)
-        if self._clock() - self._ticked >= 1:
-            self._ticked = self._clock()
-            self.tick()
-        return [ref for ref in ready if ref not in owned]
+            pool.remarks.clear()
 
     def _settle(self, pool: Pool, ref: Ref) -> None:
         try:
             result = self.backend.result(ref)
             job = pool.finish(ref, result)
         except InputLostError as error:
+            self._input_lost(pool.release(ref), error)
+        except BadInputError as error:
             job = pool.release(ref)
-            if job is None:
-                raise Stopped(f"the published weights are gone ({error}); --resume goes on") from None
-            self.note(f"an input of {job.label} is gone ({error}); the item that made it runs again")
-            pool.retry(job)
-            # Another reader may have had its producer run again by now.
-            self.again([other for other, given in zip(job.after, job.given, strict=True) if other.call is given])
+            if job is not None and not job.dropped:
+                pool.retry(job)
+                for other in job.after:  # a reader takes each of its inputs from one job
+                    self.blame(other, str(error))
         except (WorkerLostError, StaleWeightsError) as error:
             pool.lose(ref, str(error))
         else:
-            if job is not None and job.books != PROBE:
-                self.account(job.books or pool.spec.role.partition(".")[0], result)
+            if job is not None:
+                if job.books != PROBE:
+                    self.account(job.books or pool.spec.role.partition(".")[0], result)
+                for reader in job.readers:
+                    reader.pool.wake(reader)
+                job.readers.clear()
+
+    def _input_lost(self, job: Job | None, error: InputLostError) -> None:
+        if job is None:
+            raise LearnerLostError(f"the published weights are gone ({error})")
+        if job.dropped:
+            return
+        self.note(f"an input of {job.label} is gone ({error}); the item that made it runs again")
+        # Another reader may have had its producer run again by now.
+        self.again([other for other, given in zip(job.after, job.given, strict=True) if other.call is given])
+        job.pool.retry(job)

@@ -1,37 +1,59 @@
-"""The learner ranks: all of them take a round's inputs before any of them changes a weight."""
+"""The learner ranks: each is given its items as they come; no weight changes before all ranks have all of theirs."""
 
 import sys
 import tempfile
+import time
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from opd_ray.errors import InputLostError, Stopped
+from opd_ray.errors import BadInputError, InputLostError, OutOfOrderError, Stopped
 from opd_ray.learners import UpdateReport
 from opd_ray.learners.engine import MEETING
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import Call, Done, Handle, Weights, WorkerSpec
 from opd_ray.runtime.hosts import Share
-from opd_ray.runtime.pool import Job, Output
+from opd_ray.runtime.jobs import Job
 from opd_ray.types import WeightVersion, WorkItem
 
 __all__ = ["Collected", "LearnerGroup"]
 
 MAX_TRIES = 3
+UNANSWERED = 2
+"""Items that a rank has and has not answered for: the next one travels while it works on one."""
+AGAIN = (InputLostError, BadInputError, OutOfOrderError)
+"""What a rank refuses an item with, before it has trained on any of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
     """One annotated work item, as references."""
 
+    item: WorkItem
     share: Callable[[], Share]
     """The records, once the jobs are done."""
-    bulk: tuple[Output, ...]
-    """Arrays in the order that ``Share.unpack`` takes them."""
+    producers: Mapping[str, tuple[Job, ...]]
+    """`trajectory`, `answer`, `recorded` -> jobs whose first arrays it is made of, as ``Share.unpack`` takes them."""
     jobs: tuple[Job, ...]
+
+    def let_go(self) -> None:
+        """Its arrays are not needed any longer; their records stay. None of its jobs can run again after that."""
+        for job in self.jobs:
+            job.call, job.given = None, ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """An item on its way into a rank."""
+
+    collected: Collected
+    call: Call
+    at: float
 
 
 class LearnerGroup:
@@ -40,8 +62,14 @@ class LearnerGroup:
     def __init__(
         self, dispatcher: Dispatcher, specs: Sequence[WorkerSpec], *, attempt: int, start_timeout_s: float
     ) -> None:
-        self.dispatcher = dispatcher
+        self.dispatcher, self._specs, self._start_timeout = dispatcher, specs, start_timeout_s
         self.version = WeightVersion(attempt, 0, -1)
+        self.precision = ""
+        """What the ranks compute in, once they are up."""
+        self._start()
+
+    def _start(self) -> None:
+        specs = self._specs
         if len(specs) > 1:
             meeting = _rendezvous(len(specs))
             weakref.finalize(self, Path(meeting[MEETING]).unlink, missing_ok=True)  # ranks that are killed leave it
@@ -54,44 +82,106 @@ class LearnerGroup:
                 )
                 for rank, spec in enumerate(specs)
             ]
-        self.ranks: list[Handle] = dispatcher.backend.start_group(specs, start_timeout_s)
+        self.ranks: list[Handle] = self.dispatcher.backend.start_group(specs, self._start_timeout)
         self._ready = [rank.call("ready", bulk=0) for rank in self.ranks]
-        self._start_timeout = start_timeout_s
-        self.precision = ""
-        """What the ranks compute in, once they are up."""
+        self._sent = [deque[_Sent]() for _ in self.ranks]
+        self._scores: list[tuple[WorkItem, Mapping[str, Sequence[float]]]] = []
+        self._free, self._idle = [0.0] * len(self.ranks), [0.0] * len(self.ranks)
+
+    def rebuild(self) -> None:
+        """Every rank once more, as at the very start: whoever drives restores a checkpoint then.
+
+        What the former ranks published belongs to an older generation and is drawn with no more.
+        """
+        self.dispatcher.backend.end_group(self.ranks)
+        self.version = WeightVersion(self.version.attempt, self.version.generation + 1, -1)
+        self._start()
+        self.wait_ready()
 
     def wait_ready(self) -> None:
         """Every rank is up and has the backend it asked for."""
         done = self.dispatcher.results(self._ready, "starting the learner", self._start_timeout)
         self.precision = str(done[0].value)
 
-    def stage(self, items: Sequence[WorkItem], collected: Sequence[Collected]) -> None:
-        """Bring a round to the ranks; where an input is gone, the item that made it runs again first."""
+    def begin(self, items: Sequence[WorkItem]) -> None:
+        """A round begins on every rank; one that was under way is forgotten."""
+        self._all("begin", list(items))
+        self._sent, self._scores = [deque() for _ in self.ranks], []
+        self._free, self._idle = [time.perf_counter()] * len(self.ranks), [0.0] * len(self.ranks)
+
+    def take(self, collected: Collected) -> None:
+        """Send the round's next item to its rank; waits only where that rank has enough to do.
+
+        Raises:
+            Stopped: inputs of an item were lost again and again.
+        """
+        rank = collected.item.position % len(self.ranks)
+        self._scores.append((collected.item, collected.share().scores or {}))
+        if len(self._sent[rank]) == UNANSWERED:
+            self._settle(rank)
+        self._sent[rank].append(self._send(rank, collected))
+
+    @property
+    def idle(self) -> float:
+        """Seconds of this round that the busiest rank waited for items which were not there yet."""
+        return min(self._idle)
+
+    @property
+    def waited(self) -> float:
+        """The same, summed over the ranks."""
+        return sum(self._idle)
+
+    def _send(self, rank: int, collected: Collected) -> _Sent:
+        calls = [job.call for jobs in collected.producers.values() for job in jobs]
+        flats = [call.bulk[0] for call in calls if call is not None]
+        now = time.perf_counter()  # before the call, which in `local` is the work itself
+        return _Sent(collected, self.ranks[rank].call("take", collected.share(), *flats, bulk=0), now)
+
+    def _settle(self, rank: int) -> None:
+        """The rank has its oldest item; where an input is gone or bad, whoever made it runs again first."""
         for _ in range(MAX_TRIES):
+            oldest = self._sent[rank][0]
             try:
-                self.dispatcher.results(self._send(items, collected), "staging a round")
-            except InputLostError as error:
-                self.dispatcher.note(f"an input of the learner is gone ({error}); its items run again")
-                self.dispatcher.again(_lost(collected))
-                self.dispatcher.wait([job for one in collected for job in one.jobs])
-            else:
-                return
+                (done,) = self.dispatcher.results([oldest.call], f"taking {oldest.collected.item}", first_rank=rank)
+            except AGAIN as error:
+                self._repair(rank, error)
+                continue
+            self._sent[rank].popleft()
+            oldest.collected.let_go()
+            self.dispatcher.account("learner", done)
+            # What the rank did before it, it had done by then; what is left of the time it was idle.
+            self._idle[rank] += max(oldest.at - self._free[rank], 0.0)
+            self._free[rank] = max(oldest.at, self._free[rank]) + done.seconds
+            return
         raise Stopped("inputs of the learner were lost again and again; --resume goes on")
 
-    def _send(self, items: Sequence[WorkItem], collected: Sequence[Collected]) -> list[Call]:
-        shares = [one.share() for one in collected]
-        scores = [share.scores or {} for share in shares]
-        calls = []
-        for rank, handle in enumerate(self.ranks):
-            mine = [n for n, item in enumerate(items) if item.position % len(self.ranks) == rank]
-            flats = [
-                output.job.call.bulk[output.index] for n in mine for output in collected[n].bulk if output.job.call
-            ]
-            calls.append(handle.call("stage", list(items), scores, [shares[n] for n in mine], *flats, bulk=0))
-        return calls
+    def _repair(self, rank: int, error: Exception) -> None:
+        """Make the inputs of a rank's oldest item once more, and send all that it waits for again, in order."""
+        oldest, *behind = self._sent[rank]
+        item, producers = oldest.collected.item, oldest.collected.producers
+        match error:
+            case BadInputError():
+                self.dispatcher.note(f"an input of the learner is bad ({error}); it is made again")
+                for job in producers[error.what]:
+                    self.dispatcher.blame(job, str(error))
+            case InputLostError():
+                self.dispatcher.note(f"an input of the learner is gone ({error}); {item} is made again")
+                # Ray names one lost object, and its neighbours usually went with it.
+                self.dispatcher.again([job for jobs in producers.values() for job in jobs])
+        for sent in behind:
+            with suppress(*AGAIN):  # it came without the one before it, and was refused
+                self.dispatcher.results([sent.call], f"refusing {sent.collected.item}", first_rank=rank)
+        self.dispatcher.wait(oldest.collected.jobs)
+        self._sent[rank] = deque(self._send(rank, sent.collected) for sent in (oldest, *behind))
 
     def update(self, update: int) -> list[UpdateReport]:
-        """One optimizer step; a report a rank."""
+        """One optimizer step, once every rank has all of its items; a report a rank."""
+        for rank, sent in enumerate(self._sent):
+            for _ in range(len(sent)):
+                self._settle(rank)
+        if self._scores:
+            self._all("observe", self._scores)
+            self._scores = []
         done = self._all("update", update)
         for one in done:
             self.dispatcher.account("learner", one)
@@ -141,11 +231,6 @@ class LearnerGroup:
 
     def _all(self, method: str, *args: Any) -> list[Done]:
         return self.dispatcher.results([rank.call(method, *args, bulk=0) for rank in self.ranks], method)
-
-
-def _lost(collected: Sequence[Collected]) -> list[Job]:
-    """Every producer of the round's arrays: Ray names one lost object, and its neighbours usually went with it."""
-    return list(dict.fromkeys(output.job for one in collected for output in one.bulk))
 
 
 def _rendezvous(ranks: int) -> dict[str, str]:

@@ -1,14 +1,15 @@
 """What a backend offers, and the small records that cross it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from opd_ray.storage.packing import Manifest
-from opd_ray.types import WeightVersion
+if TYPE_CHECKING:  # a worker that computes nothing imports no torch
+    from opd_ray.storage.packing import Manifest
+    from opd_ray.types import WeightVersion
 
-__all__ = ["Backend", "Call", "Done", "Handle", "Ref", "Weights", "WorkerSpec"]
+__all__ = ["Backend", "Beat", "Call", "Done", "Handle", "Ref", "Store", "Weights", "WorkerSpec"]
 
 Ref = Any
 """A stored result: the array itself (local) or a ``ray.ObjectRef``. The driver never looks inside."""
@@ -29,6 +30,29 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class Beat:
+    """A worker's sign of life; it is given beside whatever the worker is doing."""
+
+    node: str
+    pid: int
+    memory_mb: float
+    """Resident memory of its process."""
+    gpu_memory_mb: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The object store over all nodes."""
+
+    used: int
+    """Bytes."""
+    spilled: int
+    """Bytes ever written to disk for want of room."""
+    smallest: int
+    """Capacity in bytes of the node that has the least."""
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """A request under way: references to its bulk results and to its record."""
 
@@ -40,13 +64,13 @@ class Call:
 class Weights:
     """Published weights: a reference to the bytes, and their identity."""
 
-    version: WeightVersion
+    version: "WeightVersion"
     sha256: str
-    manifest: Manifest
+    manifest: "Manifest"
     flat: Ref
 
     @property
-    def identity(self) -> tuple[WeightVersion, str]:
+    def identity(self) -> tuple["WeightVersion", str]:
         """What a worker has to have proven before it draws with them."""
         return self.version, self.sha256
 
@@ -63,6 +87,8 @@ class WorkerSpec:
     """Of Ray: cpu, gpu, custom ones."""
     logs: Path | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    stack_after_s: float = 0.0
+    """So long after its last sign of life a wedged worker writes all its stacks into its log; 0: never."""
 
 
 class Handle(Protocol):
@@ -72,6 +98,14 @@ class Handle(Protocol):
 
     def call(self, method: str, *args: Any, bulk: int) -> Call:
         """Start a method that returns ``bulk`` arrays and a ``Done``."""
+        ...
+
+    def beat(self, *, stack: bool = False) -> Call | None:
+        """Ask for a sign of life, a ``Done`` with a ``Beat``; None where there is no other process.
+
+        Args:
+            stack: it also writes the stacks of all its threads into its log.
+        """
         ...
 
     def kill(self) -> None:
@@ -103,7 +137,15 @@ class Backend(Protocol):
         """
         ...
 
-    def wait(self, refs: Sequence[Ref], timeout_s: float) -> list[Ref]:
+    def end_group(self, handles: Sequence[Handle]) -> None:
+        """End workers that ``start_group`` gave, and give back their place."""
+        ...
+
+    def object_store(self) -> Store | None:
+        """Of the object store; None where there is none."""
+        ...
+
+    def wait(self, refs: Collection[Ref], timeout_s: float) -> list[Ref]:
         """Those that are done, after at most ``timeout_s``."""
         ...
 

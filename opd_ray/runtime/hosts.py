@@ -16,7 +16,7 @@ from torch import Tensor
 from opd_ray.actors import RewardActor, RolloutActor, SampleRequest, TeacherActor
 from opd_ray.actors.recorded import RecordedActor
 from opd_ray.digest import digest
-from opd_ray.errors import StaleWeightsError
+from opd_ray.errors import BadInputError, StaleWeightsError
 from opd_ray.learners import Learner, LearnerState, UpdateReport
 from opd_ray.models.base import Family
 from opd_ray.models.precision import NAMES
@@ -27,6 +27,8 @@ from opd_ray.storage.packing import (
     Flat,
     Manifest,
     TrajectoryRecord,
+    join_answers,
+    join_trajectories,
     pack,
     pack_answer,
     pack_trajectory,
@@ -34,7 +36,7 @@ from opd_ray.storage.packing import (
     unpack_answer,
     unpack_trajectory,
 )
-from opd_ray.types import Experience, WeightVersion, WorkItem
+from opd_ray.types import Experience, Trajectory, WeightVersion, WorkItem
 
 __all__ = ["Drawn", "LearnerHost", "RecordedHost", "RewardHost", "RolloutHost", "Share", "TeacherHost"]
 
@@ -88,11 +90,22 @@ class RolloutHost:
         return clock.done(ack)
 
     def draw(
-        self, item: WorkItem, version: WeightVersion, sha256: str, whole: bool, images: bool
+        self,
+        item: WorkItem,
+        version: WeightVersion,
+        sha256: str,
+        last: int,
+        images: bool,
+        before: Sequence[TrajectoryRecord] = (),
+        *flats: Flat,
     ) -> tuple[Flat, Flat, Done]:
-        """A trajectory, its pictures (empty unless asked for), and their record."""
+        """A trajectory up to a state, its pictures (empty unless asked for), and their record.
+
+        Where another part comes ``before``: the states after that.
+        """
         clock = _Clock(self.actor.family)
-        trajectory = self.actor.draw(item, version, sha256, whole=whole or images)
+        begun = _part(before, flats, "drawn on") if before else None
+        trajectory = self.actor.draw(item, version, sha256, last=last, before=begun)
         flat, record = pack_trajectory(trajectory)
         pictures, manifest = pack({"images": self.actor.decode(trajectory)} if images else {})
         return flat, pictures, clock.done(Drawn(record, manifest if images else None))
@@ -134,10 +147,14 @@ class TeacherHost:
         """The facts of its teachers, and which of them are loaded."""
         return Done(self.actor.facts, 0.0, 0, holds=self.actor.loaded)
 
-    def score(self, record: TrajectoryRecord, teacher: str, flat: Flat) -> tuple[Flat, Done]:
-        """The teacher's velocities on a trajectory; which teachers are loaded now, and the seconds that this took."""
+    def score(self, records: Sequence[TrajectoryRecord], teacher: str, *flats: Flat) -> tuple[Flat, Done]:
+        """The teacher's velocities on a trajectory, or on a part of it, before which comes the first part then.
+
+        The record also says which teachers are loaded now, and the seconds that this took.
+        """
         clock, loading = _Clock(self.actor), self.actor.loading
-        answer, answer_record = pack_answer(self.actor.score(unpack_trajectory(flat, record), teacher))
+        trajectory = _part(records, flats, f"marked by {teacher}")
+        answer, answer_record = pack_answer(self.actor.score(trajectory, teacher))
         done = clock.done(answer_record)
         return answer, replace(done, holds=self.actor.loaded, loading=self.actor.loading - loading)
 
@@ -155,7 +172,11 @@ class RewardHost:
     def score(self, prompts: Sequence[str], manifest: Manifest, flat: Flat) -> Done:
         """Reward -> one number a picture, small enough to travel as a record."""
         clock = _Clock(None)
-        scores = self.actor.score(unpack(flat, manifest)["images"], prompts)
+        images = unpack(flat, manifest)["images"]
+        for image, prompt in zip(images, prompts, strict=True):
+            if not image.isfinite().all():
+                raise BadInputError("images", f"NaN or infinity in the picture of {prompt!r}")
+        scores = self.actor.score(images, prompts)
         return clock.done({name: score.tolist() for name, score in scores.items()})
 
 
@@ -164,17 +185,21 @@ class Share:
     """The records of one work item's experience; its arrays travel beside, in this order where they exist."""
 
     item: WorkItem
-    trajectory: TrajectoryRecord | None = None
-    answer: AnswerRecord | None = None
+    trajectory: tuple[TrajectoryRecord, ...] = ()
+    """Of each part in which it was drawn."""
+    answer: tuple[AnswerRecord, ...] = ()
+    """Of each part that has trained steps."""
     recorded: Manifest | None = None
     scores: Mapping[str, Sequence[float]] | None = None
 
     def unpack(self, flats: list[Flat]) -> Experience:
         """Experience from the next arrays of ``flats``, which are removed."""
+        path = [unpack_trajectory(flats.pop(0), record) for record in self.trajectory]
+        marks = [unpack_answer(flats.pop(0), record) for record in self.answer]
         return Experience(
             self.item,
-            unpack_trajectory(flats.pop(0), self.trajectory) if self.trajectory else None,
-            unpack_answer(flats.pop(0), self.answer) if self.answer else None,
+            join_trajectories(path) if path else None,
+            join_answers(marks) if marks else None,
             {name: torch.tensor(score) for name, score in (self.scores or {}).items()},
             unpack(flats.pop(0), self.recorded) if self.recorded else {},
         )
@@ -190,16 +215,25 @@ class LearnerHost:
         """What it computes in."""
         return Done(NAMES[self.learner.family.dtype], 0.0, 0)
 
-    def stage(self, items: Sequence[WorkItem], scores: Sequence[Any], shares: Sequence[Share], *flats: Flat) -> Done:
-        """Take this rank's share of a round; nothing is trained yet."""
-        clock, arrays = _Clock(None), list(flats)
-        experience = [share.unpack(arrays) for share in shares]
-        named = [
-            (item, {name: torch.tensor(score) for name, score in of_item.items()})
-            for item, of_item in zip(items, scores, strict=True)
-        ]
-        self.learner.stage(items, experience, named)
+    def begin(self, items: Sequence[WorkItem]) -> Done:
+        """A round of these items begins, or begins once more."""
+        self.learner.begin(items)
+        return Done(None, 0.0, 0)
+
+    def take(self, share: Share, *flats: Flat) -> Done:
+        """This rank's next item; a streaming algorithm's gradient accumulates now."""
+        clock = _Clock(self.learner.family)
+        experience = share.unpack(list(flats))
+        _check(experience)
+        self.learner.take(experience)
         return clock.done(None)
+
+    def observe(self, scores: Sequence[tuple[WorkItem, Mapping[str, Sequence[float]]]]) -> Done:
+        """Every item's scores, once a round."""
+        self.learner.observe(
+            [(item, {name: torch.tensor(score) for name, score in of_item.items()}) for item, of_item in scores]
+        )
+        return Done(None, 0.0, 0)
 
     def update(self, update: int) -> Done:
         """One optimizer step."""
@@ -242,6 +276,40 @@ class LearnerHost:
         """Write the LoRA that users load."""
         self.learner.export(Path(folder))
         return Done(None, 0.0, 0)
+
+
+def _part(records: Sequence[TrajectoryRecord], flats: Sequence[Flat], what: str) -> Trajectory:
+    """The last of these parts of a trajectory, with the conditioning of the first.
+
+    Raises:
+        BadInputError: its latents are not finite.
+    """
+    parts = [unpack_trajectory(flat, record) for flat, record in zip(flats, records, strict=True)]
+    part = replace(parts[-1], cond=parts[0].cond, uncond=parts[0].uncond)
+    if not part.latents.isfinite().all():
+        raise BadInputError("trajectory", f"NaN or infinity in the latents of {part.item}, to be {what}")
+    return part
+
+
+def _check(experience: Experience) -> None:
+    """What a learner rank is given can be trained on.
+
+    Raises:
+        BadInputError: the trajectory is not finite; or the answer is not, or does not fit the trajectory.
+    """
+    item, path, answer = experience.item, experience.trajectory, experience.answer
+    if path is not None and not path.latents.isfinite().all():
+        raise BadInputError("trajectory", f"NaN or infinity in the latents of {item}, to be trained on")
+    if path is None or answer is None:
+        return
+    rows, _, *latent = path.latents.shape
+    seen, expected = list(answer.velocity.shape), [rows, len(item.steps), *latent]
+    if answer.steps != item.steps or seen != expected:
+        raise BadInputError(
+            "answer", f"{answer.teacher} answered {item} with {seen} at steps {answer.steps}, expected {expected}"
+        )
+    if not answer.velocity.isfinite().all():
+        raise BadInputError("answer", f"NaN or infinity in what {answer.teacher} answered to {item}")
 
 
 def write_png(image: Tensor, path: Path) -> None:

@@ -1,6 +1,6 @@
 """Every role in this process, one call after the other: set a breakpoint anywhere."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,9 @@ class LocalHandle:
             return Call((), _Slot(results))
         return Call(tuple(results[:-1]), _Slot(results[-1]))
 
+    def beat(self, *, stack: bool = False) -> None:
+        """It lives as long as this process."""
+
     def kill(self) -> None:
         """Let go of the host."""
         self._host = None
@@ -58,7 +61,15 @@ class LocalBackend:
         """There is always room."""
         return None
 
-    def wait(self, refs: Sequence[Ref], timeout_s: float) -> list[Ref]:
+    def end_group(self, handles: Sequence[Handle]) -> None:
+        """Let go of their hosts."""
+        for handle in handles:
+            handle.kill()
+
+    def object_store(self) -> None:
+        """There is none."""
+
+    def wait(self, refs: Collection[Ref], timeout_s: float) -> list[Ref]:
         """All of them: calls have run already."""
         return list(refs)
 

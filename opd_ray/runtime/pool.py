@@ -1,87 +1,28 @@
-"""Workers of one role: bounded work in flight, least loaded first, the dead replaced by new incarnations."""
+"""Workers of one role: bounded work in flight, the prepared and least loaded first, the dead replaced.
+
+Every incarnation of a worker is a new one, with a name of its own. The pool grows and shrinks while it runs.
+"""
 
 import itertools
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Hashable
 
 from opd_ray.errors import PlacementError, StaleWeightsError, Stopped
-from opd_ray.runtime.handle import Backend, Call, Done, Handle, Ref, Weights, WorkerSpec
+from opd_ray.runtime.account import Account
+from opd_ray.runtime.handle import Backend, Done, Ref, Weights, WorkerSpec
 from opd_ray.runtime.health import Event, Health, State
-from opd_ray.types import WeightVersion
+from opd_ray.runtime.jobs import ANYTHING, Job, Queue
+from opd_ray.runtime.roster import Roster, Worker
+from opd_ray.runtime.telling import describe, lost_worker, where
+from opd_ray.runtime.usage import PoolStatus, Usage
+from opd_ray.runtime.watch import Watch
 
-__all__ = ["PROBE", "Job", "Output", "Pool", "Worker"]
+__all__ = ["MAX_STRIKES", "Pool"]
 
-PROBE = "probe"
-"""Books of what is no work of the run: it is counted nowhere."""
-
-MAX_LOSSES = 3
-"""Workers of one pool lost one after the other without a single answer, before the run stops."""
-MAX_ATTEMPTS = 4
-"""Times that one job is run, before the run stops: it may be what kills its workers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """Stands for a bulk result of another job among a job's arguments."""
-
-    job: "Job"
-    index: int
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """One method call that some worker of a pool has to answer."""
-
-    pool: "Pool"
-    method: str
-    args: tuple[Any, ...] | Callable[[], tuple[Any, ...]]
-    """Callable where they depend on the records of earlier jobs."""
-    bulk: int = 0
-    label: str = ""
-    after: tuple["Job", ...] = ()
-    weights: Weights | None = None
-    """A worker binds and proves these before it gets the job."""
-    books: str = ""
-    """Under what its seconds and forwards are counted; its pool's role where empty."""
-    call: Call | None = None
-    result: Done | None = None
-    attempts: int = 0
-    given: tuple[Call | None, ...] = ()
-    """What ``after`` had answered when the arguments were taken."""
-
-    @property
-    def done(self) -> bool:
-        """Answered, and the answer not lost since."""
-        return self.result is not None
-
-    def arguments(self) -> tuple[Any, ...]:
-        """The arguments, with references in place of other jobs' outputs."""
-        args = self.args() if callable(self.args) else self.args
-        return tuple(_reference(arg) if isinstance(arg, Output) else arg for arg in args)
-
-
-def _reference(output: Output) -> Ref:
-    assert output.job.call is not None
-    return output.job.call.bulk[output.index]
-
-
-@dataclass(eq=False, slots=True)
-class Worker:
-    """One incarnation."""
-
-    handle: Handle
-    health: Health
-    ready: Call
-    facts: Any = None
-    bound: tuple[WeightVersion, str] | None = None
-    """Identity of the weights it has proven."""
-    flying: dict[Ref, Job | None] = field(default_factory=dict)
-    """Record reference -> job, in the order in which it works through them; None: a bind."""
-    since: float = 0.0
-    """When it began with the first of them."""
-    binding: tuple[WeightVersion, str] | None = None
+MAX_STRIKES = 3
+"""Incarnations of one worker that are lost before their first answer, before the run stops."""
+SLOW = 1.5
+"""A worker that is so many times slower than its pool has one job at a time: others may take the next one sooner."""
 
 
 class Pool:
@@ -96,111 +37,196 @@ class Pool:
         clock: Callable[[], float],
         start_timeout_s: float,
         call_timeout_s: float,
+        beat_timeout_s: float = 60.0,
         in_flight: int = 2,
+        teachers: tuple[str, ...] = (),
     ) -> None:
         self.backend, self.spec, self.size = backend, spec, size
-        self.queue: deque[Job] = deque()
+        self.teachers = teachers
+        """The teachers that it serves."""
+        self.queue = Queue()
         self.workers: list[Worker] = []
+        self.pending: dict[Ref, Worker] = {}
+        """Whose answer each outstanding record is."""
         self.lost: list[str] = []
         """One line for each worker that was lost."""
         self.noted = 0
         """How many of them the log has."""
+        self.remarks: list[str] = []
+        """Lines for the log that it does not have yet: workers that found no room."""
+        self.account = Account(clock, self.queue)
         self._clock, self._in_flight = clock, in_flight
-        self._start_timeout, self._call_timeout = start_timeout_s, call_timeout_s
-        self._losses, self._working = 0, False
+        self._start_timeout, self._watch = start_timeout_s, Watch(call_timeout_s, beat_timeout_s)
         self._names = (f"{spec.role}-{number}" for number in itertools.count())
+        self._roster = Roster()
+        self._binding = Counter[Hashable]()
+        self._slowest = 0.0
+        self._loading: dict[str, float] = {}
+        """Teacher -> seconds that it last took to load."""
+        self._paused: float | None = None
 
     def fill(self) -> None:
         """Start workers until as many live as are wanted."""
-        while sum(worker.health.state is not State.DRAINING for worker in self.workers) < self.size:
-            handle = self.backend.start(self.spec, next(self._names))
-            self.workers.append(Worker(handle, Health(self._clock), handle.call("ready", bulk=0)))
+        while self._staying() < self.size:
+            self._start()
 
-    def refs(self) -> list[Ref]:
-        """The records that this pool waits for."""
-        starting = [w.ready.done for w in self.workers if w.health.state is State.STARTING]
-        return starting + [ref for worker in self.workers for ref in worker.flying]
+    def resize(self, size: int) -> None:
+        """Change how many are wanted: new ones load and prove first, surplus ones finish what they hold and go."""
+        self.size = size
+        while self._staying() < size:
+            self._start(extra=True)
+        surplus = self._staying() - size
+        staying = [worker for worker in self.workers if worker.health.state is not State.DRAINING]
+        for worker in sorted(staying, key=lambda worker: (worker.up, len(worker.flying)))[: max(surplus, 0)]:
+            worker.health.apply(Event.DRAIN)
+            self._settle(worker)
+            self._end_drained(worker)
+
+    def _staying(self) -> int:
+        return sum(worker.health.state is not State.DRAINING for worker in self.workers)
+
+    def _start(self, strikes: int = 0, *, extra: bool = False) -> None:
+        handle = self.backend.start(self.spec, next(self._names))
+        worker = Worker(
+            handle, Health(self._clock), handle.call("ready", bulk=0), strikes, extra, slots=self._in_flight
+        )
+        self.workers.append(worker)
+        self.pending[worker.ready.done] = worker
+
+    def put(self, job: Job) -> None:
+        """Queue a job."""
+        self.account.advance()
+        self.queue.put(job)
+
+    def wake(self, job: Job) -> None:
+        """Something that it reads is there now."""
+        self.account.advance()
+        self.queue.wake(job)
 
     def assign(self) -> None:
-        """Hand queued jobs whose inputs are there to healthy workers."""
-        for job in list(self.queue):
-            if not all(other.done for other in job.after):
-                continue
-            worker = self._choose(job)
-            if worker is None:
-                return
-            if job.weights is not None and worker.bound != job.weights.identity:
-                self._bind(worker, job.weights)
-                continue
-            self.queue.remove(job)
-            job.attempts += 1
-            job.given = tuple(other.call for other in job.after)
-            job.call = worker.handle.call(job.method, *job.arguments(), bulk=job.bulk)
-            self._fly(worker, job.call.done, job)
+        """Hand queued jobs whose inputs are there to healthy workers, oldest first."""
+        heads = self.queue.heads() if self.queue.ready else []
+        while heads:
+            job = heads.pop(0)
+            if not all(other.done for other in job.after):  # one of them was lost since
+                self.queue.take(job)
+                self.queue.put(job)
+            else:
+                worker = self._choose(job)
+                if worker is None and self._wants_idle(job):
+                    return  # whoever is free next is for this one
+                if worker is None:
+                    continue
+                if job.weights is not None and worker.bound != job.weights.identity:
+                    self._bind(worker, job.weights)
+                    heads.insert(0, job)
+                    continue
+                self.queue.take(job)
+                self._give(worker, job)
+            if (following := self.queue.behind(job)) is not None:
+                heads.append(following)
+                heads.sort(key=lambda job: job.order)
+
+    def _choose(self, job: Job) -> Worker | None:
+        """An idle worker that is prepared, an idle one if preparing it pays, one that is prepared and has a job."""
+        worker = self._roster.find(job.needs, 0)
+        if worker is None and job.needs != ANYTHING and self._wants_idle(job):
+            worker = self._roster.find(ANYTHING, 0)
+        for load in range(1, self._in_flight):
+            worker = worker or self._roster.find(job.needs, load)
+        return worker
+
+    def _wants_idle(self, job: Job) -> bool:
+        """Whether preparing another worker for this job is worth it."""
+        if job.weights is not None:
+            return self._binding[job.weights.identity] < self.queue.count(job.needs)
+        if job.asset == ANYTHING:
+            return False
+        holders = self._roster.holders(job.asset)
+        if holders == 0:
+            return True
+        if holders == len(self.workers):
+            return False
+        waiting = (self.queue.count(job.needs) + holders) * self.account.pace / holders
+        return waiting > self._loading.get(job.asset, max(self._loading.values(), default=0.0))
+
+    def _give(self, worker: Worker, job: Job) -> None:
+        job.attempts += 1
+        job.given = tuple(other.call for other in job.after)
+        job.by = worker.handle.name
+        if job.asset != ANYTHING:
+            self._roster.hold(worker, worker.holds | {job.asset})
+        self.account.begin(worker)
+        job.call = worker.handle.call(job.method, *job.arguments(), bulk=job.bulk)
+        self._fly(worker, job.call.done, job)
+
+    def _bind(self, worker: Worker, weights: Weights) -> None:
+        self.account.begin(worker)
+        worker.health.apply(Event.UNPROVEN)
+        record = Weights(weights.version, weights.sha256, weights.manifest, None)
+        call = worker.handle.call("bind", record, weights.flat, bulk=0)
+        worker.binding = weights.identity
+        self._binding[worker.binding] += 1
+        self._fly(worker, call.done, None)
+
+    def _fly(self, worker: Worker, ref: Ref, job: Job | None) -> None:
+        worker.flying[ref] = job
+        self.pending[ref] = worker
+        self._roster.place(worker)
 
     def retry(self, job: Job) -> None:
-        """Put a job in front of the queue once more; whatever it answered is forgotten.
+        """Queue a job once more, at its old place; whatever it answered is forgotten.
 
         Raises:
             Stopped: it was tried often enough.
         """
         job.call = job.result = None
-        if job.attempts >= MAX_ATTEMPTS:
-            raise Stopped(f"{job.label} was run {job.attempts} times and lost each time; --resume goes on")
-        self.queue.appendleft(job)
+        if job.dropped:
+            return
+        if why := job.exhausted(where(self.spec.logs, job.by)):
+            raise Stopped(why)
+        self.put(job)
 
-    def _choose(self, job: Job) -> Worker | None:
-        free = [
-            worker
-            for worker in self.workers
-            if worker.health.state is State.HEALTHY
-            and len(worker.flying) < self._in_flight
-            # Weights are swapped between work items, never under one that is under way.
-            and (job.weights is None or worker.bound == job.weights.identity or not worker.flying)
-        ]
-        proven = [worker for worker in free if job.weights is None or worker.bound == job.weights.identity]
-        return min(proven or free, key=lambda worker: len(worker.flying), default=None)
-
-    def _bind(self, worker: Worker, weights: Weights) -> None:
-        worker.health.apply(Event.UNPROVEN)
-        record = Weights(weights.version, weights.sha256, weights.manifest, None)
-        call = worker.handle.call("bind", record, weights.flat, bulk=0)
-        worker.binding = weights.identity
-        self._fly(worker, call.done, None)
-
-    def _fly(self, worker: Worker, ref: Ref, job: Job | None) -> None:
-        if not worker.flying:
-            worker.since = self._clock()
-        worker.flying[ref] = job
-
-    def _land(self, worker: Worker, ref: Ref) -> Job | None:
-        """It answered: it begins with the next one now, and may have new work."""
-        job = worker.flying.pop(ref)
-        worker.since = self._clock()
-        worker.health.apply(Event.PROVEN if job is None else Event.ANSWERED)
-        return job
+    def abandon(self) -> None:
+        """Nobody waits for what is queued or under way any more."""
+        for job in [*self.queue, *(job for worker in self.workers for job in worker.flying.values() if job)]:
+            job.dropped = True
+        self.queue.clear()
 
     def finish(self, ref: Ref, result: Done) -> Job | None:
-        """Note an answer; returns the job it belongs to, if it is one.
+        """Note an answer; returns the job it belongs to, if it is one that somebody waits for.
 
         Raises:
-            StaleWeightsError: a worker acknowledged other weights than it was given.
+            StaleWeightsError: a worker acknowledged other weights than it was given, or answered what cannot be.
         """
-        for worker in self.workers:
-            if ref == worker.ready.done and worker.health.state is State.STARTING:
-                worker.facts = result.value
-                worker.health.apply(Event.READY)
-                return None
-            if ref in worker.flying:
-                if worker.flying[ref] is None:
-                    self._check_proof(worker, result)
-                job = self._land(worker, ref)
-                if job is not None:
-                    # Not after a bind: where a job kills every worker, each of them binds first.
-                    self._losses, self._working = 0, True
-                    job.result = result
-                return job
-        return None
+        worker = self.pending[ref]
+        if worker.beat is not None and ref == worker.beat.done:
+            worker.pulse, worker.pulse_at, worker.beat = result.value, self._clock(), None
+            del self.pending[ref]
+            return None
+        if ref == worker.ready.done:
+            del self.pending[ref]
+            worker.facts = result.value
+            self._roster.hold(worker, frozenset(result.holds or ()))
+            worker.health.apply(Event.READY)
+            self._settle(worker)
+            return None
+        job = worker.flying[ref]
+        if job is None:
+            self._check_proof(worker, result)
+        elif job.check is not None and (wrong := job.check(result.value)):
+            raise StaleWeightsError(f"{worker.handle.name} answered {job.label} with {wrong}")
+        self._land(worker, ref, result.seconds if job is not None else 0.0, answered=job is not None)
+        if job is not None:
+            self._learn(worker, job, result)
+        self._settle(worker)
+        if job is None:
+            return None
+        if job.dropped:
+            return None
+        job.killed = 0
+        job.result = result
+        return job
 
     def _check_proof(self, worker: Worker, result: Done) -> None:
         ack = result.value
@@ -208,66 +234,163 @@ class Pool:
             raise StaleWeightsError(f"{worker.handle.name} acknowledged weights {ack.version}, not what it was given")
         worker.bound = worker.binding
 
+    def _learn(self, worker: Worker, job: Job, result: Done) -> None:
+        """What an answer tells of the worker."""
+        worker.answers += 1
+        self._slowest = max(self._slowest, result.seconds)
+        work = result.seconds - result.loading
+        worker.pace = work if worker.answers == 1 else 0.75 * worker.pace + 0.25 * work
+        if result.loading:
+            self._loading[job.asset] = result.loading
+        if result.holds is not None:
+            coming = {other.asset for other in worker.flying.values() if other is not None and other.asset}
+            self._roster.hold(worker, frozenset(result.holds) | coming)
+        worker.slots = 1 if worker.pace > SLOW * self.account.pace else self._in_flight
+
     def release(self, ref: Ref) -> Job | None:
         """Forget a call that failed for want of an input; returns its job. The worker is not to blame."""
-        for worker in self.workers:
-            if ref in worker.flying:
-                return self._land(worker, ref)
-        return None
+        worker = self.pending[ref]
+        job = self._land(worker, ref, 0.0, answered=False)
+        self._settle(worker)
+        return job
+
+    def _land(self, worker: Worker, ref: Ref, seconds: float, *, answered: bool) -> Job | None:
+        """It answered: it begins with the next one now."""
+        self.account.end(worker, seconds, answered=answered)
+        del self.pending[ref]
+        job = worker.flying.pop(ref)
+        if job is None and worker.binding is not None:
+            self._binding[worker.binding] -= 1
+        worker.since = self._clock()
+        worker.health.apply(Event.PROVEN if job is None else Event.ANSWERED)
+        return job
+
+    def _settle(self, worker: Worker) -> None:
+        """Its state, load or preparation changed."""
+        self.account.settle(worker)
+        self._roster.place(worker)
+        self._end_drained(worker)
 
     def lose(self, ref: Ref, why: str) -> None:
-        """The worker behind a record is gone: put its jobs back in front, and start a successor.
+        """The worker behind a record is gone.
 
         Raises:
-            Stopped: workers of this pool die one after the other.
+            Stopped: see ``condemn``.
         """
-        worker = next((w for w in self.workers if ref in w.flying or ref == w.ready.done), None)
-        if worker is None:
-            return
-        self.workers.remove(worker)
-        worker.health.apply(Event.LOST)
-        worker.handle.kill()
-        jobs = [job for job in worker.flying.values() if job is not None]
-        held = f" while {jobs[0].label}" if jobs and jobs[0].label else ""
-        self.lost.append(f"{worker.handle.name} was lost{held} ({why}); {len(jobs)} work items run again")
-        self._losses += 1
-        if self._losses > MAX_LOSSES:
-            where = f"; see {self.spec.logs}/{worker.handle.name}.log" if self.spec.logs else ""
+        if ref in self.pending:
+            self.condemn(self.pending[ref], why)
+
+    def condemn(self, worker: Worker, why: str) -> None:
+        """End a worker: its jobs are queued again, and a successor starts.
+
+        Raises:
+            Stopped: its predecessors went the same way before their first answer, or its job kills its workers.
+        """
+        state, jobs = (
+            worker.health.state,
+            [job for job in worker.flying.values() if job is not None and not job.dropped],
+        )
+        self.lost.append(lost_worker(self.spec, worker, state, jobs, why, self._clock()))
+        self._forget(worker)
+        strikes = 0 if worker.answers else worker.strikes + 1
+        if strikes >= MAX_STRIKES:
             raise Stopped(
-                f"{self._losses} {self.spec.role} workers were lost one after the other, last{held} {why}{where}. "
-                "Mend the cause, then go on with --resume"
+                f"{strikes} {self.spec.role} workers were lost one after the other before their first answer; "
+                f"{self.lost[-1]}. Mend the cause, then go on with --resume"
             )
+        if jobs:
+            jobs[0].killed += 1
         for job in jobs[1:]:
             job.attempts -= 1  # it had not begun with these
-        for job in reversed(jobs):
+        for job in jobs:
             self.retry(job)
-        self.fill()
+        if self._staying() < self.size:
+            self._start(strikes)
+
+    def _forget(self, worker: Worker) -> None:
+        worker.health.apply(Event.LOST)
+        self._roster.remove(worker)
+        self._roster.hold(worker, frozenset())
+        self.workers.remove(worker)
+        if worker.binding is not None and None in worker.flying.values():
+            self._binding[worker.binding] -= 1
+        for ref in [ref for ref, other in self.pending.items() if other is worker]:
+            del self.pending[ref]
+        worker.flying.clear()
+        self.account.settle(worker)
+        worker.handle.kill()
+
+    def _end_drained(self, worker: Worker) -> None:
+        if worker.health.state is State.DRAINING and not worker.flying:
+            self._forget(worker)
+
+    def named(self, name: str) -> Worker | None:
+        """The worker of that name, if it still lives."""
+        return next((worker for worker in self.workers if worker.handle.name == name), None)
 
     def check_time(self) -> None:
-        """Find workers that do not start or do not answer, and end those that drained.
+        """Find workers that do not start, do not answer or give no sign of life.
 
         Raises:
             PlacementError: a worker did not come up in time, before there was any work.
-            Stopped: a successor did not come up in time.
+            Stopped: none of the pool's workers came up in time.
         """
         now = self._clock()
         for worker in list(self.workers):
             if worker.health.state is State.STARTING and worker.health.seconds > self._start_timeout:
                 self._give_up(worker)
-            waited = now - worker.since if worker.flying else 0.0
-            if waited > self._call_timeout:
-                self.lose(next(iter(worker.flying)), f"no answer in {self._call_timeout:.0f} s")
-            elif waited > self._call_timeout / 2:
-                worker.health.apply(Event.LATE)
-            elif worker.health.state is State.DRAINING and not worker.flying:
-                worker.health.apply(Event.LOST)
-                worker.handle.kill()
-                self.workers.remove(worker)
+            elif why := self._watch.fault(worker, now, self._slowest):
+                self.condemn(worker, why)
+            else:
+                self._ask(worker, now)
+
+    def _ask(self, worker: Worker, now: float) -> None:
+        """For a sign of life where one is due, and for its stacks where it is late."""
+        late = self._watch.late(worker, now, self._slowest)
+        if late:
+            worker.health.apply(Event.LATE)
+            self._roster.place(worker)
+        if late or self._watch.due(worker, now):
+            call = worker.handle.beat(stack=late)
+            if call is not None and worker.beat is None:
+                worker.beat, worker.beat_at = call, now
+                self.pending[call.done] = worker
 
     def _give_up(self, worker: Worker) -> None:
+        """A worker did not start in time: one that was asked for in addition is given up, a successor is waited for."""
         starting = sum(other.health.state is State.STARTING for other in self.workers)
         lack = self.backend.shortage([self.spec] * starting, free=True)
         text = f"{worker.handle.name} did not start in {self._start_timeout:.0f} s; " + (
             lack or f"the cluster has room, so see its log under {self.spec.logs}"
         )
-        raise Stopped(f"{text}. Then go on with --resume") if self._working else PlacementError(text)
+        if worker.extra:
+            self.size -= 1
+            self._forget(worker)
+            self.remarks.append(f"{text}. The request is withdrawn; {self.spec.role} goes on with {self.size}")
+            return
+        if self.account.answers and any(other.up for other in self.workers):
+            worker.health.since = self._clock()
+            self.remarks.append(f"{text}. It is waited for; the others do its work")
+            return
+        raise Stopped(f"{text}. Then go on with --resume") if self.account.answers else PlacementError(text)
+
+    def paused(self) -> tuple[float, str] | None:
+        """Since when there is work and no worker to do it, and why; None where there is one."""
+        if not self.queue.ready or any(worker.up for worker in self.workers):
+            self._paused = None
+            return None
+        if self._paused is None:
+            self._paused = self._clock()
+        return (
+            self._clock() - self._paused,
+            "its last worker is gone, and a successor starts" if self.lost else "its workers start",
+        )
+
+    @property
+    def usage(self) -> Usage:
+        """What its workers did with their time until now."""
+        return self.account.usage
+
+    def describe(self) -> PoolStatus:
+        """For whoever watches."""
+        return describe(self, self._clock())

@@ -5,7 +5,8 @@ through to every other reader without an error. So this is the only module that 
 stored bytes. One flat array is also an order of magnitude faster to store than a dict of tensors.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +24,8 @@ __all__ = [
     "Flat",
     "Manifest",
     "TrajectoryRecord",
+    "join_answers",
+    "join_trajectories",
     "pack",
     "pack_answer",
     "pack_trajectory",
@@ -65,6 +68,7 @@ class TrajectoryRecord:
     item: WorkItem
     weights: WeightVersion
     manifest: Manifest
+    first: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +137,7 @@ def pack_trajectory(trajectory: Trajectory) -> tuple[Flat, TrajectoryRecord]:
             **{f"uncond/{name}": tensor for name, tensor in trajectory.uncond.items()},
         }
     )
-    return flat, TrajectoryRecord(trajectory.item, trajectory.weights, manifest)
+    return flat, TrajectoryRecord(trajectory.item, trajectory.weights, manifest, trajectory.first)
 
 
 def unpack_trajectory(flat: Flat, record: TrajectoryRecord) -> Trajectory:
@@ -146,7 +150,26 @@ def unpack_trajectory(flat: Flat, record: TrajectoryRecord) -> Trajectory:
         latents=tensors["latents"],
         cond=_below(tensors, "cond/"),
         uncond=_below(tensors, "uncond/"),
+        first=record.first,
     )
+
+
+def join_trajectories(parts: Sequence[Trajectory]) -> Trajectory:
+    """The states of all parts; what else there is, the first part has.
+
+    Raises:
+        ValueError: they are not the neighbouring parts of one drawing.
+    """
+    head = parts[0]
+    for before, part in itertools.pairwise(parts):
+        if (part.item, part.weights, part.first) != (head.item, head.weights, before.last + 1):
+            raise ValueError(
+                f"{part.item} from state {part.first} on, drawn with {part.weights}, does not follow {before.item} "
+                f"up to state {before.last}, drawn with {before.weights}"
+            )
+    if len(parts) == 1:
+        return head
+    return replace(head, latents=torch.cat([part.latents for part in parts], dim=1))
 
 
 def pack_answer(answer: TeacherAnswer) -> tuple[Flat, AnswerRecord]:
@@ -159,6 +182,20 @@ def unpack_answer(flat: Flat, record: AnswerRecord) -> TeacherAnswer:
     """The inverse of ``pack_answer``; raises as ``unpack`` does."""
     velocity = unpack(flat, record.manifest)["velocity"]
     return TeacherAnswer(record.teacher, record.steps, velocity)
+
+
+def join_answers(parts: Sequence[TeacherAnswer]) -> TeacherAnswer:
+    """One teacher's velocities at the steps of all parts, in their order.
+
+    Raises:
+        ValueError: they are of several teachers, or their steps do not rise.
+    """
+    steps = tuple(step for part in parts for step in part.steps)
+    if len({part.teacher for part in parts}) != 1 or list(steps) != sorted(set(steps)):
+        raise ValueError(f"answers of {[part.teacher for part in parts]} at steps {steps} are not one answer")
+    if len(parts) == 1:
+        return parts[0]
+    return TeacherAnswer(parts[0].teacher, steps, torch.cat([part.velocity for part in parts], dim=1))
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -139,7 +139,7 @@ def test_a_worker_says_what_it_holds_and_how_long_loading_took(actor_of, path):
     host = TeacherHost(lambda: actor_of(FULL, checkpoints_at_a_time=1))
     assert host.ready().holds == ("x",) and set(host.ready().value) == set(FULL)
     flat, record = pack_trajectory(path)
-    (_, there), (_, fresh) = host.score(record, "x", flat), host.score(record, "z", flat)
+    (_, there), (_, fresh) = host.score((record,), "x", flat), host.score((record,), "z", flat)
     assert (there.holds, there.loading, fresh.holds) == (("x",), 0.0, ("z",))
     assert 0 < fresh.loading < fresh.seconds and fresh.forwards == there.forwards == 2 * 2 * 2
 

@@ -64,6 +64,10 @@ class Scored(Anchored):
     needs_rewards = True
 
 
+class Streaming(Anchored):
+    streams = True
+
+
 class Elsewhere(Anchored):
     behaviour = "reference"
 

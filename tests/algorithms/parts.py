@@ -148,8 +148,11 @@ def learner(
 
 
 def stage(one: Learner, experience: Sequence[Experience]) -> None:
-    items = [part.item for part in experience]
-    one.stage(items, experience, [(work, {}) for work in items])
+    """A whole round's inputs, as they come in a run."""
+    one.begin([part.item for part in experience])
+    for part in experience:
+        one.take(part)
+    one.observe([(part.item, part.scores) for part in experience])
 
 
 def gradients(one: Learner) -> dict[str, Tensor]:

@@ -87,6 +87,10 @@ def test_the_loop_has_no_case_for_any_algorithm():
             {"algorithm": {"name": "tests.algorithms.anchored:Jumping", "args": {"strength": 1}}},
             "draws with kernel 'jump'; known: flow, dance, cps, ddim",
         ),
+        (
+            {"algorithm": {"name": "tests.algorithms.anchored:Streaming", "args": {"strength": 1}}},
+            "Streaming streams, but has 3 updates a round or selects items; set streams = False",
+        ),
         ({"algorithm": {"name": "tests.algorithms.anchored:no_class"}}, "not a subclass of opd_ray.algorithms.Algorit"),
         ({"algorithm": {"name": NAME}}, "algorithm.args: Anchored needs strength"),
         ({"algorithm": {"name": NAME, "args": {"strngth": 1}}}, "takes no argument 'strngth'; it takes strength, upda"),

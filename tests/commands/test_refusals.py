@@ -9,7 +9,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from opd_ray.build import identity
+from opd_ray.preflight import identity
 from opd_ray.recipes import load
 from opd_ray.storage.run_folder import claim, write_json_atomic
 from tests.commands.conftest import BRIGHT

@@ -1,6 +1,8 @@
 """The learner against plain torch, its moving average by hand, and its state to the last bit."""
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from opd_ray.algorithms.opd import Opd
 from opd_ray.config import EmaConfig, OpdConfig, OptimizerConfig
 from opd_ray.digest import digest
-from opd_ray.errors import RunFolderError
+from opd_ray.errors import OutOfOrderError, RunFolderError
 from opd_ray.learners import DdpEngine, LearnerState
 from opd_ray.learners.learner import Learner
 from tests.algorithms.parts import fill, flat, gradients, item, learner, load, random_experience, stage
@@ -74,6 +76,7 @@ def test_a_step_is_adamw_of_plain_torch_on_the_clipped_gradient(tiny, family, cl
 
 def test_cosine_decays_over_all_updates_of_the_run(tiny, family):
     class Twice(Opd):
+        streams = False
         updates_per_round = 2
 
     one = learner(tiny, Twice(OpdConfig()), rounds=2, optimizer=OptimizerConfig(lr=0.4, schedule="cosine"))
@@ -252,9 +255,60 @@ def test_the_probe_is_that_of_the_weights_that_are_published(tiny, family):
     assert digest(one.student) == raw and one.family.active == "student"
 
 
-def test_gradients_come_in_the_order_of_tasks_items_and_steps_whatever_arrived_first(tiny, family, monkeypatch):
+class AtOnce(Opd):
+    """The same algorithm, whose round is trained on when all of it is there."""
+
+    streams = False
+
+
+class Engine(DdpEngine):
+    """One rank, perhaps of several that are not there; writes down which backward would reduce."""
+
+    def __init__(self, rank=0, ranks=1):
+        super().__init__(0, 1)
+        self.rank, self.ranks, self.reduced = rank, ranks, []
+
+    def accumulate(self, *, last):
+        self.reduced.append(last)
+        return nullcontext()
+
+
+def three(family, **changes):
+    work = [item(task=task, index=index, position=n, **changes) for n, (task, index) in enumerate(ORDER)]
+    return [random_experience(family, part, seed=part.position) for part in work]
+
+
+def test_gradients_that_accumulate_as_items_arrive_are_those_of_the_whole_round(tiny, family):
+    streaming, waiting = (learner(tiny, kind(OpdConfig(task_weights={"b": 3.0}))) for kind in (Opd, AtOnce))
+    for number in range(3):
+        reports = []
+        for one in (streaming, waiting):
+            stage(one, three(family, round=number))
+            arrived = one.student.keys() <= gradients(one).keys()
+            assert arrived == (one is streaming), "two of three items are in the gradient before the update"
+            reports.append(one.update(0))
+            one.finish_round(number)
+        assert reports[0] == reports[1]
+        assert digest(streaming.student) == digest(waiting.student)
+        assert torch.equal(flat(gradients(streaming)), flat(gradients(waiting)))
+
+
+def test_nothing_is_reduced_and_no_weight_changes_before_a_rank_has_all_of_its_items(tiny, family):
+    one = learner(tiny)
+    for rank, own in ((0, [0, 2]), (1, [1])):
+        engine = one.engine = Engine(rank, 2)
+        experience, before = three(family), digest(one.student)
+        one.begin([part.item for part in experience])
+        for number in own:
+            one.take(experience[number])
+        assert engine.reduced == [False, False] * (len(own) - 1), "its last item waits for the update"
+        assert digest(one.student) == before and one.updates == rank
+        one.update(0)
+        assert engine.reduced == [False] * (2 * len(own) - 1) + [True]
+
+
+def test_gradients_come_in_the_order_of_tasks_items_and_steps(tiny, family, monkeypatch):
     one, seen = learner(tiny), []
-    items = [item(task=task, index=index, position=position) for position, (task, index) in enumerate(ORDER)]
     loss = Opd.loss
 
     def counting(self, forward, velocity):
@@ -262,17 +316,46 @@ def test_gradients_come_in_the_order_of_tasks_items_and_steps_whatever_arrived_f
         return loss(self, forward, velocity)
 
     monkeypatch.setattr(Opd, "loss", counting)
-    experience = [random_experience(family, work, seed=work.position) for work in items]
-    one.stage(items, experience[::-1], [(work, {}) for work in items])
+    experience = three(family)
+    stage(one, experience)
     one.update(0)
     names = [part.trajectory.cond["pooled_projections"][0, 0].item() for part in experience]
-    assert seen == [(name, step) for name in names for step in items[0].steps]
+    assert seen == [(name, step) for name in names for step in experience[0].item.steps]
 
 
-def test_staging_twice_observes_once(tiny, family):
-    """A round is staged again where another rank lacked an input; the algorithm's own state must not count it twice."""
+@pytest.mark.parametrize("kind", [Opd, AtOnce])
+def test_an_item_out_of_order_is_refused_and_changes_nothing(tiny, family, kind):
+    one, other, experience = learner(tiny, kind(OpdConfig())), learner(tiny, kind(OpdConfig())), three(family)
+    one.begin([part.item for part in experience])
+    for wrong in (experience[1], experience[2]):
+        with pytest.raises(OutOfOrderError, match=r"rank 0 got round 0 .* and waits for \['round 0 a\[0\]'\]"):
+            one.take(wrong)
+    one.take(experience[0])
+    with pytest.raises(OutOfOrderError):
+        one.take(experience[0])
+    with pytest.raises(ValueError, match="rank 0 has 1 of its 3 work items"):
+        one.update(0)
+    one.take(experience[1])
+    one.take(experience[2])
+    with pytest.raises(OutOfOrderError, match=r"waits for \[\]"):
+        one.take(experience[2])
+    stage(other, experience)
+    assert one.update(0) == other.update(0)
 
-    class Counting(Opd):
+
+def test_a_round_that_begins_again_starts_over(tiny, family):
+    one, other, experience = learner(tiny), learner(tiny), three(family)
+    one.begin([part.item for part in experience])
+    one.take(experience[0])
+    one.take(experience[1])
+    stage(one, experience)
+    stage(other, experience)
+    assert one.update(0) == other.update(0)
+    assert digest(one.student) == digest(other.student)
+
+
+def test_an_algorithm_sees_the_scores_before_its_first_update(tiny, family):
+    class Counting(AtOnce):
         def __init__(self, config):
             super().__init__(config)
             self.seen = []
@@ -280,19 +363,21 @@ def test_staging_twice_observes_once(tiny, family):
         def observe(self, scores):
             self.seen.append([(str(work), sorted(by_name)) for work, by_name in scores])
 
+        def select(self, items, update):
+            self.seen.append(update)
+            return items
+
     algorithm = Counting(OpdConfig())
     one = learner(tiny, algorithm)
-    part = random_experience(family, item())
-    for _ in range(2):
-        one.stage([part.item], [part], [(part.item, {"look": torch.ones(2)})])
+    stage(one, [replace(random_experience(family, item()), scores={"look": torch.ones(2)})])
     for update in range(2):
         one.update(update)
-    assert algorithm.seen == [[("round 0 a[0]", ["look"])]]
+    assert algorithm.seen == [[("round 0 a[0]", ["look"])], 0, 1]
 
 
 def test_a_rank_without_work_is_an_error_and_the_engine_says_what_it_got(tiny, family):
     one = learner(tiny)
-    one.stage([], [], [])
+    one.begin([])
     with pytest.raises(ValueError, match="0 work items leave a rank of 1 without work"):
         one.update(0)
     with pytest.raises(RuntimeError, match=r"asked accelerate for ddp rank 1 of 2, got .* rank 0 of 1"):

@@ -7,7 +7,7 @@ from typing import Any
 
 from opd_ray.actors import Ack
 from opd_ray.errors import InputLostError, StaleWeightsError, WorkerLostError
-from opd_ray.runtime.handle import Call, Done, Ref, Weights, WorkerSpec
+from opd_ray.runtime.handle import Beat, Call, Done, Ref, Weights, WorkerSpec
 from opd_ray.storage.packing import Manifest
 from opd_ray.types import WeightVersion
 
@@ -51,6 +51,16 @@ class FakeHandle:
             assert method != "bind" or not self.requests, "weights are swapped on idle workers alone"
             self.requests.append(Request(method, args, call))
             self.most = max(self.most, sum(r.method != "ready" for r in self.requests))
+        return call
+
+    def beat(self, *, stack=False):
+        if not self.backend.beats:
+            return None
+        if stack:
+            self.backend.stacks.append(self.name)
+        call = Call((), StoredRef())
+        if self.name not in self.backend.frozen:
+            self.backend.outcomes[call.done] = Done(Beat("here", 1, 100.0), 0.0, 0)
         return call
 
     def kill(self) -> None:
@@ -101,6 +111,10 @@ class FakeBackend:
     never_start: set[str] = field(default_factory=set)
     hanging: set[tuple[str, str]] = field(default_factory=set)
     """(worker, method) that is never answered."""
+    beats: bool = False
+    """Whether workers give signs of life; those in ``frozen`` do not."""
+    frozen: set[str] = field(default_factory=set)
+    stacks: list[str] = field(default_factory=list)
     lack: str | None = None
     handles: dict[str, FakeHandle] = field(default_factory=dict)
     store: dict[Ref, Any] = field(default_factory=dict)
@@ -121,6 +135,13 @@ class FakeBackend:
     def shortage(self, specs: Sequence[WorkerSpec], *, free: bool = False) -> str | None:
         self.asked.append((len(specs), free))
         return self.lack
+
+    def end_group(self, handles: Sequence[FakeHandle]) -> None:
+        for handle in handles:
+            handle.kill()
+
+    def object_store(self) -> None:
+        return None
 
     def fetch(self, arg: Any) -> Any:
         if not isinstance(arg, StoredRef):

@@ -9,11 +9,11 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
 from opd_ray.algorithms import make_algorithm
-from opd_ray.build import preflight
 from opd_ray.config import ModelConfig
 from opd_ray.errors import ModelError
 from opd_ray.models import load_family
 from opd_ray.models.teachers import checkpoint_sha256, same_text
+from opd_ray.preflight import preflight
 from opd_ray.roles import make_teacher
 from tests.algorithms.parts import item, random_experience
 from tests.models.tiny_sd3 import make_tiny_sd3

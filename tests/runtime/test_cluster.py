@@ -18,8 +18,9 @@ from opd_ray.runtime import cluster
 from opd_ray.runtime.cluster import RayBackend, classify
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import Done, WorkerSpec
+from opd_ray.runtime.jobs import Job
 from opd_ray.runtime.local import LocalBackend
-from opd_ray.runtime.pool import Job, Pool
+from opd_ray.runtime.pool import Pool
 from tests.runtime.runs import nowhere
 from tests.runtime.toys import Toy
 
@@ -227,6 +228,7 @@ def test_a_hanging_worker_is_replaced(backend) -> None:
     job = dispatcher.submit(Job(pool, "nap", lambda: (next(naps),), 0, "a nap"))
     dispatcher.wait([job])
     assert job.result.value == "rested"
-    assert notes == ["toy-0 was lost while a nap (no answer in 3 s); 1 work items run again"]
+    assert notes[0].startswith("toy-0 (node ") and "was lost while a nap (no answer in 3 s); 1 work items" in notes[0]
+    assert "last heartbeat" in notes[0] and " MB" in notes[0]
     assert pool.workers[0].handle.name == "toy-1" and gone(first.facts)
     pool.workers[0].handle.kill()

@@ -1,5 +1,7 @@
 """What a worker process holds, called in this process: what goes in and out, and what is refused."""
 
+import pickle
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,13 +11,13 @@ from opd_ray.actors import Policy, RewardActor, RolloutActor, TeacherActor
 from opd_ray.actors.recorded import RecordedActor
 from opd_ray.config import LoraConfig, ModelConfig, TeacherConfig
 from opd_ray.digest import digest
-from opd_ray.errors import StaleWeightsError
+from opd_ray.errors import BadInputError, StaleWeightsError
 from opd_ray.models import load_family
 from opd_ray.roles import make_learner
 from opd_ray.runtime.handle import Weights
 from opd_ray.runtime.hosts import LearnerHost, RecordedHost, RewardHost, RolloutHost, Share, TeacherHost
-from opd_ray.storage.packing import pack, pack_trajectory, unpack, unpack_answer, unpack_trajectory
-from opd_ray.types import Prompt, WeightVersion, WorkItem
+from opd_ray.storage.packing import pack, pack_answer, pack_trajectory, unpack, unpack_answer, unpack_trajectory
+from opd_ray.types import Prompt, TeacherAnswer, WeightVersion, WorkItem
 from tests.algorithms.parts import on
 from tests.models.tiny_sd3 import make_tiny_sd3
 
@@ -67,7 +69,7 @@ def painter(tiny):
 def drawn(painter, published):
     painter.bind(*published)
     weights, _ = published
-    return painter.draw(ITEM, VERSION, weights.sha256, False, True)
+    return painter.draw(ITEM, VERSION, weights.sha256, 4, True)
 
 
 def test_a_learners_weights_arrive_bit_by_bit(learner, painter, published) -> None:
@@ -107,7 +109,7 @@ def test_weights_that_changed_on_the_way_are_refused(painter, published, change)
     with pytest.raises(StaleWeightsError):
         painter.bind(weights, flat)
     with pytest.raises(StaleWeightsError):
-        painter.draw(ITEM, VERSION, weights.sha256, True, False)
+        painter.draw(ITEM, VERSION, weights.sha256, 4, False)
 
 
 def test_weights_over_another_base_are_refused_by_the_probe(published, tmp_path) -> None:
@@ -135,7 +137,7 @@ def test_a_draw_for_weights_that_were_not_proven_is_refused(painter, published, 
         painter.bind(*published)
     version = WeightVersion(0, 0, 1) if bound else VERSION
     with pytest.raises(StaleWeightsError, match="asks for weights"):
-        painter.draw(ITEM, version, weights.sha256, True, False)
+        painter.draw(ITEM, version, weights.sha256, 4, False)
 
 
 def test_a_fresh_worker_proves_the_average_as_well_as_the_raw_weights(tiny, make_config) -> None:
@@ -164,13 +166,13 @@ def test_a_drawing_comes_back_as_it_was_made(painter, drawn) -> None:
 
 def test_pictures_are_left_out_unless_asked_for(painter, published) -> None:
     painter.bind(*published)
-    _, pictures, done = painter.draw(ITEM, VERSION, published[0].sha256, True, False)
+    _, pictures, done = painter.draw(ITEM, VERSION, published[0].sha256, 4, False)
     assert pictures.nbytes == 0 and done.value.images is None
 
 
 def test_a_drawing_that_nobody_looks_at_ends_at_the_last_trained_step(painter, drawn) -> None:
     weights = painter.actor.bound
-    flat, _, done = painter.draw(ITEM, VERSION, weights.sha256, False, False)
+    flat, _, done = painter.draw(ITEM, VERSION, weights.sha256, max(ITEM.steps), False)
     part, whole = unpack_trajectory(flat, done.value.trajectory), unpack_trajectory(drawn[0], drawn[2].value.trajectory)
     last = max(ITEM.steps)
     assert torch.equal(part.latents, whole.latents[:, : last + 1]) and whole.latents.shape[1] == 5
@@ -184,7 +186,7 @@ def test_a_mark_comes_back_as_it_was_made_and_changes_no_stored_byte(tiny, tiny_
     config = TeacherConfig(lora=str(tiny_teachers["a"]), guidance=2.0)
     host = TeacherHost(lambda: TeacherActor(on(family), {"a": config}))
     before = flat.copy()
-    answer, marked = host.score(done.value.trajectory, "a", flat)
+    answer, marked = host.score((done.value.trajectory,), "a", flat)
     back = unpack_answer(answer, marked.value)
     direct = host.actor.score(unpack_trajectory(flat, done.value.trajectory), "a")
     assert (back.teacher, back.steps) == ("a", (0, 2))
@@ -198,9 +200,9 @@ def test_a_share_takes_its_arrays_in_order(tiny, tiny_teachers, drawn) -> None:
     flat, _, done = drawn
     family = load_family(ModelConfig(path=str(tiny)), text=False, image=False)
     host = TeacherHost(lambda: TeacherActor(on(family), {"a": TeacherConfig(lora=str(tiny_teachers["a"]))}))
-    answer, marked = host.score(done.value.trajectory, "a", flat)
+    answer, marked = host.score((done.value.trajectory,), "a", flat)
     recorded, manifest = pack({"x": torch.ones(3)})
-    share = Share(ITEM, done.value.trajectory, marked.value, manifest, {"ocr": [0.5, 1.0]})
+    share = Share(ITEM, (done.value.trajectory,), (marked.value,), manifest, {"ocr": [0.5, 1.0]})
     flats = [flat, answer, recorded, "of the next item"]
     experience = share.unpack(flats)
     assert flats == ["of the next item"]
@@ -226,14 +228,15 @@ def test_a_recording_comes_back_as_it_was_saved(tmp_path) -> None:
     assert torch.equal(unpack(flat, done.value)["x"], torch.arange(5))
 
 
-def test_staged_work_is_a_copy(learner, drawn, tiny, tiny_teachers) -> None:
+def test_work_that_was_taken_is_a_copy(learner, drawn, tiny, tiny_teachers) -> None:
     flat, _, done = drawn
     family = load_family(ModelConfig(path=str(tiny)), text=False, image=False)
     host = TeacherHost(lambda: TeacherActor(on(family), {"a": TeacherConfig(lora=str(tiny_teachers["a"]))}))
-    answer, marked = host.score(done.value.trajectory, "a", flat)
+    answer, marked = host.score((done.value.trajectory,), "a", flat)
     flat.flags.writeable = answer.flags.writeable = False
     before = flat.copy(), answer.copy()
-    learner.stage([ITEM], [{}], [Share(ITEM, done.value.trajectory, marked.value)], flat, answer)
+    learner.begin([ITEM])
+    learner.take(Share(ITEM, (done.value.trajectory,), (marked.value,)), flat, answer)
     experience = learner.learner._experience[0]
     experience.trajectory.latents.add_(1)
     experience.answer.velocity.add_(1)
@@ -245,4 +248,130 @@ def test_trajectories_pack_without_loss(painter, published) -> None:
     painter.bind(*published)
     trajectory = painter.actor.draw(ITEM, VERSION, published[0].sha256)
     again, _ = pack_trajectory(trajectory)
-    assert (again == painter.draw(ITEM, VERSION, published[0].sha256, True, False)[0]).all()
+    assert (again == painter.draw(ITEM, VERSION, published[0].sha256, 4, False)[0]).all()
+
+
+def in_parts(painters, host, sha256, ends, images=False):
+    """A drawing in parts, each by the next of the painters, and its marks; as a run has them drawn."""
+    flats, records, marks, pictures = [], [], [], None
+    for number, end in enumerate(ends):
+        last = images and end == ends[-1]
+        before = tuple(dict.fromkeys((0, number - 1))) if number else ()
+        flat, pictures, done = painters[number % len(painters)].draw(
+            *(ITEM, VERSION, sha256, end, last),
+            *((tuple(records[n] for n in before), *(flats[n] for n in before)) if number else ()),
+        )
+        flat.flags.writeable = False
+        flats.append(flat)
+        records.append(done.value.trajectory)
+        if any(records[-1].first <= step <= end for step in ITEM.steps):
+            own = tuple(dict.fromkeys((0, number)))
+            marks.append(host.score(tuple(records[n] for n in own), "a", *(flats[n] for n in own)))
+    share = Share(ITEM, tuple(records), tuple(mark.value for _, mark in marks))
+    return share, [*flats, *(flat for flat, _ in marks)], pictures
+
+
+@pytest.mark.parametrize("ends", [(2, 4), (1, 2, 4), (1, 2, 3, 4)])
+@pytest.mark.parametrize("noise_level", [0.0, 0.6])
+def test_a_drawing_in_parts_by_several_workers_is_the_drawing_by_one(
+    tiny, tiny_teachers, published, ends, noise_level
+) -> None:
+    painters = [rollout(tiny, noise_level=noise_level) for _ in range(2)]
+    for painter in painters:
+        painter.bind(*published)
+    family = load_family(ModelConfig(path=str(tiny)), text=False, image=False)
+    host = TeacherHost(lambda: TeacherActor(on(family), {"a": TeacherConfig(lora=str(tiny_teachers["a"]), guidance=2)}))
+    rows = [sum(painter.actor.family.forwards for painter in painters), host.actor.forwards]
+    share, flats, pictures = in_parts(painters, host, published[0].sha256, ends, images=True)
+    rows += [sum(painter.actor.family.forwards for painter in painters), host.actor.forwards]
+    whole, whole_flats, whole_pictures = in_parts(painters, host, published[0].sha256, (4,), images=True)
+    assert len(share.trajectory) == len(ends) and len(share.answer) == 1 + (ends[0] < 2)
+    assert not any(
+        entry.name.startswith(("cond", "uncond")) for part in share.trajectory[1:] for entry in part.manifest.entries
+    )
+    one, other = share.unpack(flats), whole.unpack(whole_flats)
+    for name in ("sigmas", "latents"):
+        assert torch.equal(getattr(one.trajectory, name), getattr(other.trajectory, name))
+    for name in ("cond", "uncond"):
+        mine, theirs = getattr(one.trajectory, name), getattr(other.trajectory, name)
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert one.answer.steps == other.answer.steps == ITEM.steps
+    assert torch.equal(one.answer.velocity, other.answer.velocity)
+    assert (pictures == whole_pictures).all()
+    assert [rows[2] - rows[0], rows[3] - rows[1]] == [4 * 2 * 2, 2 * 2 * 2], "steps, rows, guidance"
+
+
+def test_a_part_needs_the_weights_that_drew_the_part_before(learner, painter, published) -> None:
+    painter.bind(*published)
+    flat, _, done = painter.draw(ITEM, VERSION, published[0].sha256, 2, False)
+    newer = WeightVersion(0, 0, 1)
+    flat_of_newer, published_again = learner.publish(newer, False)
+    with pytest.raises(StaleWeightsError, match=r"asks for weights 0\.0\.1, bound is"):
+        painter.draw(ITEM, newer, published[0].sha256, 4, False, (done.value.trajectory,), flat)
+    painter.bind(published_again.value, flat_of_newer)
+    with pytest.raises(StaleWeightsError, match=r"asks for weights 0\.0\.1, its part before was drawn with 0\.0\.0"):
+        painter.draw(ITEM, newer, published[0].sha256, 4, False, (done.value.trajectory,), flat)
+
+
+def spoiled(flat, manifest, name, value=float("nan")):
+    """An array with a number that is none."""
+    tensors = unpack(flat, manifest)
+    tensors[name].view(-1)[-1] = value
+    return pack(tensors)[0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_refused_by_every_reader(
+    learner, painter, published, tiny, tiny_teachers, value
+) -> None:
+    painter.bind(*published)
+    weights, _ = published
+    flat, pictures, done = painter.draw(ITEM, VERSION, weights.sha256, 4, True)
+    path = done.value.trajectory
+    family = load_family(ModelConfig(path=str(tiny)), text=False, image=False)
+    teacher = TeacherHost(lambda: TeacherActor(on(family), {"a": TeacherConfig(lora=str(tiny_teachers["a"]))}))
+    answer, marked = teacher.score((path,), "a", flat)
+    reward = RewardHost(lambda: RewardActor({"mean": lambda images, prompts: images.mean((1, 2, 3))}))
+    bad, good = spoiled(flat, path.manifest, "latents", value), Share(ITEM, (path,), (marked.value,))
+    learner.begin([ITEM])
+    readers = [
+        (lambda: teacher.score((path,), "a", bad), "trajectory", "latents of round 0 a[0], to be marked by a"),
+        (lambda: learner.take(good, bad, answer), "trajectory", "latents of round 0 a[0], to be trained on"),
+        (
+            lambda: learner.take(good, flat, spoiled(answer, marked.value.manifest, "velocity", value)),
+            "answer",
+            "in what a answered to round 0 a[0]",
+        ),
+        (
+            lambda: reward.score(["x", "y"], done.value.images, spoiled(pictures, done.value.images, "images", value)),
+            "images",
+            "in the picture of 'y'",
+        ),
+        (
+            lambda: painter.draw(ITEM, VERSION, weights.sha256, 4, False, (replace(path),), bad),
+            "trajectory",
+            "latents of round 0 a[0], to be drawn on",
+        ),
+    ]
+    for read, what, text in readers:
+        with pytest.raises(BadInputError) as caught:
+            read()
+        assert caught.value.what == what and text in str(caught.value)
+        again = pickle.loads(pickle.dumps(caught.value))
+        assert (again.what, str(again)) == (what, str(caught.value))
+    learner.take(good, flat, answer)
+    learner.finish_round(0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "shape"), [((0, 2), (2, 2, 16, 4, 8)), ((0, 2), (1, 2, 16, 8, 8)), ((0, 1), (2, 2, 16, 8, 8))]
+)
+def test_an_answer_that_does_not_fit_its_trajectory_is_refused(learner, drawn, steps, shape) -> None:
+    flat, _, done = drawn
+    answer, record = pack_answer(TeacherAnswer("a", steps, torch.zeros(shape)))
+    learner.begin([ITEM])
+    with pytest.raises(
+        BadInputError, match=r"answer: a answered round 0 a\[0\] with .* at steps .*, expected \[2, 2, "
+    ):
+        learner.take(Share(ITEM, (done.value.trajectory,), (record,)), flat, answer)
+    learner.finish_round(0)

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from opd_ray.algorithms import make_algorithm
-from opd_ray.build import preflight
 from opd_ray.config import ModelConfig
 from opd_ray.errors import PlacementError
 from opd_ray.models.teachers import Checkpoint
 from opd_ray.planning import needs
+from opd_ray.preflight import preflight
 from opd_ray.roles import make_teacher
 from tests.algorithms.parts import write_specialists
 from tests.runtime.runs import go, same

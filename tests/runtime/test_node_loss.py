@@ -27,15 +27,23 @@ from tests.runtime.runs import go
 
 
 def watch(run, live):
-    stage = run.learner.stage
+    begin, wait = run.learner.begin, run.dispatcher.wait
 
-    def staging(items, collected):
+    def beginning(items):
+        begin(items)
         if run.round == 1:
+            wait(jobs[1])  # all of the round, and none of it with the learner yet
             cluster.add_node(num_cpus=1, resources={"far": 2}, **small)
             cluster.remove_node(far, allow_graceful=False)
-        stage(items, collected)
 
-    run.learner.stage = staging
+    collect, jobs = run.source.collect, {}
+
+    def collecting(number, weights):
+        batch = collect(number, weights)
+        jobs[number] = batch.jobs
+        return batch
+
+    run.learner.begin, run.source.collect = beginning, collecting
 
 
 folder = Path(sys.argv[1])

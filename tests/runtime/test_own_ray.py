@@ -36,17 +36,17 @@ def wire(*args):
     from tests.runtime.runs import descendants, listeners, pid_of
 
     run = original(*args)
-    stage, pid = run.learner.stage, pid_of(run.learner.ranks[0])
+    begin, pid = run.learner.begin, pid_of(run.learner.ranks[0])
 
-    def staging(items, collected):
+    def beginning(items):
         if run.round == 1:
             mine = descendants(os.getpid())
             seen = {p: listeners(p) for p in [os.getpid(), *mine]}
             Path(os.environ["SEEN"]).write_text(json.dumps({"pids": mine, "seen": seen}))
             os.kill(pid, signal.SIGKILL)
-        stage(items, collected)
+        begin(items)
 
-    run.learner.stage = staging
+    run.learner.begin = beginning
     return run
 
 
@@ -76,7 +76,7 @@ def test_a_killed_learner_is_exit_code_3_and_resumes_bit_identically(command, ma
     """Nothing of it is left, nothing of it listened in public, and it goes on somewhere else."""
     done = command(KILLED)
     assert done.returncode == 3, done.stderr
-    assert "stopped: staging a round: learner rank 0 was lost" in done.stderr
+    assert "stopped: begin: learner rank 0 was lost" in done.stderr
     assert checkpoint.newest(tmp_path / "tiny")[0].round == 1
     assert read_json(tmp_path / "tiny" / "result.json")["status"] == "stopped"
     found = json.loads((tmp_path / "seen.json").read_text())

@@ -12,7 +12,7 @@ from opd_ray.errors import NotFiniteError, Stopped, UserError
 from opd_ray.models import load_family
 from opd_ray.storage import checkpoint
 from opd_ray.storage.run_folder import read_json
-from tests.runtime.runs import go
+from tests.runtime.runs import go, same
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,28 @@ def test_no_forward_is_wasted(make_config, whole) -> None:
     assert whole.result["forwards"] == {"rollout": sum(drawn), "teacher": 72, "learner": 96}
 
 
+@pytest.mark.parametrize("algorithm", [{"steps_per_item": 2}, {"noise_level": 0.5}])
+def test_drawings_that_come_in_parts_are_the_same_run(make_config, algorithm, tmp_path) -> None:
+    """Also in its counts of forwards."""
+    runs = {}
+    for chunks in (1, 2, 3):
+        labels = []
+
+        def watch(run, live, labels=labels) -> None:
+            submit = run.dispatcher.submit
+            run.dispatcher.submit = lambda job: labels.append(job.label) or submit(job)
+
+        longer = {"algorithm": {"name": "opd"} | algorithm, "sampling": {"steps": 6}}
+        config = make_config(**longer, cluster={"step_chunks": chunks})
+        runs[chunks] = go(config, tmp_path / str(chunks), watch=watch), labels
+    counts = [len(labels) for _, labels in runs.values()]
+    assert counts[0] == 3 * 4 * 2 < counts[1] < counts[2], "rounds, items; a drawing and a mark"
+    assert "drawing round 0 a[0]" in runs[1][1]
+    for chunks in (2, 3):
+        assert any(label.startswith("drawing round 0 a[0], states 0 to ") for label in runs[chunks][1])
+        assert same(runs[chunks][0], runs[1][0])
+
+
 def test_strictly_on_policy_unless_asked_otherwise(whole) -> None:
     assert [row["staleness"] for row in whole.rows] == [0, 0, 0]
     assert [row["weight_version"] for row in whole.rows] == ["0.0.1", "0.0.2", "0.0.3"]
@@ -85,14 +107,19 @@ def test_staleness_grows_to_its_bound_and_no_further(make_config, bound, tmp_pat
     seen = []
 
     def watch(run, live) -> None:
-        stage = run.learner.stage
+        take, finish_round = run.learner.take, run.learner.finish_round
+        lags = set()
 
-        def staged(items, collected) -> None:
-            drawn = {one.share().trajectory.weights.version for one in collected}
-            seen.append([run.learner.version.version - version for version in drawn])
-            stage(items, collected)
+        def taking(one) -> None:
+            lags.add(run.learner.version.version - one.share().trajectory[0].weights.version)
+            take(one)
 
-        run.learner.stage = staged
+        def finishing(number) -> None:
+            seen.append(list(lags))
+            lags.clear()
+            finish_round(number)
+
+        run.learner.take, run.learner.finish_round = taking, finishing
 
     config = make_config(cluster={"max_staleness": bound}, rounds=5)
     done = go(config, tmp_path / "run", watch=watch)

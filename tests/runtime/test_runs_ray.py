@@ -97,6 +97,16 @@ def test_more_workers_and_shared_teachers_are_one_with_local(make_config, ray_se
     assert same(go(config, tmp_path / "run"), reference(3))
 
 
+def test_drawings_in_parts_are_one_with_whole_ones_also_where_a_worker_is_killed(
+    make_config, ray_session, tmp_path
+) -> None:
+    longer, killers = {"sampling": {"steps": 6}, "rounds": 2}, []
+    config = make_config("ray", cluster=SHARED | {"step_chunks": 2, "rollout": SMALL | {"workers": 2}}, **longer)
+    done = go(config, tmp_path / "run", watch=lambda run, live: killers.append(Killer(run, {"rollout": 1})))
+    assert len(killers[0].killed) == 1
+    assert same(done, go(make_config(**longer), tmp_path / "local"))
+
+
 def test_killed_workers_change_no_bit(make_config, ray_session, reference, tmp_path) -> None:
     killers = []
     config = make_config("ray", cluster={"rollout": SMALL | {"workers": 2}}, rounds=4)

@@ -1,6 +1,8 @@
 """Packing: any tensors survive, bit for bit, and nothing that is unpacked shares memory."""
 
 import dataclasses
+import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from opd_ray.digest import digest
 from opd_ray.storage import packing
-from opd_ray.types import Prompt, TeacherAnswer, Trajectory, WeightVersion, WorkItem
+from opd_ray.types import Experience, Prompt, TeacherAnswer, Trajectory, WeightVersion, WorkItem
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.uint8,
@@ -177,6 +179,56 @@ def test_an_answer_survives():
     result = packing.unpack_answer(*packing.pack_answer(answer))
     assert (result.teacher, result.steps) == ("counts", (0, 2))
     assert torch.equal(result.velocity, answer.velocity)
+
+
+def parts_of(*bounds):
+    """A drawing of four states, and the same in parts."""
+    latents, cond = torch.randn(2, 4, 3, 2, 2), {"e": torch.randn(2, 5)}
+    common = item(), WeightVersion(1, 2, 3), torch.linspace(1, 0, 4)
+    parts = [
+        Trajectory(*common, latents[:, first:end], {} if first else cond, {}, first)
+        for first, end in itertools.pairwise((0, *bounds, 4))
+    ]
+    return Trajectory(*common, latents, cond, {}), parts
+
+
+@pytest.mark.parametrize("bounds", [(), (1,), (2, 3)])
+def test_parts_of_a_trajectory_that_were_packed_join_to_the_whole(bounds):
+    whole, parts = parts_of(*bounds)
+    joined = packing.join_trajectories([packing.unpack_trajectory(*packing.pack_trajectory(part)) for part in parts])
+    assert (joined.item, joined.weights, joined.first, joined.last) == (whole.item, whole.weights, 0, 3)
+    assert torch.equal(joined.latents, whole.latents) and torch.equal(joined.cond["e"], whole.cond["e"])
+    assert all(torch.equal(part.state(part.last), whole.state(part.last)) for part in parts)
+    with pytest.raises(IndexError, match=r"round 3 text\[1\] has states 0 to 3 here, not 4"):
+        whole.state(4)
+
+
+def test_parts_that_are_not_neighbours_of_one_drawing_do_not_join():
+    _, parts = parts_of(1, 2)
+    newer = replace(parts[1], weights=WeightVersion(1, 2, 4))
+    for wrong in ([parts[0], parts[2]], [parts[1], parts[0]], [parts[0], newer]):
+        with pytest.raises(ValueError, match="does not follow"):
+            packing.join_trajectories(wrong)
+
+
+def test_a_trajectory_that_ends_before_a_trained_step_is_no_experience():
+    _, parts = parts_of(2)
+    for part in parts:
+        with pytest.raises(ValueError, match=r"has states \d to \d, expected 0 to 2 at least"):
+            Experience(part.item, part)
+    with pytest.raises(ValueError, match="from state 3 on, expected 2 rows of 1 to 1 states"):
+        replace(parts[1], first=3)
+
+
+def test_answers_to_parts_join_in_step_order():
+    velocity = torch.randn(2, 3, 3, 2, 2)
+    parts = [TeacherAnswer("t", (0, 2), velocity[:, :2]), TeacherAnswer("t", (3,), velocity[:, 2:])]
+    joined = packing.join_answers(parts)
+    assert joined.steps == (0, 2, 3) and torch.equal(joined.velocity, velocity)
+    assert packing.join_answers(parts[:1]) is parts[0]
+    for wrong in (parts[::-1], [parts[0], parts[0]], [parts[0], replace(parts[1], teacher="other")]):
+        with pytest.raises(ValueError, match="are not one answer"):
+            packing.join_answers(wrong)
 
 
 def test_records_hold_no_tensor():

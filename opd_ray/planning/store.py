@@ -1,0 +1,61 @@
+"""What a round puts into the object store, from the configuration alone, and how many rounds may be under way."""
+
+from opd_ray.algorithms import Algorithm
+from opd_ray.config import Config
+from opd_ray.errors import PlacementError
+from opd_ray.models.base import family_class
+
+__all__ = ["round_bytes", "rounds_that_fit"]
+
+FLOAT = 4
+
+
+def round_bytes(config: Config, algorithm: Algorithm, tasks: int) -> dict[str, int]:
+    """Bytes of one round by part, at most; empty where the family does not say its shape or nothing is drawn.
+
+    Raises:
+        UserError: the model's configs cannot be read.
+    """
+    shape = family_class(config.model.family).shape(config.model) if config.recorded is None else None
+    if shape is None:
+        return {}
+    trained = algorithm.trained_steps(config.sampling.steps)
+    marked = len(trained) if algorithm.steps_per_item is None else min(algorithm.steps_per_item, len(trained))
+    whole = algorithm.whole_paths or algorithm.needs_rewards
+    states = config.sampling.steps + 1 if whole else max(trained, default=0) + 1
+    items = tasks * (config.batch.images_per_task // config.batch.item_size)
+    pictures = items * config.batch.item_size
+    found = {
+        "trajectories": pictures * (states * shape.latent + shape.conditioning) + items * shape.conditioning,
+        "teachers' answers": pictures * marked * shape.latent if algorithm.needs_teachers else 0,
+        "pictures": pictures * 3 * shape.pixels**2 if algorithm.needs_rewards else 0,
+    }
+    return {part: count * FLOAT for part, count in found.items() if count}
+
+
+def rounds_that_fit(parts: dict[str, int], capacity: int, fraction: float) -> int | None:
+    """How many rounds fit into a part of one node's store; None where their size is not known.
+
+    Args:
+        parts: what ``round_bytes`` gave.
+        capacity: bytes of the node that has the least.
+        fraction: the part of it that may be filled.
+
+    Raises:
+        PlacementError: not even one does; with the sum.
+    """
+    if not parts:
+        return None
+    total, room = sum(parts.values()), capacity * fraction
+    if total > room:
+        amounts = " + ".join(f"{part} {_mb(count)}" for part, count in parts.items())
+        raise PlacementError(
+            f"a round needs {_mb(total)} MB of object store ({amounts}), and {fraction:g} of the smallest node's "
+            f"{_mb(capacity)} MB is {_mb(room)} MB; lower batch.images_per_task, or raise cluster.object_store_mb "
+            "(of a Ray that was there before: --object-store-memory of its nodes)"
+        )
+    return int(room // total)
+
+
+def _mb(count: float) -> str:
+    return f"{count / 2**20:,.1f}"

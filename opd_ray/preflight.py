@@ -1,0 +1,119 @@
+"""What can be refused before anything starts, and what a resumed run must not change."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd_ray import world
+from opd_ray.actors.recorded import recordings
+from opd_ray.algorithms import Algorithm, make_algorithm
+from opd_ray.config import ClusterConfig, Config
+from opd_ray.errors import PlacementError, PromptError
+from opd_ray.metrics import check_logging
+from opd_ray.models.base import check_adapters, sigmas_of
+from opd_ray.models.checkpoint import check_complete
+from opd_ray.models.teachers import check_checkpoint, teacher_model
+from opd_ray.planning import check_memory, check_teacher_memory, needs, round_bytes, rounds_that_fit
+from opd_ray.prompts import read_prompts
+from opd_ray.rewards.base import check_rewards
+from opd_ray.types import Prompt
+
+__all__ = ["Prompts", "anchored", "identity", "overlaps", "preflight"]
+
+Prompts = dict[str, tuple[Prompt, ...]]
+
+
+def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
+    """Everything that can be refused before a worker starts; returns training and held-out prompts."""
+    check_logging(config)
+    prompts = config.prompts
+    train = read_prompts(_located(prompts.train), "prompts.train") if prompts else {}
+    held_out = read_prompts(_located(prompts.eval), "prompts.eval") if prompts and prompts.eval else {}
+    if train:
+        config.check_tasks(tuple(train))
+    if config.recorded is not None:
+        recordings(config.recorded)
+    scoring = config.evaluation.images_per_task > 0
+    check_rewards(config.rewards, config.evaluation.rewards if scoring else {}, tuple(held_out) if scoring else ())
+    algorithm.check(sigmas_of(config.model, config.sampling.steps))
+    check_cards(config.cluster)
+    if config.cluster.gpu_memory_gb is not None:
+        check_memory(config, needs(config))
+    if config.cluster.runtime == "ray" and not os.environ.get("RAY_ADDRESS"):  # a Ray of our own, whose size is known
+        parts = round_bytes(config, algorithm, len(train))
+        rounds_that_fit(parts, config.cluster.object_store_mb * 2**20, config.cluster.plasma_fraction)
+    check_complete(config.model)
+    check_adapters(config.model, config.student.lora, config.teachers)
+    for name, teacher in config.teachers.items():
+        if teacher.model is not None:
+            model = teacher_model(config.model, teacher)
+            check_checkpoint(name, config.model, model)
+            check_complete(model)
+    check_teacher_memory(config)
+    return train, held_out
+
+
+def check_cards(cluster: ClusterConfig) -> None:
+    """Refuse a card for a role in this process where there is none; Ray says so of its nodes itself.
+
+    Raises:
+        PlacementError: a role asks for one.
+    """
+    placements = [cluster.rollout, cluster.learner, *cluster.teachers.values(), *cluster.rewards.values()]
+    wanted = any(placement.device == "cuda" for placement in placements)
+    if wanted and cluster.runtime == "local" and not torch.cuda.is_available():
+        raise PlacementError("a role asks for a gpu, and this process sees none; set resources.gpu to 0")
+
+
+def overlaps(train: Prompts, held_out: Prompts) -> Iterator[str]:
+    """A warning for each task whose held-out prompts are also trained on."""
+    seen = {prompt.text for prompts in train.values() for prompt in prompts}
+    for task, prompts in held_out.items():
+        count = sum(prompt.text in seen for prompt in prompts)
+        if count:
+            yield f"{count} of {len(prompts)} held-out prompts of {task} are also trained on: its scores are too good"
+
+
+def _located(spec: str | dict[str, str]) -> str | dict[str, str]:
+    return {task: _locate(path) for task, path in spec.items()} if isinstance(spec, dict) else _locate(spec)
+
+
+def _locate(path: str) -> str:
+    """A prompt file, or `world/<task>/<split>` of the built-in ones."""
+    match path.split("/"):
+        case ["world", task, split]:
+            try:
+                return str(world.prompts_path(task, split))
+            except ValueError as error:
+                raise PromptError(f"{path}: {error}") from None
+    return path
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What a resumed run must not change. Where it runs, how long and what it reports, and where, may change."""
+    free = {"cluster", "rounds", "checkpoint", "evaluation", "logging", "name"}
+    if config.optimizer.schedule == "cosine":
+        free.remove("rounds")  # the learning rate of every round depends on their number
+    if not make_algorithm(config).needs_rewards:
+        free.add("rewards")  # they score what was trained, and change nothing of it
+    found = config.model_dump(mode="json", exclude=free)
+    (found["prompts"] or {}).pop("eval", None)
+    return found
+
+
+def anchored(config: Config) -> Config:
+    """Local paths made absolute: workers of a Ray that was there before us have another working directory."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).resolve()) if path.partition("/")[0] != "world" and Path(path).exists() else path
+
+    teachers = {
+        name: teacher.model_copy(update={"lora" if teacher.lora else "model": absolute(teacher.path)})
+        for name, teacher in config.teachers.items()
+    }
+    model = config.model.model_copy(update={"path": absolute(config.model.path)})
+    recorded = absolute(config.recorded) if config.recorded else None
+    return config.model_copy(update={"teachers": teachers, "model": model, "recorded": recorded})

@@ -1,0 +1,122 @@
+"""What a round's row of metrics.jsonl says: what was learned, and what every role did with its time."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from opd_ray.errors import NotFiniteError
+from opd_ray.experience import Round
+from opd_ray.learners import UpdateReport
+from opd_ray.runtime.dispatch import Dispatcher
+from opd_ray.runtime.group import LearnerGroup
+from opd_ray.runtime.usage import Usage
+
+__all__ = ["TimeBooks", "learned"]
+
+
+def learned(batch: Round, updates: Sequence[Sequence[UpdateReport]]) -> dict[str, Any]:
+    """Losses, metrics by task and step, and scores of a round.
+
+    Args:
+        batch: the round.
+        updates: a report a rank, of each of its updates.
+
+    Raises:
+        NotFiniteError: a reward is infinite.
+    """
+    last = updates[-1]
+    tasks = _merge([report.tasks for report in last])
+    loss = {"total": sum(report.loss for report in last)} | {task: s / n for task, (s, n) in tasks.items()}
+    row: dict[str, Any] = {
+        "round": batch.number,
+        "time": time.time(),
+        "loss": loss,
+        "grad_norm": last[0].grad_norm,
+        "lr": last[0].lr,
+        "skipped_steps": sum(reports[0].skipped for reports in updates),
+    }
+    found = [metrics for report in last for steps in report.steps.values() for metrics in steps.values()]
+    for metric in dict.fromkeys(name for metrics in found for name in metrics):
+        row.setdefault(metric, _steps(last, metric))
+    scores = _scores(batch)
+    return row | {"scores": scores} if scores else row
+
+
+class TimeBooks:
+    """Who waited for whom: a round's worker-seconds by role."""
+
+    def __init__(self, dispatcher: Dispatcher, learner: LearnerGroup) -> None:
+        self._dispatcher, self._learner = dispatcher, learner
+        self._seen: dict[str, Usage] = {}
+        self.close()
+
+    def close(self) -> None:
+        """What comes from now on belongs to the next round."""
+        self._seen = {pool.spec.role: pool.usage for pool in self._dispatcher.pools}
+        self._since = time.perf_counter()
+
+    def round(self, seconds: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """Role -> mean workers up, and their worker-seconds at work, on the way, waiting for input and for output.
+
+        Args:
+            seconds: the round's own, in all (``round``) and at work by role (``learner``).
+        """
+        wall = time.perf_counter() - self._since
+        found = {}
+        for pool in self._dispatcher.pools:
+            spent = asdict(pool.usage - self._seen.get(pool.spec.role, Usage()))
+            whole = spent.pop("seconds")
+            found[pool.spec.role] = spent | {"workers": spent["workers"] / whole if whole else 0.0}
+        ranks, busy, waited = len(self._learner.ranks), seconds["learner"], self._learner.waited
+        found["learner"] = {
+            "workers": float(ranks),
+            "busy": busy,
+            "input": waited,
+            # The rest of the round goes into transport, publishing and the ranks' waiting for one another.
+            "transfer": max(ranks * seconds["round"] - busy - waited, 0.0),
+            "output": max(ranks * (wall - seconds["round"]), 0.0),
+        }
+        return found
+
+
+def _merge(parts: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:
+    """Sums and counts over ranks."""
+    merged: dict[str, tuple[float, int]] = {}
+    for part in parts:
+        for name, (total, count) in part.items():
+            before = merged.get(name, (0.0, 0))
+            merged[name] = (before[0] + total, before[1] + count)
+    return merged
+
+
+def _steps(reports: Sequence[UpdateReport], metric: str) -> dict[str, dict[str, float]]:
+    """Task -> step -> mean of a metric."""
+    tasks = {task: None for report in reports for task in report.steps}
+    means: dict[str, dict[str, float]] = {}
+    for task in tasks:
+        found = _merge(
+            [
+                {
+                    str(step): metrics[metric]
+                    for step, metrics in report.steps.get(task, {}).items()
+                    if metric in metrics
+                }
+                for report in reports
+            ]
+        )
+        if found:
+            means[task] = {step: found[step][0] / found[step][1] for step in sorted(found, key=int)}
+    return means
+
+
+def _scores(batch: Round) -> dict[str, float]:
+    """Mean of each reward over the pictures it applies to."""
+    values: dict[str, list[float]] = {}
+    for one in batch.collected:
+        for name, scores in (one.share().scores or {}).items():
+            values.setdefault(name, []).extend(score for score in scores if not math.isnan(score))
+    if any(math.isinf(score) for scores in values.values() for score in scores):
+        raise NotFiniteError(f"a reward of round {batch.number} is infinite")
+    return {name: sum(scores) / len(scores) for name, scores in values.items() if scores}

@@ -1,0 +1,81 @@
+"""What is told of a pool: how it stands, and of a worker that was lost all that the driver knows, in one line."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from opd_ray.runtime.handle import WorkerSpec
+from opd_ray.runtime.health import State
+from opd_ray.runtime.jobs import Job
+from opd_ray.runtime.roster import Worker
+from opd_ray.runtime.usage import PoolStatus
+
+if TYPE_CHECKING:
+    from opd_ray.runtime.pool import Pool
+
+__all__ = ["describe", "last_lines", "lost_worker", "where"]
+
+LINES = 6
+CHARACTERS = 200
+READ_BYTES = 16384
+
+
+def lost_worker(spec: WorkerSpec, worker: Worker, state: State, jobs: Sequence[Job], why: str, now: float) -> str:
+    """Which worker, where it ran, at which item and in which phase, why, its last sign of life and last words."""
+    name, pulse = worker.handle.name, worker.pulse
+    place = f" (node {pulse.node}, pid {pulse.pid})" if pulse is not None else ""
+    held = f" while {jobs[0].label}" if jobs and jobs[0].label else ""
+    phase = "" if jobs else f" while {'binding weights' if None in worker.flying.values() else state.value}"
+    text = f"{name}{place} was lost{held or phase} ({why}); {len(jobs)} work items run again"
+    if pulse is not None and worker.pulse_at is not None:
+        text += f"; last heartbeat {max(now - worker.pulse_at, 0.0):.0f} s before, with {pulse.memory_mb:.0f} MB"
+        if pulse.gpu_memory_mb:
+            text += f" and {pulse.gpu_memory_mb:.0f} MB of its card"
+    if lines := last_lines(spec.logs, name):
+        text += f"; last in {name}.log: {' | '.join(lines)}"
+    return text
+
+
+def where(logs: Path | None, name: str) -> str:
+    """Where its log is, as the end of a sentence."""
+    return f"; see {logs}/{name}.log" if logs is not None else ""
+
+
+def last_lines(logs: Path | None, name: str) -> list[str]:
+    """The end of a worker's log; nothing where there is none, or where it lies on another machine."""
+    if logs is None:
+        return []
+    try:
+        with (logs / f"{name}.log").open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(file.tell() - READ_BYTES, 0))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line.strip()[:CHARACTERS] for line in lines if line.strip()][-LINES:]
+
+
+def describe(pool: "Pool", now: float) -> PoolStatus:
+    """How a pool stands."""
+    states = Counter(worker.health.state for worker in pool.workers)
+    ages = [now - worker.pulse_at for worker in pool.workers if worker.pulse_at is not None]
+    pulses = [worker.pulse.memory_mb for worker in pool.workers if worker.pulse is not None]
+    bound = Counter(str(worker.bound[0]) for worker in pool.workers if worker.bound is not None)
+    return PoolStatus(
+        role=pool.spec.role,
+        wanted=pool.size,
+        starting=states[State.STARTING],
+        healthy=states[State.HEALTHY],
+        suspect=states[State.SUSPECT],
+        draining=states[State.DRAINING],
+        stale=states[State.STALE],
+        queue=len(pool.queue),
+        in_flight=sum(len(worker.flying) for worker in pool.workers),
+        answers=pool.account.answers,
+        weights=bound.most_common(1)[0][0] if bound else None,
+        heartbeat_age=max(ages, default=None),
+        memory_mb=max(pulses, default=None),
+        lost=len(pool.lost),
+        teachers=pool.teachers,
+    )
