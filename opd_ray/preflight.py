@@ -16,7 +16,7 @@ from opd_ray.metrics import check_logging
 from opd_ray.models.base import check_adapters, sigmas_of
 from opd_ray.models.checkpoint import check_complete
 from opd_ray.models.teachers import check_checkpoint, teacher_model
-from opd_ray.planning import check_memory, needs, round_bytes, rounds_that_fit
+from opd_ray.planning import check_memory, check_teacher_memory, needs, round_bytes, rounds_that_fit
 from opd_ray.prompts import read_prompts
 from opd_ray.rewards.base import check_rewards
 from opd_ray.types import Prompt
@@ -55,6 +55,7 @@ def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
             model = teacher_model(config.model, teacher)
             check_checkpoint(name, config.model, model)
             check_complete(model)
+    check_teacher_memory(config)
     return train, held_out
 
 

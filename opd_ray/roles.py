@@ -18,7 +18,7 @@ from opd_ray.learners import DdpEngine, Learner
 from opd_ray.learners.learner import Training
 from opd_ray.models.base import Family, load_family, sigmas_of
 from opd_ray.models.precision import dtype_of, is_full
-from opd_ray.models.teachers import same_text, teacher_model
+from opd_ray.models.teachers import Checkpoint, same_text, teacher_model
 from opd_ray.rewards.base import make_rewards
 from opd_ray.runtime.hosts import LearnerHost, RecordedHost, RewardHost, RolloutHost, TeacherHost
 
@@ -98,21 +98,29 @@ def teacher(config: Config, names: tuple[str, ...], bases: Bases) -> Made:
 
 def make_teacher(config: Config, names: tuple[str, ...], bases: Bases | None = None) -> TeacherActor:
     """Denoisers alone, one for all teachers that may share it; text encoders where a teacher's are its own."""
-    device = config.cluster.of_teacher(names[0]).device
-    loaded: dict[tuple[ModelConfig, torch.dtype], Family] = {}
+    cluster, teachers = config.cluster, {name: config.teachers[name] for name in names}
+    device = cluster.of_teacher(names[0]).device
+    loaded: dict[torch.dtype, Family] = {}
+
+    def dtype(teacher: TeacherConfig) -> torch.dtype:
+        return dtype_of(teacher.precision or config.precision.teacher, device)
 
     def base(teacher: TeacherConfig) -> Family:
-        model = teacher_model(config.model, teacher)
-        key = (model, dtype_of(teacher.precision or config.precision.teacher, device))
-        if key not in loaded:
-            if teacher.model is None:
-                loaded[key] = (bases or Bases()).load(model, device, key[1])
-            else:
-                text = not same_text(config.model, model)
-                loaded[key] = load_family(model, text=text, image=False, device=device, dtype=key[1])
-        return loaded[key]
+        form = dtype(teacher)
+        if form not in loaded:
+            loaded[form] = (bases or Bases()).load(config.model, device, form)
+        return loaded[form]
 
-    return TeacherActor(base, {name: config.teachers[name] for name in names})
+    def checkpoint(teacher: TeacherConfig) -> Checkpoint:
+        model = teacher_model(config.model, teacher)
+        return Checkpoint(model, device, dtype(teacher), text=not same_text(config.model, model))
+
+    return TeacherActor(
+        base,
+        teachers,
+        checkpoints={name: checkpoint(teacher) for name, teacher in teachers.items() if teacher.model is not None},
+        limit=cluster.teacher_memory_gb and cluster.teacher_memory_gb * 1e9,
+    )
 
 
 def reader(folder: str) -> Made:

@@ -77,7 +77,10 @@ class ClusterConfig(Frozen):
     """Parts in which a drawing is handed over: teachers mark the first steps while the student draws the next. It
     changes no bit of the result."""
     share_teachers: bool = False
-    """One pool whose workers hold every teacher LoRA; otherwise each teacher has workers of its own."""
+    """One pool whose workers hold every teacher; otherwise each teacher has workers of its own."""
+    teacher_memory_gb: float | None = Field(None, gt=0)
+    """Weights that one teacher worker may hold (1e9 bytes): full checkpoints come when asked for, and those not asked
+    for the longest go. Not given: everything is loaded at the start and stays."""
     share_base: bool = False
     """One copy of the frozen base for all roles, in one process (runtime: local): for a single card."""
     gpu_memory_gb: float | None = Field(None, gt=0)

@@ -14,7 +14,7 @@ from opd_ray.config import ModelConfig
 from opd_ray.errors import ModelError
 from opd_ray.models.download import Source
 
-__all__ = ["check_complete", "fetch_part", "load_component", "read_config", "refusing", "resolve"]
+__all__ = ["check_complete", "fetch_part", "load_component", "read_config", "refusing", "resolve", "weight_files"]
 
 LONGEST_CAUSE = 500
 WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -91,11 +91,15 @@ def check_complete(model: ModelConfig) -> None:
         match kind:
             case [str(), str(made)] if not made.endswith(WEIGHTLESS):
                 with refusing(f"model {model.path!r}: its {name} is not whole"):
-                    _require_complete(place / name)
+                    weight_files(place / name)
 
 
-def _require_complete(part: Path) -> None:
-    """What a download that broke off leaves behind, by the file's name."""
+def weight_files(part: Path) -> list[Path]:
+    """The files that hold a part's weights, each of them whole.
+
+    Raises:
+        OSError, ValueError: what a download that broke off leaves behind, by the file's name.
+    """
     if not (part / "config.json").is_file():
         raise FileNotFoundError(f"{part / 'config.json'} is missing")
     files = [part / name for name in WEIGHTS if (part / name).is_file()]
@@ -120,6 +124,7 @@ def _require_complete(part: Path) -> None:
             raise ValueError(
                 f"{file} is cut short, or a Git LFS pointer ({error}): download or copy it again"
             ) from error
+    return files
 
 
 @contextmanager
@@ -156,7 +161,7 @@ def load_component(
     what = f"model {model.path!r}: its {name} cannot be loaded as {kind.__name__}"
     with refusing(what), _quiet():
         part = fetch_part(model, name)
-        _require_complete(part)
+        weight_files(part)
         component, info = kind.from_pretrained(
             part, use_safetensors=True, output_loading_info=True, dtype=dtype, **options
         )

@@ -1,17 +1,67 @@
-"""Teachers as full checkpoints: what has to agree with the student's base, and whose text encoders are used."""
+"""Teachers as full checkpoints: what has to agree with the student's base, whose text encoders are used, their size."""
 
 import filecmp
 import hashlib
+import math
+import re
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from safetensors import safe_open
 
 from opd_ray.config import ModelConfig, TeacherConfig
 from opd_ray.errors import ModelError
-from opd_ray.models.base import family_class
-from opd_ray.models.checkpoint import fetch_part, resolve
+from opd_ray.models.base import Family, family_class, load_family
+from opd_ray.models.checkpoint import fetch_part, read_config, refusing, resolve, weight_files
 
-__all__ = ["check_checkpoint", "checkpoint_sha256", "same_text", "teacher_model"]
+__all__ = ["Checkpoint", "check_checkpoint", "checkpoint_sha256", "same_text", "teacher_model"]
 
 TEXT_PARTS = ("text_encoder", "tokenizer")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model that can be loaded as a teacher; equal ones are the same weights in memory."""
+
+    model: ModelConfig
+    device: str
+    dtype: torch.dtype
+    text: bool
+    """Whether its text encoders come along, to encode the prompts for itself."""
+
+    def files(self) -> list[Path]:
+        """What its weights are read from, downloaded where they are on a hub.
+
+        Raises:
+            ModelError: a part is missing or not whole.
+        """
+        parts = [family_class(self.model.family).denoiser_part]
+        if self.text:
+            index = read_config(self.model, "model_index.json")
+            parts += [name for name, kind in index.items() if name.startswith("text_encoder") and kind[0] is not None]
+        with refusing(f"model {self.model.path!r} is not whole"):
+            return [file for part in parts for file in weight_files(fetch_part(self.model, part))]
+
+    def nbytes(self) -> int:
+        """Its weights' bytes once they are loaded, by the headers of its files alone."""
+        return sum(_loaded_bytes(file, self.dtype) for file in self.files())
+
+    def load(self) -> Family:
+        """The denoiser, and the text encoders where they are its own."""
+        return load_family(self.model, text=self.text, image=False, device=self.device, dtype=self.dtype)
+
+
+def _loaded_bytes(file: Path, dtype: torch.dtype) -> int:
+    """Of one file; numbers that are no floats, such as positions, keep their own format."""
+    total = 0
+    with safe_open(file, framework="pt") as content:
+        for name in content.keys():  # noqa: SIM118 (a file, not a mapping)
+            tensor = content.get_slice(name)
+            kind = tensor.get_dtype()
+            size = dtype.itemsize if "F" in kind else int((re.findall(r"\d+", kind) or ["8"])[0]) // 8
+            total += math.prod(tensor.get_shape()) * size
+    return total
 
 
 def teacher_model(student: ModelConfig, teacher: TeacherConfig) -> ModelConfig:

@@ -13,14 +13,18 @@ that computes on a card holds about 0.6 GB of its runtime. Real numbers differ b
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from opd_ray.config import Config, ModelConfig, Placement, Precision, RolePlacement
 from opd_ray.errors import PlacementError
-from opd_ray.models.base import Shape, family_class
+from opd_ray.models.base import Shape, family_class, resolve
 from opd_ray.models.precision import is_full
-from opd_ray.models.teachers import check_checkpoint, teacher_model
+from opd_ray.models.residents import check_fits_limit
+from opd_ray.models.teachers import Checkpoint, check_checkpoint, same_text, teacher_model
 
-__all__ = ["Need", "check_memory", "needs"]
+__all__ = ["Need", "check_memory", "check_teacher_memory", "needs"]
 
 GB = 1e9
 RUNTIME_GB = 0.6
@@ -88,6 +92,34 @@ def check_memory(config: Config, found: Sequence[Need]) -> None:
             )
 
 
+def check_teacher_memory(config: Config) -> None:
+    """Refuse teachers that can never fit into ``cluster.teacher_memory_gb``, by the headers of what lies here.
+
+    What is on a hub is measured by the worker that downloads it, and so are the LoRAs.
+
+    Raises:
+        PlacementError: the teacher, the sum and the limit.
+    """
+    cluster = config.cluster
+    if cluster.teacher_memory_gb is None:
+        return
+
+    def nbytes(name: str) -> int:
+        teacher = config.teachers[name]
+        model, device = teacher_model(config.model, teacher), cluster.of_teacher(name).device
+        dtype = torch.float32 if is_full(teacher.precision or config.precision.teacher, device) else torch.float16
+        if not Path(resolve(model.path), model.subfolder or "").is_dir():
+            return 0
+        text = teacher.model is not None and not same_text(config.model, model)
+        return Checkpoint(model, device, dtype, text).nbytes()
+
+    loras = [name for name, teacher in config.teachers.items() if teacher.lora is not None]
+    base = max(map(nbytes, loras), default=0)
+    sizes = {name: nbytes(name) for name in config.teachers if name not in loras}
+    check_fits_limit(cluster.teacher_memory_gb * GB, base if cluster.share_teachers else 0, sizes)
+    check_fits_limit(cluster.teacher_memory_gb * GB, base, {})
+
+
 def _bytes(precision: Precision, device: str) -> int:
     return 4 if is_full(precision, device) else 2
 
@@ -138,6 +170,8 @@ def _teachers(config: Config, shape: Shape) -> list[Need]:
                     own += (its.parameters["denoiser"] + its.parameters["text"]) * size / GB
             working = max(working, _block(its, _rows(teacher.guidance, config.batch.item_size), size))
         adapters = sum(config.teachers[name].lora is not None for name in names) * _adapter(config, shape)
+        if config.cluster.teacher_memory_gb is not None:  # checkpoints beyond it are let go
+            own = min(own, max(config.cluster.teacher_memory_gb - shared - adapters, 0.0))
         return _need(role, placement, shared, adapters, working, own=own)
 
     if config.cluster.share_teachers:

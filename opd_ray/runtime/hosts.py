@@ -144,15 +144,19 @@ class TeacherHost:
         self.actor = make()
 
     def ready(self) -> Done:
-        """The facts of the teachers it holds."""
-        return Done(self.actor.facts, 0.0, 0)
+        """The facts of its teachers, and which of them are loaded."""
+        return Done(self.actor.facts, 0.0, 0, holds=self.actor.loaded)
 
     def score(self, records: Sequence[TrajectoryRecord], teacher: str, *flats: Flat) -> tuple[Flat, Done]:
-        """The teacher's velocities on a trajectory, or on a part of it, before which comes the first part then."""
-        clock = _Clock(self.actor)
+        """The teacher's velocities on a trajectory, or on a part of it, before which comes the first part then.
+
+        The record also says which teachers are loaded now, and the seconds that this took.
+        """
+        clock, loading = _Clock(self.actor), self.actor.loading
         trajectory = _part(records, flats, f"marked by {teacher}")
         answer, answer_record = pack_answer(self.actor.score(trajectory, teacher))
-        return answer, clock.done(answer_record)
+        done = clock.done(answer_record)
+        return answer, replace(done, holds=self.actor.loaded, loading=self.actor.loading - loading)
 
 
 class RewardHost:

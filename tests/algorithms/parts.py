@@ -1,11 +1,13 @@
 """What the tests of algorithms, actors, learners and runs are put together from, over the tiny random SD3."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opd_ray.actors import Policy, RolloutActor
@@ -75,6 +77,27 @@ def write_loras(tiny: Path, folder: Path, names: Sequence[str]) -> dict[str, str
         family.save_lora(name, folder / name)
         paths[name] = str(folder / name)
     return paths
+
+
+def vary(tiny: Path, folder: Path, seed: int) -> Path:
+    """A copy of the tiny model with another denoiser."""
+    shutil.copytree(tiny, folder)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: t + 0.02 * torch.randn(t.shape, generator=generator) for name, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def write_specialists(
+    tiny: Path, folder: Path, loras: Sequence[str], checkpoints: Sequence[str]
+) -> dict[str, TeacherConfig]:
+    """Teachers by name: LoRAs over the tiny model, then full checkpoints of its kind."""
+    paths = write_loras(tiny, folder / "loras", loras)
+    full = {name: str(vary(tiny, folder / name, seed)) for seed, name in enumerate(checkpoints)}
+    return {name: TeacherConfig(lora=path, guidance=2.0) for name, path in paths.items()} | {
+        name: TeacherConfig(model=path, guidance=2.0) for name, path in full.items()
+    }
 
 
 def rollout_actor(tiny: Path, *, family: Family | None = None, num_steps: int = 4, **changes: Any) -> RolloutActor:
