@@ -4,8 +4,9 @@
     python benchmarks/staleness.py --speed --repeats 3                   # what it gains: seconds a round on Ray
 
 The first part trains in one process, which gives the same student as Ray: which weights draw which round does not
-depend on time. A run that is in ``--out`` already is not run again, so that seeds may be divided over processes. The second
-part runs on Ray, all settings in turn and several times over, and prints seconds a round as ratios to staleness 0.
+depend on time. A run that is in ``--out`` already is not run again, so that seeds may be divided over processes. The
+second part runs on Ray, all settings in turn and several times over, and prints seconds a round as ratios to
+staleness 0.
 """
 
 import argparse
