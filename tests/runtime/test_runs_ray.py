@@ -222,3 +222,28 @@ def test_twenty_rounds_of_chaos_change_no_bit(make_config, ray_session, referenc
     assert len(killers[0].killed) >= 8
     assert same(done, reference(ROUNDS))
     assert not alive(killers[0].everybody)
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_two_hundred_rounds_leave_the_object_store_as_it_was(make_config, ray_session, tmp_path, staleness) -> None:
+    """Ray lets go of objects about once a second, so that a fast round's row still sees some of the rounds before."""
+    still = []
+
+    def watch(run, live) -> None:
+        def pausing() -> None:
+            if run.round % 20 == 0:
+                time.sleep(2.5)
+                still.append(stored())
+
+        live.after_round = pausing
+
+    config = make_config("ray", cluster=SHARED | {"max_staleness": staleness}, rounds=200, checkpoint={"every": 50})
+    done = go(config, tmp_path / "run", watch=watch)
+    used = [bytes_used for bytes_used, _ in still]
+    assert len(used) == 10 and max(used) <= 1.1 * min(used), used
+    assert len(done.rows) == 200
+    assert all(row["store"]["spilled"] == still[0][1] == 0 for row in done.rows)
+    early, late = (max(row["store"]["used"] for row in part) for part in (done.rows[20:80], done.rows[140:]))
+    assert late <= 1.5 * early, (early, late)
