@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opd_ray.config import LoraConfig, ModelConfig
 from opd_ray.diffusion import KERNELS, sample
-from opd_ray.digest import digest
+from opd_ray.digest import checksum
 from opd_ray.errors import ModelError, StaleWeightsError
 from opd_ray.models.base import Family, load_family
 from opd_ray.seeds import fold, generator, noise
@@ -26,6 +26,9 @@ class Ack:
     version: WeightVersion
     tensors: int
     sha256: str
+    """Of the weights, as the publisher took it; whoever draws names it."""
+    checksum: str | None = None
+    """Of the receiver's own parameters, equal to the publisher's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,26 +110,29 @@ class RolloutActor:
         self.bound: Ack | None = None
         self._other: Family | None = None
 
-    def bind(self, weights: Mapping[str, Tensor], version: WeightVersion, sha256: str) -> Ack:
-        """Copy weights into the behaviour adapter and prove it by reading the parameters back.
+    def bind(
+        self, write: Callable[[Mapping[str, Tensor]], None], version: WeightVersion, sha256: str, sent: str | None
+    ) -> Ack:
+        """Let weights be copied into the behaviour adapter, and prove it by reading all of its parameters back.
+
+        Args:
+            write: copies into these parameters; ValueError where they are not what was sent.
+            version: of the weights.
+            sha256: their identity.
+            sent: their checksum, by the publisher.
 
         Raises:
-            StaleWeightsError: names, shapes or content differ from what was sent.
+            StaleWeightsError: names, shapes, number formats or content differ from what was sent.
         """
         self.bound = None
         parameters = self.family.adapter_parameters(self.policy.adapter)
-        own, sent = ({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (parameters, weights))
-        if own != sent:
-            name = min(name for name in own.keys() | sent.keys() if own.get(name) != sent.get(name))
-            raise StaleWeightsError(
-                f"weights {version} do not fit: {name} is {sent.get(name, 'missing')}, here {own.get(name, 'missing')}"
-            )
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
-        ack = Ack(version, len(parameters), digest(parameters))
-        if ack.sha256 != sha256:
-            raise StaleWeightsError(f"weights {version} read back as {ack.sha256[:12]}, sent as {sha256[:12]}")
+        try:
+            write(parameters)
+        except ValueError as error:
+            raise StaleWeightsError(f"weights {version} do not fit: {error}") from error
+        ack = Ack(version, len(parameters), sha256, checksum(parameters))
+        if ack.checksum != sent:
+            raise StaleWeightsError(f"weights {version} read back as {ack.checksum}, sent as {sent}")
         self.bound = ack
         return ack
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opd_ray.actors import RewardActor, RolloutActor, SampleRequest, TeacherActor
 from opd_ray.actors.recorded import RecordedActor
-from opd_ray.digest import digest
+from opd_ray.digest import checksum, digest
 from opd_ray.errors import BadInputError, StaleWeightsError
 from opd_ray.learners import Learner, LearnerState, UpdateReport
 from opd_ray.models.base import Family
@@ -27,6 +27,7 @@ from opd_ray.storage.packing import (
     Flat,
     Manifest,
     TrajectoryRecord,
+    bind_into,
     join_answers,
     join_trajectories,
     pack,
@@ -75,13 +76,17 @@ class RolloutHost:
     def bind(self, weights: Weights, flat: Flat) -> Done:
         """Take weights and acknowledge what was read back; the first time, also match the learner's probe."""
         clock = _Clock(None)  # probes are no work
-        tensors = unpack(flat, weights.manifest)
-        probe = tensors.pop("probe")
-        ack = self.actor.bind(tensors, weights.version, weights.sha256)
+        sent = weights.manifest
+
+        def write(parameters: Mapping[str, Tensor]) -> None:
+            bind_into(parameters, [flat], [sent.without("probe")])
+
+        ack = self.actor.bind(write, weights.version, weights.sha256, sent.checksum)
         if not self._probed:
-            own = self.actor.probe()
+            own, probe = self.actor.probe(), unpack(flat, sent.only("probe"))["probe"]
             apart, allowed = float((own.cpu() - probe).abs().max()), self.actor.policy.probe_tolerance
             if not apart <= allowed * float(probe.abs().max()):
+                self.actor.bound = None  # bound, but not proven
                 raise StaleWeightsError(
                     f"the probe of weights {weights.version} differs from the learner's by up to {apart:.3g}: "
                     "base model or adapter differ"
@@ -252,7 +257,8 @@ class LearnerHost:
         weights = self.learner.weights(average=average)
         tensors: dict[str, Tensor] = {**weights, "probe": self.learner.probe(average=average)}
         flat, manifest = pack(tensors)
-        return flat, clock.done(Weights(version, digest(weights), manifest, None))
+        proof = replace(manifest, checksum=checksum(weights))  # of the weights themselves: packing is proven too
+        return flat, clock.done(Weights(version, digest(weights), proof, None))
 
     def save(self, run_dir: str, round: int, driver: Mapping[str, Any], attempt: int, keep: int) -> Done:
         """Write a checkpoint of this rank's state and the driver's; ranks are alike, so one writes."""

@@ -1,4 +1,4 @@
-"""Named tensors as one flat uint8 array plus a manifest, and back. Unpacking always copies.
+"""Named tensors as flat uint8 arrays, each with a manifest, and back. Unpacking always copies.
 
 An array from Ray's object store is read-only, and yet ``torch.from_numpy(array).add_(1)`` writes
 through to every other reader without an error. So this is the only module that makes tensors from
@@ -6,7 +6,8 @@ stored bytes. One flat array is also an order of magnitude faster to store than 
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 from opd_ray.digest import as_bytes
-from opd_ray.digest import digest as content_digest
 from opd_ray.types import TeacherAnswer, Trajectory, WeightVersion, WorkItem
 
 __all__ = [
@@ -24,10 +24,13 @@ __all__ = [
     "Flat",
     "Manifest",
     "TrajectoryRecord",
+    "bind_into",
+    "buckets",
     "join_answers",
     "join_trajectories",
     "pack",
     "pack_answer",
+    "pack_buckets",
     "pack_trajectory",
     "unpack",
     "unpack_answer",
@@ -36,6 +39,8 @@ __all__ = [
 
 Flat = npt.NDArray[np.uint8]
 ALIGNMENT = 64
+BUCKET = 256_000_000
+"""Bytes of one array of published weights: smaller ones move on while larger models are still being packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +62,16 @@ class Manifest:
     entries: tuple[Entry, ...]
     nbytes: int
     """Size of the whole array, padding included."""
-    sha256: str | None = None
-    """``opd_ray.digest`` of the tensors, where it was asked for; ``unpack`` then checks it."""
+    checksum: str | None = None
+    """``opd_ray.digest.checksum`` of published weights: what a receiver's bound parameters have to give."""
+
+    def only(self, *names: str) -> "Manifest":
+        """The same array, with these tensors alone."""
+        return replace(self, entries=tuple(entry for entry in self.entries if entry.name in names))
+
+    def without(self, *names: str) -> "Manifest":
+        """The same array, with all other tensors."""
+        return replace(self, entries=tuple(entry for entry in self.entries if entry.name not in names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +93,11 @@ class AnswerRecord:
     manifest: Manifest
 
 
-def pack(tensors: Mapping[str, Tensor], *, digest: bool = False) -> tuple[Flat, Manifest]:
+def pack(tensors: Mapping[str, Tensor]) -> tuple[Flat, Manifest]:
     """Copy tensors of any device, dtype and stride into one new array; gradients are left behind.
 
     Args:
         tensors: by name; empty and 0-d ones too.
-        digest: also hash the content, about a second for each GB.
     """
     entries = []
     end = 0
@@ -98,33 +110,88 @@ def pack(tensors: Mapping[str, Tensor], *, digest: bool = False) -> tuple[Flat, 
     for entry in entries:
         part = target[entry.offset : entry.offset + entry.nbytes]
         part.copy_(as_bytes(tensors[entry.name]))
-    manifest = Manifest(tuple(entries), end)
-    if digest:  # of what was packed, so that a mistake in packing shows too
-        manifest = replace(manifest, sha256=content_digest(unpack(flat, manifest)))
-    return flat, manifest
+    return flat, Manifest(tuple(entries), end)
+
+
+def buckets(tensors: Mapping[str, Tensor], size: int = BUCKET) -> list[dict[str, Tensor]]:
+    """Neighbouring tensors, together no larger than ``size`` bytes; a larger one has a bucket of its own."""
+    found: list[dict[str, Tensor]] = []
+    room = 0
+    for name, tensor in tensors.items():
+        if not found or tensor.nbytes > room:
+            found.append({})
+            room = size
+        found[-1][name] = tensor
+        room -= tensor.nbytes
+    return found or [{}]
+
+
+def pack_buckets(tensors: Mapping[str, Tensor], size: int = BUCKET) -> tuple[list[Flat], list[Manifest]]:
+    """An array and its manifest for each of the ``buckets``."""
+    packed = [pack(bucket) for bucket in buckets(tensors, size)]
+    return [flat for flat, _ in packed], [manifest for _, manifest in packed]
 
 
 def unpack(flat: Flat, manifest: Manifest) -> dict[str, Tensor]:
     """Fresh CPU tensors; each one is writable, owns its memory and shares nothing with ``flat``.
 
     Raises:
-        ValueError: ``flat`` is not what the manifest describes, in size or (where it has one) hash.
+        ValueError: ``flat`` is not what the manifest describes.
     """
+    _require_described(flat, manifest)
+    return {entry.name: _fresh(flat, entry) for entry in manifest.entries}
+
+
+@torch.no_grad()
+def bind_into(parameters: Mapping[str, Tensor], flats: Iterable[Flat], manifests: Sequence[Manifest]) -> None:
+    """Copy stored bytes straight into parameters that are there: one copy on the CPU, and nothing keeps the bytes.
+
+    Args:
+        parameters: of any device and stride; written in place.
+        flats: the arrays, each of which may be let go before the next is asked for.
+        manifests: one of each array; together they have to describe exactly the parameters.
+
+    Raises:
+        ValueError: names, shapes or number formats differ, before anything is written; or an array is not what its
+            manifest describes.
+    """
+    sent = [entry for manifest in manifests for entry in manifest.entries]
+    _require_same({name: (_dtype_name(p), tuple(p.shape)) for name, p in parameters.items()}, sent)
+    for flat, manifest in zip(flats, manifests, strict=True):
+        _require_described(flat, manifest)
+        for entry in manifest.entries:
+            parameter = parameters[entry.name].detach()
+            if parameter.is_cpu and parameter.is_contiguous():
+                np.copyto(as_bytes(parameter).numpy(), _part(flat, entry))  # its bytes are a view then
+            else:
+                parameter.copy_(_fresh(flat, entry))
+
+
+def _require_same(own: Mapping[str, tuple[str, tuple[int, ...]]], sent: Sequence[Entry]) -> None:
+    theirs = {entry.name: (entry.dtype, entry.shape) for entry in sent}
+    if len(theirs) != len(sent):
+        raise ValueError("a tensor was sent twice")
+    if own != theirs:
+        name = min(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
+        seen, here = (" ".join(map(str, side[name])) if name in side else "missing" for side in (theirs, own))
+        raise ValueError(f"{name} is {seen}, here {here}")
+
+
+def _require_described(flat: Flat, manifest: Manifest) -> None:
     if flat.dtype != np.uint8 or flat.shape != (manifest.nbytes,):
         raise ValueError(
             f"packed array is {flat.dtype} {flat.shape}, its manifest describes uint8 "
             f"({manifest.nbytes},); array and manifest belong to different objects"
         )
-    tensors = {}
     for entry in manifest.entries:
-        tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-        if tensor.numel() * tensor.element_size() != entry.nbytes:
+        if math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize != entry.nbytes:
             raise ValueError(f"{entry.name}: {entry.nbytes} bytes for {entry.dtype} {entry.shape}")
-        as_bytes(tensor).numpy()[:] = _part(flat, entry)
-        tensors[entry.name] = tensor
-    if manifest.sha256 is not None and (seen := content_digest(tensors)) != manifest.sha256:
-        raise ValueError(f"packed array has sha256 {seen}, its manifest says {manifest.sha256}")
-    return tensors
+
+
+def _fresh(flat: Flat, entry: Entry) -> Tensor:
+    tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+    as_bytes(tensor).numpy()[:] = _part(flat, entry)
+    return tensor
 
 
 def pack_trajectory(trajectory: Trajectory) -> tuple[Flat, TrajectoryRecord]:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opd_ray.actors import Policy, RolloutActor
+from opd_ray.actors import Ack, Policy, RolloutActor
 from opd_ray.algorithms import Algorithm
 from opd_ray.algorithms.opd import Opd
 from opd_ray.config import Config, LoraConfig, ModelConfig, OpdConfig, OptimizerConfig, TeacherConfig, parse
+from opd_ray.digest import checksum, digest
 from opd_ray.learners import DdpEngine, Learner
 from opd_ray.learners.learner import Training
 from opd_ray.models import Family, load_family
 from opd_ray.seeds import fold
+from opd_ray.storage.packing import bind_into, pack
 from opd_ray.types import Experience, Prompt, TeacherAnswer, Trajectory, WeightVersion, WorkItem
 from tests.models.tiny_sd3 import make_tiny_sd3
 
@@ -118,10 +121,15 @@ def rollout_actor(tiny: Path, *, family: Family | None = None, num_steps: int = 
 
 def bind(actor: RolloutActor, seed: int = 5) -> str:
     """Fill the behaviour adapter as ``fill`` does and prove it; returns the hash."""
-    from opd_ray.digest import digest
+    return give(actor, fill(actor.family, "student", seed)).sha256
 
-    weights = fill(actor.family, "student", seed)
-    return actor.bind(weights, VERSION, digest(weights)).sha256
+
+def give(actor: RolloutActor, weights: Mapping[str, Tensor], version: WeightVersion = VERSION) -> Ack:
+    """Bind weights as they come out of the object store, and prove them."""
+    flat, manifest = pack(weights)
+    flat.flags.writeable = False
+    write = partial(bind_into, flats=[flat], manifests=[manifest])
+    return actor.bind(write, version, digest(weights), checksum(weights))
 
 
 def random_experience(

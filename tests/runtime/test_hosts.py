@@ -1,5 +1,6 @@
 """What a worker process holds, called in this process: what goes in and out, and what is refused."""
 
+import itertools
 import pickle
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ import torch
 from opd_ray.actors import Policy, RewardActor, RolloutActor, TeacherActor
 from opd_ray.actors.recorded import RecordedActor
 from opd_ray.config import LoraConfig, ModelConfig, TeacherConfig
-from opd_ray.digest import digest
+from opd_ray.digest import checksum, digest
 from opd_ray.errors import BadInputError, StaleWeightsError
 from opd_ray.models import load_family
 from opd_ray.roles import make_learner
@@ -76,6 +77,7 @@ def test_a_learners_weights_arrive_bit_by_bit(learner, painter, published) -> No
     weights, flat = published
     ack = painter.bind(weights, flat).value
     assert (ack.version, ack.sha256, ack.tensors) == (VERSION, weights.sha256, len(learner.learner.student))
+    assert ack.checksum == checksum(learner.learner.student) == weights.manifest.checksum
     bound = painter.actor.family.adapter_parameters("student")
     assert digest(bound) == digest(learner.learner.student) == weights.sha256
     assert torch.equal(painter.actor.probe(), learner.learner.probe())
@@ -96,14 +98,35 @@ def repacked(weights, flat, change):
     tensors = unpack(flat, weights.manifest)
     change(tensors)
     flat, manifest = pack(tensors)
-    return Weights(weights.version, weights.sha256, manifest, None), flat
+    proof = replace(manifest, checksum=weights.manifest.checksum)
+    return Weights(weights.version, weights.sha256, proof, None), flat
 
 
 def one_bit(tensors) -> None:
     next(iter(tensors.values())).view(torch.int32).flatten()[0] ^= 1
 
 
-@pytest.mark.parametrize("change", [one_bit, lambda tensors: tensors.pop(next(iter(tensors)))])
+def missing(tensors) -> None:
+    tensors.pop(next(iter(tensors)))
+
+
+def swapped(tensors) -> None:
+    """Two of one shape."""
+    for one, other in itertools.combinations(sorted(tensors.keys() - {"probe"}), 2):
+        if tensors[one].shape == tensors[other].shape:
+            tensors[one], tensors[other] = tensors[other], tensors[one]
+            return
+
+
+def another_sign(tensors) -> None:
+    tensors[max(tensors)].neg_()
+
+
+def another_probe(tensors) -> None:
+    tensors["probe"].neg_()
+
+
+@pytest.mark.parametrize("change", [one_bit, missing, swapped, another_sign, another_probe])
 def test_weights_that_changed_on_the_way_are_refused(painter, published, change) -> None:
     weights, flat = repacked(*published, change)
     with pytest.raises(StaleWeightsError):
