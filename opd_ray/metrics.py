@@ -1,6 +1,7 @@
 """metrics.jsonl, the one truth about a run's numbers: one JSON object a line, appended.
 
-TensorBoard and W&B are mirrors of it: each row goes there too, and what goes wrong there stays there.
+TensorBoard, W&B and Prometheus (``runtime/telemetry.py``) are mirrors of it: each row goes there too, and what goes
+wrong there stays there.
 """
 
 import json
@@ -16,7 +17,7 @@ from opd_ray.config import Config
 from opd_ray.errors import ConfigError, RunFolderError
 from opd_ray.storage.run_folder import write_atomic
 
-__all__ = ["MetricsLog", "Mirror", "check_logging", "mirrors", "rows", "scalars"]
+__all__ = ["Guard", "MetricsLog", "Mirror", "Writer", "check_logging", "mirrors", "rows", "scalars"]
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -41,7 +42,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
 class MetricsLog:
     """The only writer of a metrics file. Holds no open file."""
 
-    def __init__(self, path: Path, mirrors: "Sequence[Mirror]" = ()) -> None:
+    def __init__(self, path: Path, mirrors: "Sequence[Writer]" = ()) -> None:
         """Removes a torn last line, which the next row would otherwise run into."""
         self._path, self._mirrors = path, mirrors
         if path.exists():
@@ -163,29 +164,15 @@ class Wandb:
         self._run.finish()
 
 
-class Mirror:
-    """One writer that never ends a run: it opens at its first row, and the first error turns it off with one note."""
+class Guard:
+    """Lets a tool that shows numbers do things, and never end a run: the first error turns it off with one note."""
 
-    def __init__(self, name: str, open: Callable[[int], Writer], note: Callable[[str], None]) -> None:
-        self._name, self._open, self._note = name, open, note
-        self._writer: Writer | None = None
+    def __init__(self, name: str, note: Callable[[str], None]) -> None:
+        self._name, self._note = name, note
         self._off = False
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Pass a row on."""
-        self._try(lambda: self._opened(row["round"]).write(row))
-
-    def close(self) -> None:
-        """End the writer, if there was a row."""
-        if self._writer is not None:
-            self._try(self._writer.close)
-
-    def _opened(self, round: int) -> Writer:
-        if self._writer is None:
-            self._writer = self._open(round)
-        return self._writer
-
-    def _try(self, act: Callable[[], None]) -> None:
+    def attempt(self, act: Callable[[], None]) -> None:
+        """Call ``act``, unless the tool is off."""
         if self._off:
             return
         try:
@@ -194,6 +181,28 @@ class Mirror:
             self._off = True
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             self._note(f"{self._name} is off ({reason}); the run goes on, and metrics.jsonl has every row")
+
+
+class Mirror:
+    """One guarded writer, which opens at its first row."""
+
+    def __init__(self, name: str, open: Callable[[int], Writer], note: Callable[[str], None]) -> None:
+        self._guard, self._open = Guard(name, note), open
+        self._writer: Writer | None = None
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Pass a row on."""
+        self._guard.attempt(lambda: self._opened(row["round"]).write(row))
+
+    def close(self) -> None:
+        """End the writer, if there was a row."""
+        if self._writer is not None:
+            self._guard.attempt(self._writer.close)
+
+    def _opened(self, round: int) -> Writer:
+        if self._writer is None:
+            self._writer = self._open(round)
+        return self._writer
 
 
 def check_logging(config: Config) -> None:
