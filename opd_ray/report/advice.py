@@ -22,7 +22,7 @@ def store_advice(rounds: Iterable[Round], max_staleness: int | None = None) -> s
         before = now
     if spilled <= 0:
         return ""
-    lower = "batch.item_size" if max_staleness == 0 else "cluster.max_staleness or batch.item_size"
+    lower = "batch.images_per_task" if max_staleness == 0 else "cluster.max_staleness or batch.images_per_task"
     return f"the object store spilled {size(spilled)} to disk: lower {lower}, or give it more (cluster.object_store_mb)"
 
 

@@ -117,7 +117,7 @@ def spilled(*amounts: float | None) -> list[Round]:
 def test_what_was_spilled_is_advised_about(amounts, said):
     told = store_advice(spilled(*amounts))
     assert told == (
-        f"the object store {said} to disk: lower cluster.max_staleness or batch.item_size, or give it more "
+        f"the object store {said} to disk: lower cluster.max_staleness or batch.images_per_task, or give it more "
         "(cluster.object_store_mb)"
         if said
         else ""
