@@ -226,7 +226,6 @@ class Pool:
             return None
         if job.dropped:
             return None
-        job.killed = 0
         job.result = result
         return job
 
@@ -309,7 +308,7 @@ class Pool:
         for job in jobs:
             self.retry(job)
         if self._staying() < self.size:
-            self._start(strikes)
+            self._start(strikes, extra=worker.extra)
 
     def _forget(self, worker: Worker) -> None:
         worker.health.apply(Event.LOST)

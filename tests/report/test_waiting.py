@@ -125,7 +125,7 @@ def test_what_was_spilled_is_advised_about(amounts, said):
 
 
 def test_a_staleness_of_zero_cannot_be_lowered():
-    assert "lower batch.item_size, or give" in store_advice(spilled(1e9), max_staleness=0)
+    assert "lower batch.images_per_task, or give" in store_advice(spilled(1e9), max_staleness=0)
 
 
 @pytest.mark.parametrize("advice", [None, 7, "text", [], [ATTACK, ATTACK, 3]])
