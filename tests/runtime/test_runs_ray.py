@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 
 from opd_ray.errors import PlacementError
 from opd_ray.runtime.cluster import RayBackend, RayHandle
+from opd_ray.runtime.handle import WorkerSpec
 from opd_ray.storage import checkpoint
 from opd_ray.storage.run_folder import read_json
 from tests.runtime.runs import LOOPBACK, Killer, alive, go, listeners, nowhere, pid_of, same, tensors_in
+from tests.runtime.toys import Toy
 
 pytestmark = pytest.mark.ray
 ROUNDS = 20
@@ -247,3 +250,18 @@ def test_two_hundred_rounds_leave_the_object_store_as_it_was(make_config, ray_se
     assert all(row["store"]["spilled"] == still[0][1] == 0 for row in done.rows)
     early, late = (max(row["store"]["used"] for row in part) for part in (done.rows[20:80], done.rows[140:]))
     assert late <= 1.5 * early, (early, late)
+
+
+def test_a_run_waits_for_what_an_old_attempt_still_holds(make_config, ray_session, reference, tmp_path) -> None:
+    cpus = ray.available_resources()["CPU"]
+    holder = ray_session.start(WorkerSpec("holder", Toy, 1, {"cpu": cpus - 0.1}), "holder-0")
+    pid = ray_session.result(_answered(ray_session, holder.call("ready", bulk=0))).value
+    threading.Timer(8, os.kill, (pid, signal.SIGKILL)).start()
+    done = go(make_config("ray", cluster=SHARED), tmp_path / "run")
+    assert any(note.startswith("waiting up to") and "missing {CPU" in note for note in done.notes), done.notes
+    assert same(done, reference(3))
+
+
+def _answered(backend, call):
+    assert backend.wait([call.done], 60)
+    return call.done
