@@ -80,7 +80,6 @@ class Pool:
         for worker in sorted(staying, key=lambda worker: (worker.up, len(worker.flying)))[: max(surplus, 0)]:
             worker.health.apply(Event.DRAIN)
             self._settle(worker)
-            self._end_drained(worker)
 
     def _staying(self) -> int:
         return sum(worker.health.state is not State.DRAINING for worker in self.workers)
@@ -211,6 +210,7 @@ class Pool:
             self._roster.hold(worker, frozenset(result.holds or ()))
             worker.health.apply(Event.READY)
             self._settle(worker)
+            self._ask(worker, self._clock())  # at once: whatever happens to it, somebody knows where it ran
             return None
         job = worker.flying[ref]
         if job is None:
@@ -222,9 +222,7 @@ class Pool:
         if job is not None:
             self._learn(worker, job, result)
         self._settle(worker)
-        if job is None:
-            return None
-        if job.dropped:
+        if job is None or job.dropped:
             return None
         job.result = result
         return job

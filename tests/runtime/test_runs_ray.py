@@ -13,8 +13,6 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 from opd_ray.errors import PlacementError
 from opd_ray.runtime.cluster import RayBackend, RayHandle
 from opd_ray.runtime.handle import WorkerSpec
-from opd_ray.storage import checkpoint
-from opd_ray.storage.run_folder import read_json
 from tests.runtime.runs import LOOPBACK, Killer, alive, go, listeners, nowhere, pid_of, same, tensors_in
 from tests.runtime.toys import Toy
 
@@ -148,30 +146,6 @@ def test_an_evaluation_whose_reward_worker_is_killed_scores_as_local(
     assert len(killers[0].killed) == 1 and killers[0].killed[0].startswith("reward")
     assert same(done, local) and done.result["scores"] == local.result["scores"]
     assert len(list(Path("run/samples").glob("*/*.png"))) == 4 * 2 * 4, "models, tasks, pictures"
-
-
-@pytest.mark.verify
-def test_a_learner_killed_in_its_update_stops_the_run_and_resume_is_bit_identical(
-    make_config, ray_session, reference, tmp_path
-) -> None:
-    def watch(run, live) -> None:
-        results, pid = run.dispatcher.results, pid_of(run.learner.ranks[0])
-
-        def killing(calls, what, timeout_s=None):
-            if what == "update" and run.round == 1:
-                os.kill(pid, signal.SIGKILL)
-            return results(calls, what, timeout_s)
-
-        run.dispatcher.results = killing
-
-    config = make_config("ray", cluster=SHARED)
-    stopped = go(config, tmp_path / "run", watch=watch)
-    assert stopped.error.exit_code == 3
-    assert "update: learner rank 0 was lost" in str(stopped.error)
-    assert not alive(stopped.pids), "a failed run leaves nothing either"
-    assert checkpoint.newest(tmp_path / "run")[0].round == 1
-    assert read_json(tmp_path / "run" / "status.json")["status"] == "stopped"
-    assert same(go(config, tmp_path / "run", resume=True), reference(3))
 
 
 def test_two_ranks_agree_with_one(make_config, ray_session, reference, tmp_path) -> None:
