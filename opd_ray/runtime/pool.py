@@ -131,6 +131,8 @@ class Pool:
         worker = self._roster.find(job.needs, 0)
         if worker is None and job.needs != ANYTHING and self._wants_idle(job):
             worker = self._roster.find(ANYTHING, 0)
+        if job.weights is not None and self._binding[job.weights.identity]:
+            return worker  # one that binds them now is idle in a moment, and is better than one that has a job
         for load in range(1, self._in_flight):
             worker = worker or self._roster.find(job.needs, load)
         return worker
