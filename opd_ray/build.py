@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -34,6 +34,9 @@ from opd_ray.runtime.scaling import Scaler
 from opd_ray.runtime.usage import Meter
 from opd_ray.startup import Startup
 from opd_ray.storage.run_folder import abandon, claim, read_json, write_json_atomic
+
+if TYPE_CHECKING:
+    from opd_ray.runtime.telemetry import Telemetry
 
 __all__ = ["build"]
 
@@ -154,6 +157,7 @@ def _wire(
     chosen = facts["precision"]
     common = set(chosen.values())
     live.note(f"precision: {common.pop() if len(common) == 1 else ', '.join(map(' '.join, chosen.items()))}")
+    telemetry = _telemetry(config, live)
     run = Run(
         config=config,
         folder=folder,
@@ -163,12 +167,13 @@ def _wire(
         source=_source(config, algorithm, train, dispatcher, pools),
         learner=learner,
         evaluation=evaluation,
-        log=MetricsLog(folder / "metrics.jsonl", mirrors(config, folder, live.note)),
+        log=MetricsLog(folder / "metrics.jsonl", [*mirrors(config, folder, live.note), *telemetry]),
         live=live,
         facts=facts,
         scaler=_scaler(config, dispatcher),
         books=TimeBooks(dispatcher, learner),
         meter=Meter({pool.spec.role: pool for pool in dispatcher.pools}),
+        watchers=[one.roles for one in telemetry],
         rounds_in_store=in_store,
     )
     dispatcher.tick = run.tick
@@ -188,6 +193,15 @@ def _rounds_in_store(config: Config, algorithm: Algorithm, backend: Backend, liv
             f"{fit} rounds of {sum(parts.values()) / 2**20:.0f} MB"
         )
     return min(fit, wanted)
+
+
+def _telemetry(config: Config, live: Live) -> "list[Telemetry]":
+    """Prometheus, where there is a Ray to export it."""
+    if config.cluster.runtime == "local":
+        return []
+    from opd_ray.runtime.telemetry import Telemetry  # imports Ray
+
+    return [Telemetry(config.name, live.note)]
 
 
 def _scaler(config: Config, dispatcher: Dispatcher) -> Scaler:
@@ -252,6 +266,8 @@ def _start(
     if lack:
         live.note(f"waiting for nodes: {lack}")
     live.phase(f"starting {len(elastic) + len(ranks)} workers")
+    if not lack and (taken := dispatcher.backend.shortage([*ranks, *elastic], free=True)):
+        live.note(f"waiting up to {timeout:.0f} s for what others, or an old attempt, still hold: {taken}")
     learner = LearnerGroup(dispatcher, ranks, attempt=attempt, start_timeout_s=timeout)
     dispatcher.wait_ready()
     learner.wait_ready()

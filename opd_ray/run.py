@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +54,8 @@ class Run:
     scaler: Scaler
     books: TimeBooks
     meter: Meter
+    watchers: Sequence[Callable[[list[dict[str, Any]]], None]] = ()
+    """Told about once a second how every role stands."""
     rounds_in_store: int = 10**6
     """How many may be under way at once for the object store's sake."""
     round: int = 0
@@ -294,7 +296,10 @@ class Run:
         if (newest := newest_attempt(self.folder)) != self.attempt:
             raise RunFolderError(f"{self.folder}: attempt {newest} has taken over; attempt {self.attempt} ends here")
         beat = {"status": status, "round": self.round, "rounds": self.rounds, "attempt": self.attempt}
-        beat |= {"time": time.time(), "pid": os.getpid(), "roles": self.meter.roles(), "waiting": None}
+        found = self.meter.roles()
+        for watcher in self.watchers:
+            watcher(found)
+        beat |= {"time": time.time(), "pid": os.getpid(), "roles": found, "waiting": None}
         if (paused := self.dispatcher.paused()) is not None and paused[1] >= 1:
             role, seconds, why = paused
             beat["waiting"] = {"for": role, "since": time.time() - seconds, "why": why}

@@ -11,7 +11,7 @@ from torch import Tensor
 from opd_ray.config import LoraConfig, ModelConfig
 from opd_ray.diffusion import KERNELS, sample
 from opd_ray.digest import checksum
-from opd_ray.errors import ModelError, StaleWeightsError
+from opd_ray.errors import ModelError, NotFiniteError, StaleWeightsError
 from opd_ray.models.base import Family, load_family
 from opd_ray.seeds import fold, generator, noise
 from opd_ray.types import Conditioning, Prompt, Trajectory, WeightVersion, WorkItem
@@ -184,6 +184,11 @@ class RolloutActor:
                 seeds = [fold(seed, "step_noise", item.round, *row, j) for row in rows]
                 x = sample(step, self._noise(seeds))
             states.append(x)
+        if not x.isfinite().all():  # what is not finite stays so, and what reads it need not be blamed
+            raise NotFiniteError(
+                f"the student of weights {version} drew NaN or infinity in {item}, first prompt "
+                f"{item.prompts[0].text!r}; lower optimizer.lr or use another precision, then go on with --resume"
+            )
         if before is None:
             return replace(begun, latents=torch.stack([begun.state(0), *states], dim=1))
         return Trajectory(item, version, self.sigmas, torch.stack(states, dim=1), {}, {}, before.last + 1)

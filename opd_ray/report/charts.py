@@ -1,13 +1,13 @@
-"""Line and stacked charts as inline SVG: no library, no script, colours from the page's style sheet."""
+"""Line, stacked and band charts as inline SVG: no library, no script, colours from the page's style sheet."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from opd_ray.report.wording import number
 
-__all__ = ["Series", "line_chart", "stack_chart"]
+__all__ = ["Series", "Slice", "band_chart", "line_chart", "stack_chart"]
 
 WIDTH, HEIGHT = 480, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 30
@@ -26,6 +26,20 @@ class Series:
     points: tuple[tuple[float, float], ...]
     level: float | None = None
     """A dashed horizontal line in the same colour: what this series is compared with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A piece of a band."""
+
+    left: float
+    """Of the band's width, as is ``right``."""
+    right: float
+    shares: Mapping[str, float]
+    """Style -> share of the height, from below; empty where nothing is known."""
+    level: float
+    """Of the height: where the line over the band is."""
+    tip: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +182,32 @@ def stack_chart(layers: Sequence[Series], *, label: str) -> str:
     drawn = "".join(f'<path class="c{s.color % 8}" d="{path}"/>' for s, path in zip(layers, paths, strict=True))
     frame = _frame(x, y, rounds[0], rounds[-1])
     return _svg(label, f'{frame}<g class="stack">{drawn}</g><g class="tips">{"".join(tips)}</g>')
+
+
+def band_chart(slices: Sequence[Slice], styles: Sequence[str], *, label: str, line: bool) -> str:
+    """Shares over time, as high and as wide as the page makes it: numbers and names stand beside it.
+
+    Args:
+        slices: from left to right.
+        styles: the classes of the page's style sheet that are drawn; of others the background is seen.
+        label: what a screen reader says.
+        line: draw the levels, as a line of steps.
+    """
+    paths, tips, steps = dict.fromkeys([*styles, "unknown"], ""), [], []
+    for part in slices:
+        left, right, floor = 1000 * part.left, 1000 * part.right, 100.0
+        for style, share in (part.shares or {"unknown": 1.0}).items():
+            roof = floor - 100 * share
+            if style in paths and share > 0:
+                paths[style] += f"M{left:.1f} {floor:.1f}V{roof:.1f}H{right:.1f}V{floor:.1f}z"
+            floor = roof
+        steps += [f"{x:.1f},{100 - 100 * part.level:.1f}" for x in (left, right)]
+        where = f'x="{left:.1f}" width="{right - left:.1f}" y="0" height="100"'
+        tips.append(f"<rect {where}><title>{escape(part.tip)}</title></rect>")
+    drawn = "".join(f'<path class="{style}" d="{path}"/>' for style, path in paths.items() if path)
+    drawn += "".join(f'<polyline class="{kind}" points="{" ".join(steps)}"/>' for kind in ("halo", "step") if line)
+    box = 'viewBox="0 0 1000 100" preserveAspectRatio="none"'
+    return f'<svg {box} role="img" aria-label="{escape(label)}">{drawn}<g class="tips">{"".join(tips)}</g></svg>'
 
 
 def _frame(x: _Axis, y: _Axis, first: float, last: float) -> str:

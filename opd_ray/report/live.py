@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opd_ray.report.run_folder import Round
+from opd_ray.report.waiting import STATES, roles_of, shares
 from opd_ray.report.wording import duration, number, percent
 
 __all__ = ["Live"]
@@ -37,8 +38,9 @@ DISPLAY_ERRORS = (
     ValueError,
 )
 PACE_ROUNDS = 20
-"""The pace is the mean of so many last rounds: it follows workers that come and go."""
-
+"""The pace is the mean of so many last rounds, as is who waits: both follow workers that come and go."""
+LEAST_WAIT = 0.05
+"""Shares of a role's time below this are not worth a word."""
 
 WITHIN_EVERY_S = 60.0
 """Without a screen: how often a long round says how far it is."""
@@ -70,6 +72,7 @@ class Live:
         self._last: Round | None = None
         self._spent: dict[str, float] = {}
         self._ends: deque[float] = deque(maxlen=PACE_ROUNDS + 1)
+        self._recent: deque[Round] = deque(maxlen=PACE_ROUNDS)
         self._line_at: float | None = None
         self._told_at = clock()
         self._unprinted = False
@@ -164,6 +167,7 @@ class Live:
     def _take(self, row: Round) -> None:
         self._last, self._done, self._phase = row, row.index + 1, ""
         self._ends.append(self._clock())
+        self._recent.append(row)
         for task, loss in row.task_loss.items():
             self._first.setdefault(task, loss)
         for part, seconds in row.seconds.items():
@@ -213,6 +217,22 @@ class Live:
         shares = {name: self._spent.get(part, 0.0) / whole for part, name in PARTS.items()}
         return ", ".join(f"{percent(share)} {name}" for name, share in shares.items() if share >= 0.005)
 
+    def _roles(self) -> list[tuple[float, str]]:
+        """For each role how busy its workers were in the last rounds, and that with what else took most of it."""
+        found = []
+        for role in roles_of(self._recent):
+            spent = shares(row.roles.get(role, {}) for row in self._recent)
+            if spent:
+                busy, name = spent.pop("busy"), role.removeprefix("teacher.")
+                most = max(spent, key=spent.__getitem__)
+                other = f", {percent(spent[most])} {STATES[most]}" if spent[most] >= LEAST_WAIT else ""
+                found.append((busy, f"{name} {percent(busy)} busy{other}"))
+        return found
+
+    def _busiest(self) -> str:
+        """For a line: the role that the others wait for, if any do."""
+        return max(self._roles(), default=(0.0, ""))[1]
+
     def _weights(self) -> str:
         if self._last is None:
             return ""
@@ -226,7 +246,7 @@ class Live:
             self._pace(),
             f"loss {losses}" if losses else "",
         ]
-        parts += [self._shares(), f"weights {self._weights()}"]
+        parts += [self._shares(), self._busiest(), f"weights {self._weights()}"]
         return " | ".join(filter(None, parts))
 
     def _render(self) -> RenderableType:
@@ -253,6 +273,8 @@ class Live:
                 losses.append(f"{task} ", style="cyan").append(f"{change}   ")
             body.add_row("loss", losses)
             body.add_row("time", Text(self._shares()))
+            if roles := self._roles():
+                body.add_row("roles", Text(" | ".join(said for _, said in roles)))
             body.add_row("weights", Text(self._weights()))
         rows: list[RenderableType] = [head, body]
         if self._phase:

@@ -45,6 +45,10 @@ class Round:
     """0-based."""
     seconds: dict[str, float] = field(default_factory=dict)
     busy: dict[str, float] = field(default_factory=dict)
+    roles: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By role: worker-seconds of each use of its time, and workers, queued, answers. Older rows have none."""
+    store: dict[str, float] = field(default_factory=dict)
+    """Bytes of Ray's object store: used, spilled."""
     loss: dict[str, float] = field(default_factory=dict)
     gap: dict[str, dict[str, float]] = field(default_factory=dict)
     forwards: dict[str, float] = field(default_factory=dict)
@@ -61,6 +65,8 @@ class Round:
             index=int(row["round"]),
             seconds=numbers(row.get("seconds")),
             busy=numbers(row.get("busy")),
+            roles=tables(row.get("roles")),
+            store=numbers(row.get("store")),
             loss=numbers(row.get("loss")),
             gap=tables(row.get("gap")),
             forwards=numbers(row.get("forwards")),

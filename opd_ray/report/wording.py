@@ -3,7 +3,20 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["MISSING", "Write", "alike", "count", "duration", "join", "model_title", "number", "percent", "span"]
+__all__ = [
+    "MISSING",
+    "Write",
+    "alike",
+    "count",
+    "duration",
+    "join",
+    "model_title",
+    "number",
+    "percent",
+    "role_title",
+    "size",
+    "span",
+]
 
 Write = Callable[[float | None], str]
 
@@ -72,6 +85,13 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
+def size(amount: float) -> str:
+    """Bytes, in the units that disks are sold in: 1 GB is 1e9."""
+    if amount < 1e9:
+        return f"{amount / 1e6:.0f} MB" if amount >= 1e6 else "less than 1 MB"
+    return f"{amount / 1e9:.1f} GB" if amount < 1e12 else f"{amount / 1e12:.1f} TB"
+
+
 def count(amount: int, noun: str) -> str:
     """`1 round`, `80 rounds`."""
     return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}s"
@@ -87,3 +107,8 @@ def join(parts: Sequence[str]) -> str:
 def model_title(model: str) -> str:
     """`teacher:text` as a heading."""
     return f"{model.removeprefix('teacher:')} teacher" if model.startswith("teacher:") else model
+
+
+def role_title(role: str) -> str:
+    """`teacher.text` as a heading."""
+    return f"{role.removeprefix('teacher.')} teacher" if role.startswith("teacher.") else role

@@ -47,7 +47,7 @@ class Store:
     used: int
     """Bytes."""
     spilled: int
-    """Bytes ever written to disk for want of room."""
+    """Bytes written to disk for want of room, since this backend was made."""
     smallest: int
     """Capacity in bytes of the node that has the least."""
 

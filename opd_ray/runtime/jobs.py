@@ -59,7 +59,7 @@ class Job:
     """The worker that has it, or answered it."""
     attempts: int = 0
     killed: int = 0
-    """Workers lost one after the other while they were at it."""
+    """Workers lost while they were at it, or for what they answered."""
     given: tuple[Call | None, ...] = ()
     """What ``after`` had answered when the arguments were taken."""
     order: int = 0

@@ -80,7 +80,6 @@ class Pool:
         for worker in sorted(staying, key=lambda worker: (worker.up, len(worker.flying)))[: max(surplus, 0)]:
             worker.health.apply(Event.DRAIN)
             self._settle(worker)
-            self._end_drained(worker)
 
     def _staying(self) -> int:
         return sum(worker.health.state is not State.DRAINING for worker in self.workers)
@@ -132,6 +131,8 @@ class Pool:
         worker = self._roster.find(job.needs, 0)
         if worker is None and job.needs != ANYTHING and self._wants_idle(job):
             worker = self._roster.find(ANYTHING, 0)
+        if job.weights is not None and self._binding[job.weights.identity]:
+            return worker  # one that binds them now is idle in a moment, and is better than one that has a job
         for load in range(1, self._in_flight):
             worker = worker or self._roster.find(job.needs, load)
         return worker
@@ -211,6 +212,7 @@ class Pool:
             self._roster.hold(worker, frozenset(result.holds or ()))
             worker.health.apply(Event.READY)
             self._settle(worker)
+            self._ask(worker, self._clock())  # at once: whatever happens to it, somebody knows where it ran
             return None
         job = worker.flying[ref]
         if job is None:
@@ -222,11 +224,8 @@ class Pool:
         if job is not None:
             self._learn(worker, job, result)
         self._settle(worker)
-        if job is None:
+        if job is None or job.dropped:
             return None
-        if job.dropped:
-            return None
-        job.killed = 0
         job.result = result
         return job
 
@@ -309,7 +308,7 @@ class Pool:
         for job in jobs:
             self.retry(job)
         if self._staying() < self.size:
-            self._start(strikes)
+            self._start(strikes, extra=worker.extra)
 
     def _forget(self, worker: Worker) -> None:
         worker.health.apply(Event.LOST)

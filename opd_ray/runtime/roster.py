@@ -1,5 +1,6 @@
 """Which workers may be given work, found in constant time however many there are."""
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +43,7 @@ class Worker:
     slots: int = 2
     """Jobs that it may have at once."""
     beat: Call | None = None
-    beat_at: float = 0.0
+    beat_at: float = -math.inf
     """When it was last asked for a sign of life."""
     pulse: Beat | None = None
     pulse_at: float | None = None

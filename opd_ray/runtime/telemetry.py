@@ -56,7 +56,7 @@ METRICS = (
     Metric("opd_ray_answers_total", "counter", "Answers of a role's workers.", "", ("role",)),
     Metric("opd_ray_lost_workers_total", "counter", "Workers that died or were given up.", "", ("role",)),
     Metric("opd_ray_heartbeat_age", "gauge", "Time since a worker of the role was last heard.", "seconds", ("role",)),
-    Metric("opd_ray_memory_bytes", "gauge", "Memory of the role's worker processes.", "bytes", ("role",)),
+    Metric("opd_ray_memory_bytes", "gauge", "Memory of the role's largest worker process.", "bytes", ("role",)),
 )
 """Everything that is exported: instruments here, and panels of a dashboard, are made from it."""
 

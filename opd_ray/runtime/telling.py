@@ -26,7 +26,7 @@ def lost_worker(spec: WorkerSpec, worker: Worker, state: State, jobs: Sequence[J
     name, pulse = worker.handle.name, worker.pulse
     place = f" (node {pulse.node}, pid {pulse.pid})" if pulse is not None else ""
     held = f" while {jobs[0].label}" if jobs and jobs[0].label else ""
-    phase = "" if jobs else f" while {'binding weights' if None in worker.flying.values() else state.value}"
+    phase = "" if jobs else f" while {_phase(worker, state)}"
     text = f"{name}{place} was lost{held or phase} ({why}); {len(jobs)} work items run again"
     if pulse is not None and worker.pulse_at is not None:
         text += f"; last heartbeat {max(now - worker.pulse_at, 0.0):.0f} s before, with {pulse.memory_mb:.0f} MB"
@@ -35,6 +35,13 @@ def lost_worker(spec: WorkerSpec, worker: Worker, state: State, jobs: Sequence[J
     if lines := last_lines(spec.logs, name):
         text += f"; last in {name}.log: {' | '.join(lines)}"
     return text
+
+
+def _phase(worker: Worker, state: State) -> str:
+    """What a worker without work was about."""
+    if None in worker.flying.values():
+        return "binding weights"
+    return "idle" if state is State.HEALTHY else state.value
 
 
 def where(logs: Path | None, name: str) -> str:

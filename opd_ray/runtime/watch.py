@@ -26,7 +26,7 @@ class Watch:
         if worker.flying and now - worker.since > (limit := self._limit(worker, slowest)):
             return f"no answer in {limit:.0f} s"
         # A process that was stopped, or that holds Python's lock for ever, answers nothing at all.
-        if worker.beat is not None and worker.pulse is not None and now - worker.beat_at > self.beat_timeout_s:
+        if worker.beat is not None and now - worker.beat_at > self.beat_timeout_s:
             return f"no sign of life in {self.beat_timeout_s:.0f} s"
         return ""
 

@@ -1,12 +1,14 @@
 """The rollout actor against a loop written by hand, and the names of its noise."""
 
+import math
+
 import pytest
 import torch
 
 from opd_ray.actors import SampleRequest
 from opd_ray.diffusion import flow, flow_sigmas
 from opd_ray.digest import checksum, digest
-from opd_ray.errors import ModelError, StaleWeightsError
+from opd_ray.errors import ModelError, NotFiniteError, StaleWeightsError
 from opd_ray.seeds import fold, noise
 from opd_ray.types import Prompt, WeightVersion, WorkItem
 from tests.algorithms.parts import LORA, TEXTS, VERSION, bind, give, item, load, prompt, rollout_actor, write_loras
@@ -183,3 +185,10 @@ def test_another_schedule_than_the_models_own_is_refused(tiny, whole):
     policy = Policy(LORA, "student", 1.5, "flow", 0.0, 7, 1e-3, True)
     with pytest.raises(ModelError, match=r"schedule .* is not the run's \[1.0"):
         RolloutActor(whole, policy, flow_sigmas(4, 2.0))
+
+
+def test_a_student_that_draws_nan_says_so_itself_and_blames_no_reader(actor, monkeypatch):
+    one = actor()
+    monkeypatch.setattr(one.family, "velocity", lambda x, *rest: torch.full_like(x, math.nan))
+    with pytest.raises(NotFiniteError, match=r"the student of weights .* drew NaN .*lower optimizer\.lr"):
+        draw(one, item())

@@ -26,6 +26,26 @@ SCORES = {
 }
 
 
+def use(workers: float, seconds: float, busy: float, transfer: float, input: float, queued: float = 0.0) -> dict:
+    """What workers did in a round: ``input`` of the rest waits for input, the others for output."""
+    rest = workers * seconds - busy - transfer
+    idle = {"input": input * rest, "output": (1 - input) * rest}
+    return {"workers": workers, "busy": busy, "transfer": transfer, **idle, "queued": queued, "answers": 9}
+
+
+def roles(index: int, seconds: float) -> dict:
+    """The text teacher is waited for until a second worker comes; that one is lost for a few rounds."""
+    few = index < 40 or 60 <= index < 64
+    return {
+        "rollout": use(2, seconds, 1.1, 0.12, 0.0),
+        "teacher.compose": use(1, seconds, 0.5, 0.05, 0.4),
+        "teacher.text": use(1 if few else 2, seconds, 0.9, 0.06, 0.5, queued=1.0 if few else 0.1),
+        "teacher.look": use(1, seconds, 0.5, 0.05, 0.4),
+        "reward": use(1, seconds, 0.1, 0.02, 0.9),
+        "learner": use(1, seconds, 0.7 if few else 1.2, 0.25, 1.0),
+    }
+
+
 def metrics_row(index: int, tasks=("compose", "text", "look")) -> dict:
     """One row of metrics.jsonl; the loss falls by half every eight rounds."""
     rng = random.Random(index)
@@ -38,6 +58,8 @@ def metrics_row(index: int, tasks=("compose", "text", "look")) -> dict:
         "round": index,
         "time": 1_700_000_000.0 + 2.2 * index,
         "seconds": {"round": seconds, "wait": 1.2, "update": seconds - 1.2, "checkpoint": 0.04},
+        "roles": roles(index, seconds),
+        "store": {"used": 3.1e8, "spilled": 0},
         "busy": {"rollout": 1.1, "teacher": 1.9, "reward": 0.1, "learner": 0.7},
         "loss": {"total": sum(loss.values()) / len(loss), **loss},
         "gap": {task: {str(s): 2 * x * (1 + 0.25 * (s - 4) ** 2) / 3 for s in range(9)} for task, x in loss.items()},

@@ -153,8 +153,9 @@ def test_names_are_other_peoples_text_too(run):
 def test_the_table_says_what_result_json_says(run):
     _, page = read(run)
     heads = next(row for row in page.rows if row[1:] == TASKS)
-    rows = {row[0]: row[1:] for row in page.rows[page.rows.index(heads) + 1 :]}
     expected = result()
+    start = page.rows.index(heads) + 1
+    rows = {row[0]: row[1:] for row in page.rows[start : start + len(MODELS) + 1]}  # further down is the roles' table
     for model, scores in expected["scores"].items():
         title = f"{model.removeprefix('teacher:')} teacher" if ":" in model else model
         assert [float(cell) for cell in rows[title]] == [scores[task]["value"] for task in TASKS]
@@ -162,6 +163,35 @@ def test_the_table_says_what_result_json_says(run):
     own = [attrs["title"] for tag, attrs in page.tags if tag == "td" and attrs.get("class") == "own"]
     assert own == ["0.871", "0.914", "0.893"]
     assert "Closed 94 % (compose), 97 % (text) and 91 % (look) of three teachers' gaps" in page.text
+
+
+BANDS = {
+    "rollout": "rollout",
+    "compose teacher": "teacher.compose",
+    "text teacher": "teacher.text",
+    "look teacher": "teacher.look",
+    "reward": "reward",
+    "learner": "learner",
+}
+STATES = {
+    "busy": "busy",
+    "transfer": "transfer",
+    "input": "waiting for input",
+    "output": "waiting for output",
+}
+
+
+def spent(*roles: str) -> list[int]:
+    """Percent of each state in the roles' worker-seconds of all 80 rounds."""
+    uses = [metrics_row(index)["roles"][role] for index in range(80) for role in roles]
+    whole = sum(
+        row["roles"][role]["workers"] * row["seconds"]["round"] for row in map(metrics_row, range(80)) for role in roles
+    )
+    return [round(100 * sum(use[state] for use in uses) / whole) for state in STATES]
+
+
+def said(title: str) -> str:
+    return ", ".join(f"{name} {x} %" for name, x in zip(STATES.values(), spent(BANDS[title]), strict=True))
 
 
 def test_every_curve_is_drawn(run):
@@ -174,6 +204,7 @@ def test_every_curve_is_drawn(run):
         *(f"Gap of {task}, over denoising steps" for task in TASKS[:3]),
         "Seconds a round, over rounds",
         "Busy seconds a round, over rounds",
+        *(f"{role}: {said(role)}" for role in BANDS),
     ]
     levels = [attrs for tag, attrs in page.tags if attrs.get("class") == "level"]
     assert len(levels) == 3  # a teacher's score for each taught task
@@ -214,8 +245,14 @@ def test_time_and_forwards_add_up(run):
     wall = sum(row["seconds"]["round"] for row in rows)
     _, page = read(run)
     roles = {row[0]: row[1:] for row in page.rows if row and row[0] in {*rows[0]["busy"], "all"}}
-    assert roles["teacher"] == ["2 min 32 s", f"{152 / wall:.2f}", "51,840", "648"]
-    assert roles["all"] == ["5 min 4 s", f"{304 / wall:.2f}", "161,280", "2,016"]
+    teachers = [f"{x} %" for x in spent("teacher.compose", "teacher.text", "teacher.look")]
+    assert roles["teacher"] == ["2 min 32 s", f"{152 / wall:.2f}", *teachers, "–", "51,840", "648"]  # noqa: RUF001
+    whole = [f"{x} %" for x in spent(*BANDS.values())]
+    assert roles["all"] == ["5 min 4 s", f"{304 / wall:.2f}", *whole, "–", "161,280", "2,016"]  # noqa: RUF001
+    queued = sum(row["roles"]["teacher.text"]["queued"] for row in rows) / wall
+    text = [row for row in page.rows if row[:1] == ["text teacher"]][-1]
+    assert text[1:3] == ["1 min 12 s", f"{72 / wall:.2f}"]
+    assert text[3:] == [*(f"{x} %" for x in spent("teacher.text")), f"{round(100 * queued)} %", "–", "–"]  # noqa: RUF001
     assert "waiting for experience 1 min 36 s" in page.text
     stack = page.text.split("Seconds a round")[1]
     assert "round 1: updating and publishing 0.9" in stack and ", waiting for experience 1.20" in stack
@@ -223,7 +260,7 @@ def test_time_and_forwards_add_up(run):
 
 def test_the_stacks_are_as_high_as_their_sums(run):
     text, _ = read(run)
-    busy = text.split('aria-label="Busy seconds')[1]
+    busy = text.split('aria-label="Busy seconds')[1].split("</svg>")[0]
     edges = [[float(y) for y in re.findall(r"V([\d.]+)", path)] for path in re.findall(r'd="(M[^"]+)"', busy)]
     assert [len(path) for path in edges] == [160] * 4
     for below, above in pairwise(edges):

@@ -8,6 +8,11 @@ from rich.console import Console
 from opd_ray.report.live import Live
 from tests.report.run_folders import metrics_row
 
+USES = {
+    "learner": {"workers": 1, "busy": 0.58, "transfer": 0.01, "input": 0.41, "output": 0.0},
+    "teacher.text": {"workers": 1, "busy": 0.97, "transfer": 0.02, "input": 0.01, "output": 0.0},
+}
+
 
 class Clock:
     def __init__(self) -> None:
@@ -112,6 +117,30 @@ def test_the_panel_shows_phase_pace_loss_and_shares(clock):
     text = console.file.getvalue()
     for part in ("starting 3 workers [a]", "8.0 s", "demo [x]", "1/80", "% waiting", "kept [this]"):
         assert part in text
+
+
+def test_who_waits_is_said_shortly(clock):
+    console = screen()
+    with Live(80, "demo", console=console, clock=clock) as live:
+        live.round({"round": 0, "roles": USES})
+        console.print(live._panel())
+    assert "learner 58 % busy, 41 % waiting for input | text 97 % busy" in console.file.getvalue()
+    console = plain()
+    with Live(80, "demo", console=console, clock=clock) as live:
+        live.round({"round": 0, "roles": USES})
+    assert lines(console)[-1].split(" | ")[-2] == "text 97 % busy"
+
+
+@pytest.mark.parametrize(
+    "roles", [None, 3, {}, {"learner": None}, {"learner": {"busy": "x"}}, {"learner": {"busy": 0}}]
+)
+def test_rows_without_a_roles_time_are_shown_without_it(clock, capsys, roles):
+    for console in (plain(), screen()):
+        with Live(80, "demo", console=console, clock=clock) as live:
+            live.round({"round": 0, "roles": roles})
+            console.print(live._panel())
+        assert "busy" not in console.file.getvalue() and "1/80" in console.file.getvalue()
+    assert capsys.readouterr().err == ""
 
 
 def test_no_error_reaches_the_loop(clock, capsys):

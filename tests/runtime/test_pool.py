@@ -9,7 +9,7 @@ from opd_ray.runtime.handle import Done, WorkerSpec
 from opd_ray.runtime.health import State
 from opd_ray.runtime.jobs import Job
 from opd_ray.runtime.pool import Pool
-from tests.runtime.fake import FakeBackend
+from tests.runtime.fake import FakeBackend, Painter, weights
 
 ROOM = 2
 LOAD_S = 5.0
@@ -130,6 +130,19 @@ def test_a_slow_worker_has_one_job_at_a_time() -> None:
     _, dispatcher, pool = hall(4, host=Slow)
     dispatcher.wait([dispatcher.submit(Job(pool, "score", ("a",), 0, "asking")) for _ in range(40)])
     assert sorted(worker.slots for worker in pool.workers) == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize(("workers", "count"), [(2, 2), (3, 6)])
+def test_whoever_proved_new_weights_first_does_not_get_two_jobs_while_others_prove_them(workers, count) -> None:
+    backend, dispatcher, pool = hall(workers, host=lambda backend: Painter())
+    backend.seconds["draw"] = 1.0
+    by, start = weights(backend, 0), backend.clock.now
+    args = (by.version, by.sha256)
+    jobs = [dispatcher.submit(Job(pool, "draw", (number, *args), 1, "drawing", weights=by)) for number in range(count)]
+    dispatcher.wait(jobs[:workers])
+    assert len({job.by for job in jobs[:workers]}) == workers, "the first ones, a worker each"
+    dispatcher.wait(jobs)
+    assert backend.clock.now - start == count // workers
 
 
 @given(
