@@ -15,10 +15,13 @@ from opd_ray.errors import LearnerLostError, NotFiniteError, RunFolderError, Sto
 from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, Round
 from opd_ray.learners import UpdateReport
-from opd_ray.metrics import MetricsLog
+from opd_ray.metrics import MetricsLog, rows
+from opd_ray.planning.advice import advice_for_run
+from opd_ray.report.advice import store_advice
 from opd_ray.report.card import write_card
 from opd_ray.report.html import write_report
 from opd_ray.report.live import Live
+from opd_ray.report.run_folder import Round as RoundRow
 from opd_ray.rows import TimeBooks, learned
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import Collected, LearnerGroup
@@ -260,11 +263,21 @@ class Run:
             self.live.phase("evaluating base, teachers and student")
             result |= self.evaluation.final(self.learner.average())
             self._book()
+        result["advice"] = self._advice()
         write_json_atomic(self.folder / "result.json", result)
         write_card(self.folder)
         self.status("done")
         write_report(self.folder)
         return result
+
+    def _advice(self) -> list[str]:
+        """Who waited for whom, and what to change, as sentences."""
+        workers = self.scaler.targets() | {"learner": len(self.learner.ranks)}
+        stored = store_advice(map(RoundRow.read, rows(self.folder / "metrics.jsonl")), self.max_staleness)
+        found = [advice_for_run(self.folder, workers, self.max_staleness), stored]
+        for sentence in filter(None, found):
+            self.live.note(sentence)
+        return [sentence for sentence in found if sentence]
 
     def stop(self, why: str, status: str = "stopped") -> None:
         """Note an early end, unless a newer attempt has the folder; the last checkpoint stays."""
