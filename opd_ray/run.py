@@ -30,7 +30,7 @@ from opd_ray.runtime.jobs import Job
 from opd_ray.runtime.scaling import Scaler
 from opd_ray.runtime.usage import Meter
 from opd_ray.storage.control import serve
-from opd_ray.storage.run_folder import newest_attempt, read_json, write_json_atomic
+from opd_ray.storage.run_folder import locked, newest_attempt, read_json, write_json_atomic
 
 __all__ = ["Run"]
 
@@ -207,7 +207,9 @@ class Run:
         if self.evaluation is not None and every and self.round % every == 0 and self.round < self.rounds:
             row["evaluation"] = self.evaluation.student_means(self.learner.average())
             self._book()
-        self.log.append(row)
+        with locked(self.folder):  # under it no newer attempt can start before the row is there to be cut
+            self._require_newest()
+            self.log.append(row)
         self.live.round(row)
         self._seconds.clear()
         if self.stopping or self.round % self.config.checkpoint.every == 0 or self.round == self.rounds:
@@ -306,8 +308,7 @@ class Run:
         Raises:
             RunFolderError: a newer attempt has the folder; this one must leave it alone.
         """
-        if (newest := newest_attempt(self.folder)) != self.attempt:
-            raise RunFolderError(f"{self.folder}: attempt {newest} has taken over; attempt {self.attempt} ends here")
+        self._require_newest()
         beat = {"status": status, "round": self.round, "rounds": self.rounds, "attempt": self.attempt}
         found = self.meter.roles()
         for watcher in self.watchers:
@@ -317,6 +318,10 @@ class Run:
             role, seconds, why = paused
             beat["waiting"] = {"for": role, "since": time.time() - seconds, "why": why}
         write_json_atomic(self.folder / "status.json", beat)
+
+    def _require_newest(self) -> None:
+        if (newest := newest_attempt(self.folder)) != self.attempt:
+            raise RunFolderError(f"{self.folder}: attempt {newest} has taken over; attempt {self.attempt} ends here")
 
     def result(self, status: str) -> dict[str, Any]:
         """Identity and cost of what was trained; scores are added to it."""
