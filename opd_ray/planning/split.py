@@ -146,8 +146,8 @@ def best_split(rates: Rates, demand: Demand, total: int, staleness: int) -> Spli
         least = demand.units(dict.fromkeys(demand.each, 1))
         raise PlacementError(
             f"--gpus {total}: one worker of each role takes {least} {demand.unit}s ("
-            f"{', '.join(f'{role} {part:g}' for role, part in demand.each.items())}); give at least {least}, or let "
-            "roles share cards by resources.gpu below 1"
+            f"{', '.join(f'{role} {part:g}' for role, part in demand.each.items())}); give at least {least}"
+            + (", or let roles share cards by resources.gpu below 1" if demand.unit == "GPU" else "")
         )
     return split
 
