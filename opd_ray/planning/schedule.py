@@ -29,9 +29,9 @@ from dataclasses import dataclass, field
 
 from opd_ray.planning.rates import SHARED, Rates, teacher_role
 
-__all__ = ["limits", "round_seconds", "throughput"]
+__all__ = ["ROUNDS_PER_CYCLE", "limits", "round_seconds", "throughput", "warm_up"]
 
-ROUNDS_PER_CYCLE = 6
+ROUNDS_PER_CYCLE = 12
 """Rounds over which a mean is taken: at staleness >= 1 they need not be alike."""
 
 
@@ -60,12 +60,17 @@ def throughput(rates: Rates, workers: Mapping[str, int], staleness: int) -> floa
     return rates.samples / seconds if seconds > 0 else float("inf")
 
 
+def warm_up(staleness: int) -> int:
+    """Rounds until the first ones, which find idle workers, are forgotten."""
+    return 2 * (staleness + 1)
+
+
 def round_seconds(rates: Rates, workers: Mapping[str, int], staleness: int) -> float:
     """Mean seconds of a round in a run that has been going on for a while; see the module's equations."""
     timeline = _Timeline(rates, dict(workers), staleness)
     if staleness == 0:  # every round begins with idle workers: all are alike
         return timeline.round()
-    for _ in range(2 * (staleness + 1)):
+    for _ in range(warm_up(staleness)):
         timeline.round()
     start = timeline.published[-1]
     for _ in range(ROUNDS_PER_CYCLE):

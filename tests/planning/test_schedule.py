@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_ray.planning.rates import Rates
-from opd_ray.planning.schedule import limits, round_seconds, throughput
+from opd_ray.planning.schedule import ROUNDS_PER_CYCLE, limits, round_seconds, throughput, warm_up
 from opd_ray.planning.simulate import simulate
 
 MANY_WORKERS = 10_000
@@ -83,8 +83,8 @@ def test_the_arithmetic_is_what_the_real_pools_do(items, times, learner, publish
     pools = {"rollout": rollout, **({"teacher": first} if shared else {"teacher.text": first, "teacher.look": second})}
     pools |= {"reward": reward} if score is not None else {}
     pools["learner"] = min(ranks, sum(items))
-    skipped = 2 * (staleness + 1)
-    measured = simulate(each, pools, staleness, rounds=skipped + 12).throughput(skipped)
+    skipped = warm_up(staleness)
+    measured = simulate(each, pools, staleness, rounds=skipped + ROUNDS_PER_CYCLE).throughput(skipped)
     assert throughput(each, pools, staleness) == pytest.approx(measured, rel=0.05)
 
 
