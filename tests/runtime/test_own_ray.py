@@ -73,7 +73,7 @@ def command(make_config, tmp_path):
     return run
 
 
-def test_a_learner_that_is_killed_too_often_is_exit_code_3_and_resumes_bit_identically(
+def test_a_learner_that_is_killed_too_often_is_exit_code_3_and_can_be_resumed(
     command, make_config, reference, tmp_path
 ) -> None:
     """Nothing of it is left, nothing of it listened in public, and it goes on somewhere else."""

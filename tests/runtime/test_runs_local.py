@@ -259,3 +259,19 @@ def test_a_learner_that_is_lost_comes_back_unless_it_is_lost_again_and_again(
         done = go(config, tmp_path / "run", resume=True)
         assert same(done, reference(4))
     assert [row["round"] for row in done.rows] == [0, 1, 2, 3]
+
+
+def test_a_role_without_a_worker_is_in_the_status(make_config, tmp_path) -> None:
+    seen = []
+
+    def watch(run, live) -> None:
+        for paused in (("teacher.a", 5.0, "its last worker is gone"), None):
+            run.dispatcher.paused = lambda paused=paused: paused
+            run.status()
+            seen.append(read_json(tmp_path / "run" / "status.json"))
+
+    go(make_config(rounds=1), tmp_path / "run", watch=watch)
+    waiting = seen[0]["waiting"]
+    assert (waiting["for"], waiting["why"]) == ("teacher.a", "its last worker is gone")
+    assert waiting["since"] == pytest.approx(seen[0]["time"] - 5.0, abs=1)
+    assert seen[1]["waiting"] is None
