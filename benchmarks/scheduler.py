@@ -15,11 +15,11 @@ import statistics
 import time
 
 from opd_ray.console import console
+from opd_ray.planning.simulated import SimulatedBackend
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import WorkerSpec
 from opd_ray.runtime.jobs import Job, Output
 from opd_ray.runtime.pool import Pool
-from opd_ray.runtime.simulated import SimulatedBackend
 
 SIZES = (10, 100, 1_000, 10_000)
 LEAST_DECISIONS = 20_000

@@ -18,6 +18,8 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 HALF = np.uint64(32)
 TURNS = 8
 
+Bytes = npt.NDArray[np.uint8]
+
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """Hex sha256 over names, dtypes, shapes and bytes, whatever the order of the mapping."""
@@ -37,42 +39,56 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     Finds what goes wrong on the way: any one changed byte for certain, anything else (swapped or missing parts, many
     changes) but for a chance of about 2^-64. It does not withstand somebody who looks for a collision: ``digest`` does.
 
-    The bytes are taken in rows of 64-bit lanes. Each lane has a state of its own, multiplied before a row is added to
-    it. That alone carries nothing downwards, so rows that differ in a lane's highest bits, as signs do, could change
-    places unseen: of eight rows each is turned by another number of bytes, and then the upper half goes into the lower
-    one. Every step can be undone, given the row; so a difference in one row stays a difference. sha256 over all states,
-    names and shapes makes one word of them. Lanes do not depend on one another, so threads change nothing.
+    The bytes are taken in rows, and each 64-bit lane of a row goes into a state of its own: of two rows one is added,
+    the other one combined by exclusive or, then the state is multiplied. That alone carries nothing downwards, so rows
+    that differ in a lane's highest bits, as signs do, could change places unseen: of eight rows each is turned by
+    another number of bytes, and then the state's upper halves go into its lower ones. Every step can be undone, given
+    the row; so a difference in one row stays a difference. sha256 over all states, names and shapes makes one word of
+    them. Lanes do not depend on one another, so threads change nothing.
     """
-    state, scratch, used = np.zeros(ROW, np.uint8), np.empty(ROW // 8, np.uint64), 0
+    state = _start(min(max((tensor.nbytes for tensor in tensors.values()), default=0), ROW))
     names = []
     for name in sorted(tensors):
         tensor = tensors[name]
         names.append([name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)])
-        content = as_bytes(tensor).cpu().numpy()
-        used = max(used, _lanes(min(len(content), ROW)))
-        _absorb(state, content, scratch)
+        _absorb(state, as_bytes(tensor).cpu().numpy())
     total = hashlib.sha256(json.dumps(names).encode() + b"\n")
-    total.update(state[: 8 * used].data)
+    total.update(state.data)
     return total.hexdigest()
+
+
+def _start(nbytes: int) -> Bytes:
+    """The state before any row: no lane is like another one, and none is zero, which multiplying would keep."""
+    return (np.arange(1, _lanes(nbytes) + 1, dtype=np.uint64) * MULTIPLIER).view(np.uint8)
 
 
 def _lanes(nbytes: int) -> int:
     return -(-nbytes // 8)
 
 
-def _absorb(state: npt.NDArray[np.uint8], content: npt.NDArray[np.uint8], scratch: npt.NDArray[np.uint64]) -> None:
+def _absorb(state: Bytes, content: Bytes) -> None:
     """Take one tensor's bytes into the state, in place."""
-    for number, start in enumerate(range(0, len(content), ROW)):
-        row = content[start : start + ROW]
-        lanes = state.view(np.uint64)[: _lanes(len(row))]
-        if number % TURNS == 0:
-            upper = np.right_shift(lanes, HALF, out=scratch[: len(lanes)])
-            np.bitwise_xor(lanes, upper, out=lanes)
+    whole = len(content) // ROW * ROW
+    lanes = state.view(np.uint64)
+    for number, start in enumerate(range(0, whole, ROW)):
+        _take(state, lanes, content[start : start + ROW], number % TURNS)
+    rest = len(content) - whole
+    if rest:
+        number = whole // ROW % TURNS
+        _take(state[:rest], lanes[: _lanes(rest)], content[whole:], number)
+
+
+def _take(state: Bytes, lanes: npt.NDArray[np.uint64], row: Bytes, number: int) -> None:
+    if number == 0:
+        np.bitwise_xor(lanes, lanes >> HALF, out=lanes)
+    if number % 2 == 0:
         np.multiply(lanes, MULTIPLIER, out=lanes)
-        turn = number % TURNS % len(row)
-        rest = len(row) - turn
-        np.add(state[:rest], row[turn:], out=state[:rest])
-        np.add(state[rest : len(row)], row[:turn], out=state[rest : len(row)])
+    combine = np.bitwise_xor if number % 2 else np.add
+    turn = number % len(row)
+    rest = len(row) - turn
+    combine(state[:rest], row[turn:], out=state[:rest])
+    if turn:
+        combine(state[rest:], row[:turn], out=state[rest:])
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

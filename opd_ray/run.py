@@ -15,10 +15,13 @@ from opd_ray.errors import LearnerLostError, NotFiniteError, RunFolderError, Sto
 from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, Round
 from opd_ray.learners import UpdateReport
-from opd_ray.metrics import MetricsLog
+from opd_ray.metrics import MetricsLog, rows
+from opd_ray.planning.advice import advice_for_run
+from opd_ray.report.advice import store_advice
 from opd_ray.report.card import write_card
 from opd_ray.report.html import write_report
 from opd_ray.report.live import Live
+from opd_ray.report.run_folder import Round as RoundRow
 from opd_ray.rows import TimeBooks, learned
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import Collected, LearnerGroup
@@ -27,7 +30,7 @@ from opd_ray.runtime.jobs import Job
 from opd_ray.runtime.scaling import Scaler
 from opd_ray.runtime.usage import Meter
 from opd_ray.storage.control import serve
-from opd_ray.storage.run_folder import newest_attempt, read_json, write_json_atomic
+from opd_ray.storage.run_folder import locked, newest_attempt, read_json, write_json_atomic
 
 __all__ = ["Run"]
 
@@ -204,7 +207,9 @@ class Run:
         if self.evaluation is not None and every and self.round % every == 0 and self.round < self.rounds:
             row["evaluation"] = self.evaluation.student_means(self.learner.average())
             self._book()
-        self.log.append(row)
+        with locked(self.folder):  # under it no newer attempt can start before the row is there to be cut
+            self._require_newest()
+            self.log.append(row)
         self.live.round(row)
         self._seconds.clear()
         if self.stopping or self.round % self.config.checkpoint.every == 0 or self.round == self.rounds:
@@ -260,11 +265,21 @@ class Run:
             self.live.phase("evaluating base, teachers and student")
             result |= self.evaluation.final(self.learner.average())
             self._book()
+        result["advice"] = self._advice()
         write_json_atomic(self.folder / "result.json", result)
         write_card(self.folder)
         self.status("done")
         write_report(self.folder)
         return result
+
+    def _advice(self) -> list[str]:
+        """Who waited for whom, and what to change, as sentences."""
+        workers = self.scaler.targets() | {"learner": len(self.learner.ranks)}
+        stored = store_advice(map(RoundRow.read, rows(self.folder / "metrics.jsonl")), self.max_staleness)
+        found = [advice_for_run(self.folder, workers, self.max_staleness), stored]
+        for sentence in filter(None, found):
+            self.live.note(sentence)
+        return [sentence for sentence in found if sentence]
 
     def stop(self, why: str, status: str = "stopped") -> None:
         """Note an early end, unless a newer attempt has the folder; the last checkpoint stays."""
@@ -293,8 +308,7 @@ class Run:
         Raises:
             RunFolderError: a newer attempt has the folder; this one must leave it alone.
         """
-        if (newest := newest_attempt(self.folder)) != self.attempt:
-            raise RunFolderError(f"{self.folder}: attempt {newest} has taken over; attempt {self.attempt} ends here")
+        self._require_newest()
         beat = {"status": status, "round": self.round, "rounds": self.rounds, "attempt": self.attempt}
         found = self.meter.roles()
         for watcher in self.watchers:
@@ -304,6 +318,10 @@ class Run:
             role, seconds, why = paused
             beat["waiting"] = {"for": role, "since": time.time() - seconds, "why": why}
         write_json_atomic(self.folder / "status.json", beat)
+
+    def _require_newest(self) -> None:
+        if (newest := newest_attempt(self.folder)) != self.attempt:
+            raise RunFolderError(f"{self.folder}: attempt {newest} has taken over; attempt {self.attempt} ends here")
 
     def result(self, status: str) -> dict[str, Any]:
         """Identity and cost of what was trained; scores are added to it."""

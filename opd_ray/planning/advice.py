@@ -1,12 +1,15 @@
 """One sentence for the end of a run: who held it up, and what would help."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
+from opd_ray.errors import UserError
+from opd_ray.metrics import rows
 from opd_ray.planning.rates import SHARED, Rates, teacher_role
 from opd_ray.planning.schedule import throughput
 from opd_ray.planning.split import bottleneck
 
-__all__ = ["advice"]
+__all__ = ["advice", "advice_for_run"]
 
 MOST_MORE = 64
 """Workers more than a run has: further the model is not asked."""
@@ -35,6 +38,19 @@ def advice(rates: Rates, workers: Mapping[str, int], waited: float, staleness: i
     if gain < WORTHWHILE:
         return f"{kind}-bound: {share}; {_nothing(rates, workers, name, staleness)}"
     return f"{kind}-bound: {share}; {more} more {_noun(name, more)} would give about {gain:.1f}x"
+
+
+def advice_for_run(folder: Path, workers: Mapping[str, int], staleness: int) -> str:
+    """The same for a run that ended, from what it measured; empty where it measured too little."""
+    found = [row["seconds"] for row in rows(folder / "metrics.jsonl") if row.get("roles")]
+    whole = sum(seconds["round"] for seconds in found)
+    if not whole:
+        return ""
+    try:
+        rates = Rates.from_run(folder)
+    except UserError:
+        return ""
+    return advice(rates, workers, min(sum(seconds["wait"] for seconds in found) / whole, 1.0), staleness)
 
 
 def _more(rates: Rates, workers: Mapping[str, int], name: str, staleness: int) -> tuple[int, float]:

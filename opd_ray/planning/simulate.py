@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd_ray.planning.rates import SHARED, Rates, teacher_role
+from opd_ray.planning.simulated import Seconds, SimulatedBackend
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import Call, Handle, Weights, WorkerSpec
 from opd_ray.runtime.jobs import Job, Output
 from opd_ray.runtime.pool import Pool
-from opd_ray.runtime.simulated import Seconds, SimulatedBackend
 from opd_ray.storage.packing import Manifest
 from opd_ray.types import WeightVersion
 

@@ -5,8 +5,9 @@ run again, same seed, same weights; the work's own error goes to whoever waits. 
 no possible one counts as lost.
 """
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from opd_ray.errors import (
@@ -30,6 +31,22 @@ WAIT_S = 0.5
 TICK_S = 1.0
 LAST_WORDS_S = 10.0
 """Where a learner rank dies, its peers fail in the middle of a reduction and are often heard of first."""
+
+
+class _Waited(Collection[Ref]):
+    """All that is waited for. It is not copied: a backend may need no more than to ask what belongs to it."""
+
+    def __init__(self, others: Sequence[Ref], pools: Sequence[Collection[Ref]]) -> None:
+        self._parts = [others, *pools]
+
+    def __contains__(self, ref: object) -> bool:
+        return any(ref in part for part in self._parts)
+
+    def __iter__(self) -> Iterator[Ref]:
+        return itertools.chain.from_iterable(self._parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
 
 
 class Dispatcher:
@@ -188,11 +205,11 @@ class Dispatcher:
         """One turn; returns those of ``others`` that are done."""
         for pool in self.pools:
             pool.assign()
-        pending = [pool.pending for pool in self.pools if pool.pending]
-        if not pending and not others:
+        waited = _Waited(others, [pool.pending for pool in self.pools])
+        if not waited:
             queued = [job.label for pool in self.pools for job in pool.queue]
             raise RuntimeFault(f"nothing is under way, and yet {len(queued)} jobs wait: {queued[:3]}")
-        ready = self.backend.wait([*others, *(ref for refs in pending for ref in refs)], WAIT_S)
+        ready = self.backend.wait(waited, WAIT_S)
         mine = []
         for ref in ready:
             owner = next((pool for pool in self.pools if ref in pool.pending), None)

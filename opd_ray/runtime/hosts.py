@@ -5,7 +5,7 @@ Every method returns its bulk results as flat arrays and a small ``Done`` last. 
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ class RolloutHost:
         Where another part comes ``before``: the states after that.
         """
         clock = _Clock(self.actor.family)
-        begun = _part(before, flats, "drawn on") if before else None
+        begun = _part(before, flats, "drawn on", [self.actor.family]) if before else None
         trajectory = self.actor.draw(item, version, sha256, last=last, before=begun)
         flat, record = pack_trajectory(trajectory)
         pictures, manifest = pack({"images": self.actor.decode(trajectory)} if images else {})
@@ -158,7 +158,7 @@ class TeacherHost:
         The record also says which teachers are loaded now, and the seconds that this took.
         """
         clock, loading = _Clock(self.actor), self.actor.loading
-        trajectory = _part(records, flats, f"marked by {teacher}")
+        trajectory = _part(records, flats, f"marked by {teacher}", self.actor.families.values())
         answer, answer_record = pack_answer(self.actor.score(trajectory, teacher))
         done = clock.done(answer_record)
         return answer, replace(done, holds=self.actor.loaded, loading=self.actor.loading - loading)
@@ -178,6 +178,8 @@ class RewardHost:
         """Reward -> one number a picture, small enough to travel as a record."""
         clock = _Clock(None)
         images = unpack(flat, manifest)["images"]
+        if images.shape[:2] != (len(prompts), 3):
+            raise BadInputError("images", f"pictures of shape {list(images.shape)} for {len(prompts)} prompts")
         for image, prompt in zip(images, prompts, strict=True):
             if not image.isfinite().all():
                 raise BadInputError("images", f"NaN or infinity in the picture of {prompt!r}")
@@ -229,7 +231,7 @@ class LearnerHost:
         """This rank's next item; a streaming algorithm's gradient accumulates now."""
         clock = _Clock(self.learner.family)
         experience = share.unpack(list(flats))
-        _check(experience)
+        _check(experience, self.learner.family)
         self.learner.take(experience)
         return clock.done(None)
 
@@ -284,28 +286,38 @@ class LearnerHost:
         return Done(None, 0.0, 0)
 
 
-def _part(records: Sequence[TrajectoryRecord], flats: Sequence[Flat], what: str) -> Trajectory:
+def _part(
+    records: Sequence[TrajectoryRecord], flats: Sequence[Flat], what: str, readers: Collection[Family]
+) -> Trajectory:
     """The last of these parts of a trajectory, with the conditioning of the first.
 
     Raises:
-        BadInputError: its latents are not finite.
+        BadInputError: its latents are not finite, or of a shape that none of its readers has.
     """
     parts = [unpack_trajectory(flat, record) for flat, record in zip(flats, records, strict=True)]
     part = replace(parts[-1], cond=parts[0].cond, uncond=parts[0].uncond)
-    if not part.latents.isfinite().all():
-        raise BadInputError("trajectory", f"NaN or infinity in the latents of {part.item}, to be {what}")
+    _check_path(part, what, readers)
     return part
 
 
-def _check(experience: Experience) -> None:
+def _check_path(path: Trajectory, what: str, readers: Collection[Family]) -> None:
+    seen, shapes = tuple(path.latents.shape[2:]), {family.latent_shape for family in readers}
+    if shapes and seen not in shapes:
+        allowed = " or ".join(map(str, sorted(shapes)))
+        raise BadInputError("trajectory", f"latents {seen} of {path.item}, to be {what}, expected {allowed}")
+    if not path.latents.isfinite().all():
+        raise BadInputError("trajectory", f"NaN or infinity in the latents of {path.item}, to be {what}")
+
+
+def _check(experience: Experience, family: Family) -> None:
     """What a learner rank is given can be trained on.
 
     Raises:
-        BadInputError: the trajectory is not finite; or the answer is not, or does not fit the trajectory.
+        BadInputError: the trajectory or the answer is not finite, or of another shape than it has to be.
     """
     item, path, answer = experience.item, experience.trajectory, experience.answer
-    if path is not None and not path.latents.isfinite().all():
-        raise BadInputError("trajectory", f"NaN or infinity in the latents of {item}, to be trained on")
+    if path is not None:
+        _check_path(path, "trained on", [family])
     if path is None or answer is None:
         return
     rows, _, *latent = path.latents.shape

@@ -67,13 +67,13 @@ class Pool:
 
     def fill(self) -> None:
         """Start workers until as many live as are wanted."""
-        while self._staying() < self.size:
+        for _ in range(self.size - self._staying()):
             self._start()
 
     def resize(self, size: int) -> None:
         """Change how many are wanted: new ones load and prove first, surplus ones finish what they hold and go."""
         self.size = size
-        while self._staying() < size:
+        for _ in range(size - self._staying()):
             self._start(extra=True)
         surplus = self._staying() - size
         staying = [worker for worker in self.workers if worker.health.state is not State.DRAINING]

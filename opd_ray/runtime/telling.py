@@ -1,5 +1,6 @@
 """What is told of a pool: how it stands, and of a worker that was lost all that the driver knows, in one line."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ __all__ = ["describe", "last_lines", "lost_worker", "where"]
 LINES = 6
 CHARACTERS = 200
 READ_BYTES = 16384
+FRAMES = 4
+THREAD = re.compile(r"(Current thread|Thread) 0x\w+ .*\(most recent call first\):")
+AT_REST = re.compile(r"<no Python frame>|/threading\.py|/ray/_private/|/runtime/cluster\.py.* in beat$")
 
 
 def lost_worker(spec: WorkerSpec, worker: Worker, state: State, jobs: Sequence[Job], why: str, now: float) -> str:
@@ -60,7 +64,23 @@ def last_lines(logs: Path | None, name: str) -> list[str]:
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return []
-    return [line.strip()[:CHARACTERS] for line in lines if line.strip()][-LINES:]
+    return [line.strip()[:CHARACTERS] for line in _worth_telling(lines) if line.strip()][-LINES:]
+
+
+def _worth_telling(lines: Sequence[str]) -> list[str]:
+    """Where stacks were written: of each thread at work no more than its innermost frames, nothing of the others."""
+    told, frames = list[str](), -1
+    for line in lines:
+        if THREAD.match(line):
+            frames = 0
+        elif frames < 0 or not line.startswith("  "):
+            frames = frames if not line.strip() else -1
+            told.append(line)
+        else:
+            frames = FRAMES if frames == 0 and AT_REST.search(line) else frames + 1
+            if frames <= FRAMES and not AT_REST.search(line):
+                told.append(line)
+    return told
 
 
 def describe(pool: "Pool", now: float) -> PoolStatus:

@@ -1,6 +1,7 @@
 """The demo's own recipe, by its own command: the same student wherever the work is done and whoever dies."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from opd_ray.metrics import rows
 from opd_ray.storage.run_folder import read_json
 from tests.runtime.runs import alive, bare_environment, descendants
 
@@ -98,3 +100,24 @@ def test_a_killed_teacher_worker_is_replaced_and_changes_no_bit(expected, tmp_pa
     student, said = finish(process, tmp_path)
     assert "was lost" in said
     assert student == expected
+
+
+def test_an_old_attempt_that_wakes_up_while_a_new_one_runs_ends_and_writes_nothing(expected, tmp_path) -> None:
+    old = start(tmp_path)
+    wait_for(old, tmp_path, 2)
+    os.kill(old.pid, signal.SIGSTOP)
+    workers = descendants(old.pid)
+    new = start(tmp_path, resume=True)
+    try:
+        wait_for(new, tmp_path, 4)
+        os.kill(old.pid, signal.SIGCONT)
+        _, said = old.communicate(timeout=120)
+    finally:
+        old.kill()
+    assert old.returncode == 2 and "attempt 1 has taken over; attempt 0" in said, said
+    assert finish(new, tmp_path)[0] == expected
+    assert [row["round"] for row in rows(tmp_path / "demo" / "metrics.jsonl")] == list(range(ROUNDS))
+    state = json.loads(next((tmp_path / "demo" / "checkpoints").glob(f"step-{ROUNDS:06d}/state.json")).read_text())
+    assert state["driver"]["attempt"] == 1
+    assert read_json(tmp_path / "demo" / "status.json")["attempt"] == 1
+    assert not alive(workers, within_s=120)

@@ -398,3 +398,30 @@ def test_an_answer_that_does_not_fit_its_trajectory_is_refused(learner, drawn, s
     ):
         learner.take(Share(ITEM, (done.value.trajectory,), (record,)), flat, answer)
     learner.finish_round(0)
+
+
+def test_a_drawing_of_another_shape_is_refused_by_every_reader(
+    learner, painter, published, tiny, tiny_teachers
+) -> None:
+    """The driver knows how many rows and states there are; channels and size are known to who has a model."""
+    painter.bind(*published)
+    _, pictures, done = painter.draw(ITEM, VERSION, published[0].sha256, 4, True)
+    flat, record = pack_trajectory(painter.actor.draw(ITEM, VERSION, published[0].sha256))
+    tensors = unpack(flat, record.manifest)
+    narrow, manifest = pack(tensors | {"latents": tensors["latents"][..., 1:].contiguous()})
+    bad = replace(record, manifest=manifest)
+    family = load_family(ModelConfig(path=str(tiny)), text=False, image=False)
+    teacher = TeacherHost(lambda: TeacherActor(on(family), {"a": TeacherConfig(lora=str(tiny_teachers["a"]))}))
+    reward = RewardHost(lambda: RewardActor({"mean": lambda images, prompts: images.mean((1, 2, 3))}))
+    answer, marked = teacher.score((record,), "a", flat)
+    learner.begin([ITEM])
+    for read, what in (
+        (lambda: teacher.score((bad,), "a", narrow), "trajectory"),
+        (lambda: learner.take(Share(ITEM, (bad,), (marked.value,)), narrow, answer), "trajectory"),
+        (lambda: painter.draw(ITEM, VERSION, published[0].sha256, 4, False, (bad,), narrow), "trajectory"),
+        (lambda: reward.score(["x", "y", "z"], done.value.images, pictures), "images"),
+    ):
+        with pytest.raises(BadInputError, match=r"expected|for 3 prompts") as caught:
+            read()
+        assert caught.value.what == what
+    learner.finish_round(0)

@@ -23,12 +23,13 @@ finally:
     print("Ray is up" if ray.is_initialized() else "Ray is down")
 """
 
-# A learner that is killed in its second round; before that, everybody who listens is written down.
+# A learner that is killed in its second round, once too often; before that, everybody who listens is written down.
 KILLED = """
 import json, os, signal
 from pathlib import Path
-from opd_ray import build, cli
+from opd_ray import build, cli, run as runs
 
+runs.MAX_REBUILDS = 0
 original = build._wire
 
 
@@ -72,7 +73,9 @@ def command(make_config, tmp_path):
     return run
 
 
-def test_a_killed_learner_is_exit_code_3_and_resumes_bit_identically(command, make_config, reference, tmp_path) -> None:
+def test_a_learner_that_is_killed_too_often_is_exit_code_3_and_can_be_resumed(
+    command, make_config, reference, tmp_path
+) -> None:
     """Nothing of it is left, nothing of it listened in public, and it goes on somewhere else."""
     done = command(KILLED)
     assert done.returncode == 3, done.stderr

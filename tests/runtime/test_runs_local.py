@@ -8,10 +8,13 @@ import torch
 
 from opd_ray.actors import TeacherActor
 from opd_ray.algorithms import make_algorithm
-from opd_ray.errors import NotFiniteError, Stopped, UserError
+from opd_ray.errors import LearnerLostError, NotFiniteError, RunFolderError, Stopped, UserError
+from opd_ray.metrics import rows
 from opd_ray.models import load_family
+from opd_ray.preflight import identity
+from opd_ray.run import MAX_REBUILDS
 from opd_ray.storage import checkpoint
-from opd_ray.storage.run_folder import read_json
+from opd_ray.storage.run_folder import claim, read_json
 from tests.runtime.runs import go, same
 
 
@@ -209,3 +212,66 @@ def test_a_teacher_that_cannot_be_loaded_is_the_users_error(make_config, tmp_pat
     config = make_config(teachers=teachers | {"b": {"lora": str(tmp_path / "none"), "tasks": ["b"]}})
     with pytest.raises(UserError):
         go(config, tmp_path / "run")
+
+
+def test_an_old_attempt_adds_no_row_to_what_a_newer_one_has_taken_over(make_config, tmp_path) -> None:
+    """It finds out at the end of its round, as after a long sleep, and not only at the next heartbeat."""
+    config = make_config()
+
+    def watch(run, live) -> None:
+        def taken_over():
+            if run.round == 1:
+                claim(tmp_path / "run", identity(config), resume=True)
+
+        run.dispatcher.backend.object_store = taken_over  # it is looked at before the row is written
+
+    with pytest.raises(RunFolderError, match="attempt 1 has taken over; attempt 0 ends here"):
+        go(config, tmp_path / "run", watch=watch)
+    assert [row["round"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == [0]
+    assert checkpoint.newest(tmp_path / "run")[0].round == 1
+
+
+@pytest.mark.parametrize("losses", [1, MAX_REBUILDS, MAX_REBUILDS + 1])
+def test_a_learner_that_is_lost_comes_back_unless_it_is_lost_again_and_again(
+    make_config, reference, losses, tmp_path
+) -> None:
+    """In the third of four rounds, of which the checkpoint holds two; rounds that end start the count again."""
+    left = {1: 1, 2: losses}
+
+    def watch(run, live) -> None:
+        update = run.learner.update
+
+        def losing(number):
+            if left.get(run.round):
+                left[run.round] -= 1
+                raise LearnerLostError("update: learner rank 0 was lost")
+            return update(number)
+
+        run.learner.update = losing
+
+    config = make_config(rounds=4, checkpoint={"every": 2})
+    done = go(config, tmp_path / "run", watch=watch)
+    if losses <= MAX_REBUILDS:
+        assert not done.error and same(done, reference(4))
+    else:
+        assert done.error.exit_code == 3 and "lost; --resume goes on" in str(done.error)
+        assert [row["round"] for row in done.rows] == [0, 1]
+        done = go(config, tmp_path / "run", resume=True)
+        assert same(done, reference(4))
+    assert [row["round"] for row in done.rows] == [0, 1, 2, 3]
+
+
+def test_a_role_without_a_worker_is_in_the_status(make_config, tmp_path) -> None:
+    seen = []
+
+    def watch(run, live) -> None:
+        for paused in (("teacher.a", 5.0, "its last worker is gone"), None):
+            run.dispatcher.paused = lambda paused=paused: paused
+            run.status()
+            seen.append(read_json(tmp_path / "run" / "status.json"))
+
+    go(make_config(rounds=1), tmp_path / "run", watch=watch)
+    waiting = seen[0]["waiting"]
+    assert (waiting["for"], waiting["why"]) == ("teacher.a", "its last worker is gone")
+    assert waiting["since"] == pytest.approx(seen[0]["time"] - 5.0, abs=1)
+    assert seen[1]["waiting"] is None

@@ -5,11 +5,11 @@ import pytest
 from opd_ray.errors import WorkerLostError
 from opd_ray.planning.rates import Rates
 from opd_ray.planning.simulate import simulate
+from opd_ray.planning.simulated import SimulatedBackend
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import WorkerSpec
 from opd_ray.runtime.jobs import Job
 from opd_ray.runtime.pool import Pool
-from opd_ray.runtime.simulated import SimulatedBackend
 
 
 def take(role, method, args):

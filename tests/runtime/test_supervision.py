@@ -135,6 +135,49 @@ def test_the_stacks_of_a_suspect_are_asked_for_once_and_before_it_is_ended(studi
     assert "(no answer in 600 s)" in studio.notes[0]
 
 
+STACKS = """loaded
+Timeout (0:00:45)!
+Thread 0x00007f74099536c0 (most recent call first):
+  File "/python3.11/re/__init__.py", line 166 in match
+  File "/rewards.py", line 50 in score
+  File "/opd_ray/actors/reward.py", line 31 in score
+  File "/opd_ray/runtime/hosts.py", line 108 in score
+  File "/opd_ray/runtime/cluster.py", line 69 in call
+  File "/ray/_private/function_manager.py", line 740 in actor_method_executor
+
+Current thread 0x00007f740a1546c0 (most recent call first):
+  File "/opd_ray/runtime/cluster.py", line 75 in beat
+  File "/ray/_private/function_manager.py", line 740 in actor_method_executor
+
+Thread 0x00007f740a1546c1 (most recent call first):
+  <no Python frame>
+
+Thread 0x00007f74cdbff6c0 (most recent call first):
+  File "/python3.11/threading.py", line 327 in wait
+  File "/ray/_private/gc_collect_manager.py", line 29 in run
+
+Thread 0x00007f7520c97b80 (most recent call first):
+  File "/ray/_private/worker.py", line 1069 in main_loop
+  File "/ray/_private/workers/default_worker.py", line 323 in <module>
+"""
+
+
+@pytest.mark.parametrize("after", ["", "Segmentation fault\n"])
+def test_of_a_wedged_workers_stacks_the_note_has_where_it_is(after, studio) -> None:
+    (studio.logs / "rollout-0.log").write_text(STACKS + after)
+    studio.backend.handles["rollout-0"].die()
+    studio.dispatcher.wait([studio.draw(0)])
+    told = studio.notes[0].partition("; last in rollout-0.log: ")[2].split(" | ")
+    frames = [
+        'File "/python3.11/re/__init__.py", line 166 in match',
+        'File "/rewards.py", line 50 in score',
+        'File "/opd_ray/actors/reward.py", line 31 in score',
+        'File "/opd_ray/runtime/hosts.py", line 108 in score',
+    ]
+    before = ["Timeout (0:00:45)!"] if after else ["loaded", "Timeout (0:00:45)!"]
+    assert told == [*before, *frames, *after.splitlines()]
+
+
 def test_who_waits_for_a_worker_sees_it_and_stops_in_the_end(studio) -> None:
     studio.dispatcher.wait([studio.draw(0)])
     studio.backend.never_start = {"rollout-1"}
