@@ -15,7 +15,7 @@ import resource
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,10 @@ class Counting(RayBackend):
     def start(self, spec: WorkerSpec, name: str) -> Handle:
         return CountingHandle(super().start(spec, name), self)
 
-    def start_group(self, specs: Sequence[WorkerSpec], timeout_s: float) -> list[Handle]:
-        return [CountingHandle(handle, self) for handle in super().start_group(specs, timeout_s)]
+    def start_group(
+        self, specs: Sequence[WorkerSpec], timeout_s: float, idle: Callable[[], None] = lambda: None
+    ) -> list[Handle]:
+        return [CountingHandle(handle, self) for handle in super().start_group(specs, timeout_s, idle)]
 
     def result(self, ref: Ref) -> Done:
         done = super().result(ref)

@@ -47,12 +47,14 @@ def marked_for(item: WorkItem, teacher: str, states: range) -> Check:
     return check
 
 
-def scored_for(count: int) -> Check:
-    """The record of the scores of so many pictures; NaN is for those that a reward does not apply to."""
+def scored_for(count: int, rewards: Sequence[str]) -> Check:
+    """The record of these rewards' scores of so many pictures; NaN is for those that one does not apply to."""
 
     def check(record: Any) -> str:
         if not isinstance(record, dict):
             return f"a {type(record).__name__}, expected scores by reward"
+        if sorted(record) != sorted(rewards):
+            return f"scores of {', '.join(map(str, record)) or 'no reward'}, expected {', '.join(rewards)}"
         for name, scores in record.items():
             if not isinstance(scores, Sequence) or len(scores) != count:
                 return f"{scores!r} of reward {name}, expected {count} numbers"

@@ -162,7 +162,7 @@ class RolloutSource:
                 0,
                 f"scoring {item}",
                 after=(draw,),
-                check=scored_for(len(texts)),
+                check=scored_for(len(texts), tuple(self.config.rewards)),
             )
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from opd_ray.algorithms import Algorithm
 from opd_ray.config import Config
-from opd_ray.errors import LearnerLostError, NotFiniteError, RunFolderError, Stopped
+from opd_ray.errors import LearnerLostError, NotFiniteError, PlacementError, RunFolderError, Stopped
 from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, Round
 from opd_ray.learners import UpdateReport
@@ -71,7 +71,9 @@ class Run:
     _since: float = field(default_factory=time.perf_counter)
     _waiting: list[Job] = field(default_factory=list)
     _rebuilt: int = 0
-    """How often the learner was, since the last finished round."""
+    """How often the learner was, since the last round that was finished for the first time."""
+    _furthest: int = 0
+    _told_status: bool = False
 
     @property
     def rounds(self) -> int:
@@ -109,6 +111,8 @@ class Run:
                 self._restore()
             except LearnerLostError as another:
                 error = another
+            except PlacementError as lack:
+                raise Stopped(f"{error}, and has no place to start again: {lack}; --resume goes on") from None
             else:
                 return
 
@@ -201,7 +205,7 @@ class Run:
             row["store"] = {"used": store.used, "spilled": store.spilled}
         self.books.close()
         self._book()
-        self.round, self._rebuilt = batch.number + 1, 0
+        self.round = batch.number + 1
         self._remark(batch.number, row)
         every = self.config.evaluation.every
         if self.evaluation is not None and every and self.round % every == 0 and self.round < self.rounds:
@@ -214,6 +218,8 @@ class Run:
         self._seconds.clear()
         if self.stopping or self.round % self.config.checkpoint.every == 0 or self.round == self.rounds:
             self.save()
+        if self.round > self._furthest:  # not one that was only done again
+            self._furthest, self._rebuilt = self.round, 0
         if self.stopping and self.round < self.rounds:
             raise Stopped(f"stopped after round {self.round} of {self.rounds}; --resume goes on from there")
 
@@ -298,7 +304,12 @@ class Run:
             raise Stopped("stopped at once, since Ray waits no longer; --resume goes on from the last checkpoint")
         for line in [*serve(self.folder, self.scaler.request), *self.scaler.tick()]:
             self.live.note(line)
-        self.status()
+        try:
+            self.status()
+        except OSError as error:  # a full disk, or one that is away for a moment, ends no run by its heartbeat
+            if not self._told_status:
+                self.live.note(f"status.json cannot be written ({error.strerror}); the run goes on")
+            self._told_status = True
         if self._waiting:
             self.live.within(sum(job.done for job in self._waiting), len(self._waiting))
 

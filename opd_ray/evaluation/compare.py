@@ -168,7 +168,7 @@ class Evaluation:
         shown = range(start, min(start + len(part), PICTURES_PER_TASK)) if pictures else ()
         files = [str(self.folder / self._file(model, task, index)) for index in shown]
         label = f"pictures of {model.label}"
-        draw = Job(self.rollout, "sample", (request, files), 1, label, weights=bound, books=books)
+        draw = Job(self.rollout, "sample", (request, files), 1, label, weights=bound, books=books, alike=False)
         texts = [prompt.text for prompt in part]
         score = Job(
             self.reward,

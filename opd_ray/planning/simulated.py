@@ -131,7 +131,9 @@ class SimulatedBackend:
             self.after(max(self._failures[name] - self.now, 0.0), handle.kill)
         return handle
 
-    def start_group(self, specs: Sequence[WorkerSpec], timeout_s: float) -> list[Handle]:
+    def start_group(
+        self, specs: Sequence[WorkerSpec], timeout_s: float, idle: Callable[[], None] = lambda: None
+    ) -> list[Handle]:
         """Workers named by their place."""
         return [self.start(spec, f"{spec.role}-{rank}") for rank, spec in enumerate(specs)]
 

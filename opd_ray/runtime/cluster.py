@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from opd_ray.runtime.handle import Beat, Call, Done, Handle, Ref, Store, WorkerS
 
 __all__ = ["RayBackend", "classify"]
 
-RECORD_TIMEOUT_S = 120
+RECORD_TIMEOUT_S = 30
 """A finished record is small; fetching it takes no longer than this."""
 
 ENVIRONMENT = {
@@ -103,9 +103,10 @@ def _gpu_memory_mb() -> float:
 class RayHandle:
     """One actor incarnation."""
 
-    def __init__(self, actor: Any, name: str) -> None:
+    def __init__(self, actor: Any, name: str, living: "dict[RayHandle, None]") -> None:
         self.name = name
-        self._actor = actor
+        self._actor, self._living = actor, living
+        living[self] = None
 
     def call(self, method: str, *args: Any, bulk: int) -> Call:
         """Start the method; nothing is fetched."""
@@ -120,6 +121,7 @@ class RayHandle:
 
     def kill(self) -> None:
         """End the process at once."""
+        self._living.pop(self, None)
         ray.kill(self._actor, no_restart=True)
 
 
@@ -162,7 +164,7 @@ class RayBackend:
     def __init__(self, *, object_store_mb: int) -> None:
         self._mine = not ray.is_initialized()
         self._groups: dict[Handle, PlacementGroup] = {}
-        self._handles: list[RayHandle] = []
+        self._handles: dict[RayHandle, None] = {}
         if self._mine:
             self._connect(object_store_mb)
         self._spilled = 0  # by whoever was there before
@@ -194,14 +196,18 @@ class RayBackend:
 
     def start(self, spec: WorkerSpec, name: str) -> Handle:
         """Ask Ray for an actor; an actor that cannot be placed raises nothing, so its first call has a timeout."""
-        handle = RayHandle(self._actor.options(**self._options(spec)).remote(spec, name), name)
-        self._handles.append(handle)
+        handle = RayHandle(self._actor.options(**self._options(spec)).remote(spec, name), name, self._handles)
         return handle
 
-    def start_group(self, specs: Sequence[WorkerSpec], timeout_s: float) -> list[Handle]:
+    def start_group(
+        self, specs: Sequence[WorkerSpec], timeout_s: float, idle: Callable[[], None] = lambda: None
+    ) -> list[Handle]:
         """Learner ranks in one anonymous placement group on one node, since they meet on its loopback address."""
         group = placement_group([_demand(spec) for spec in specs], strategy="STRICT_PACK")
-        if not group.wait(timeout_seconds=timeout_s):
+        deadline = time.monotonic() + timeout_s
+        while not (placed := group.wait(timeout_seconds=1)) and time.monotonic() < deadline:
+            idle()
+        if not placed:
             remove_placement_group(group)
             lack = self.shortage(specs, free=True) or "no single node has room for all of its ranks"
             raise PlacementError(f"the learner was not placed in {timeout_s:.0f} s; {lack}")
@@ -210,8 +216,7 @@ class RayBackend:
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
             options = self._options(spec) | {"scheduling_strategy": strategy}
             name = f"{spec.role}-{rank}"
-            handle = RayHandle(self._actor.options(**options).remote(spec, name), name)
-            self._handles.append(handle)
+            handle = RayHandle(self._actor.options(**options).remote(spec, name), name, self._handles)
             self._groups[handle] = group
             handles.append(handle)
         return handles
@@ -277,11 +282,11 @@ class RayBackend:
 
     def close(self) -> None:
         """End our workers by handle, then our own Ray."""
-        for handle in self._handles:
+        for handle in list(self._handles):
             handle.kill()
         for group in set(self._groups.values()):
             remove_placement_group(group)
-        self._handles, self._groups = [], {}
+        self._groups = {}
         if self._mine and ray.is_initialized():
             ray.shutdown()
 

@@ -120,9 +120,22 @@ class Dispatcher:
                 raise error
 
     def results(
-        self, calls: Sequence[Call], what: str, timeout_s: float | None = None, *, first_rank: int = 0
+        self,
+        calls: Sequence[Call],
+        what: str,
+        timeout_s: float | None = None,
+        *,
+        first_rank: int = 0,
+        reads: bool = False,
     ) -> list[Done]:
         """The records of calls outside the pools (learner ranks), while the pools go on.
+
+        Args:
+            calls: requests under way, of successive ranks.
+            what: they are for, in errors.
+            timeout_s: how long they may take; as other calls where it is not given.
+            first_rank: of the first call.
+            reads: whether they read stored objects, which may be gone: then that error is the caller's.
 
         Raises:
             LearnerLostError: one of them was lost, or did not answer in time.
@@ -136,6 +149,12 @@ class Dispatcher:
                 pending.discard(ref)
                 try:
                     results[ref] = self.backend.result(ref)
+                except InputLostError as error:
+                    if reads:
+                        raise
+                    raise LearnerLostError(
+                        f"{what}: the record of learner rank {ranks[ref]} is gone ({error})"
+                    ) from None
                 except WorkerLostError as error:
                     raise LearnerLostError(
                         f"{what}: learner rank {ranks[ref]} was lost ({error}){self._last_words(ranks[ref])}"
@@ -210,6 +229,7 @@ class Dispatcher:
             queued = [job.label for pool in self.pools for job in pool.queue]
             raise RuntimeFault(f"nothing is under way, and yet {len(queued)} jobs wait: {queued[:3]}")
         ready = self.backend.wait(waited, WAIT_S)
+        start = self._clock()
         mine = []
         for ref in ready:
             owner = next((pool for pool in self.pools if ref in pool.pending), None)
@@ -217,9 +237,12 @@ class Dispatcher:
                 self._settle(owner, ref)
             else:
                 mine.append(ref)
-        if self._clock() - self._ticked >= TICK_S:  # after the answers: a driver that slept must not blame its workers
-            self._ticked = self._clock()
-            self._supervise()
+        now = self._clock()
+        if now - self._ticked >= TICK_S:
+            self._ticked = now
+            # After the answers, unless taking them took long: a driver that slept must not blame its workers.
+            if now - start < TICK_S:
+                self._supervise()
             self.tick()
         self._tell()
         return mine
@@ -255,21 +278,18 @@ class Dispatcher:
             result = self.backend.result(ref)
             job = pool.finish(ref, result)
         except InputLostError as error:
-            self._input_lost(pool.release(ref), error)
+            self._input_lost(pool, ref, error)
         except BadInputError as error:
-            job = pool.release(ref)
-            if job is not None and not job.dropped:
-                pool.retry(job)
-                for other in job.after:  # a reader takes each of its inputs from one job
-                    self.blame(other, str(error))
+            self._input_bad(pool.release(ref), error)
         except (WorkerLostError, StaleWeightsError) as error:
             pool.lose(ref, str(error))
         except Exception as error:  # the work's own
-            job = pool.release(ref)
-            if job is None:
+            if pool.job_of(ref) is not None:
+                self._failed(pool.release(ref), error)
+            elif pool.account.answers:  # a start, a bind or a sign of life: the others go on
+                pool.lose(ref, f"{type(error).__name__}: {error}")
+            else:
                 raise
-            if not job.dropped:
-                job.error, self._failures = error, self._failures + 1
         else:
             if job is not None:
                 if job.books != PROBE:
@@ -278,10 +298,29 @@ class Dispatcher:
                     reader.pool.wake(reader)
                 job.readers.clear()
 
-    def _input_lost(self, job: Job | None, error: InputLostError) -> None:
-        if job is None:
+    def _failed(self, job: Job | None, error: Exception) -> None:
+        if job is not None and not job.dropped:
+            job.error, self._failures = error, self._failures + 1
+
+    def _input_bad(self, job: Job | None, error: BadInputError) -> None:
+        """Whoever made a reader's last input is to blame, unless another reader has told of it before."""
+        if job is None or job.dropped:
+            return
+        producer, given = job.after[-1], job.given[-1]
+        if producer.call is given:
+            self.blame(producer, str(error))
+        job.pool.retry(job)
+
+    def _input_lost(self, pool: Pool, ref: Ref, error: InputLostError) -> None:
+        job = pool.job_of(ref)
+        if job is None and not pool.binds(ref):
+            pool.lose(ref, f"its record is gone: {error}")  # with the node that it was on
+            return
+        in_vain = job is None and pool.bound_in_vain(ref)
+        pool.release(ref)
+        if job is None and not in_vain:
             raise LearnerLostError(f"the published weights are gone ({error})")
-        if job.dropped:
+        if job is None or job.dropped:
             return
         self.note(f"an input of {job.label} is gone ({error}); the item that made it runs again")
         # Another reader may have had its producer run again by now.

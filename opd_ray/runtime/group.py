@@ -82,7 +82,7 @@ class LearnerGroup:
                 )
                 for rank, spec in enumerate(specs)
             ]
-        self.ranks: list[Handle] = self.dispatcher.backend.start_group(specs, self._start_timeout)
+        self.ranks: list[Handle] = self.dispatcher.backend.start_group(specs, self._start_timeout, self.dispatcher.tick)
         self._ready = [rank.call("ready", bulk=0) for rank in self.ranks]
         self._sent = [deque[_Sent]() for _ in self.ranks]
         self._scores: list[tuple[WorkItem, Mapping[str, Sequence[float]]]] = []
@@ -142,7 +142,9 @@ class LearnerGroup:
         for _ in range(MAX_TRIES):
             oldest = self._sent[rank][0]
             try:
-                (done,) = self.dispatcher.results([oldest.call], f"taking {oldest.collected.item}", first_rank=rank)
+                (done,) = self.dispatcher.results(
+                    [oldest.call], f"taking {oldest.collected.item}", first_rank=rank, reads=True
+                )
             except AGAIN as error:
                 self._repair(rank, error)
                 continue
@@ -170,7 +172,7 @@ class LearnerGroup:
                 self.dispatcher.again([job for jobs in producers.values() for job in jobs])
         for sent in behind:
             with suppress(*AGAIN):  # it came without the one before it, and was refused
-                self.dispatcher.results([sent.call], f"refusing {sent.collected.item}", first_rank=rank)
+                self.dispatcher.results([sent.call], f"refusing {sent.collected.item}", first_rank=rank, reads=True)
         self.dispatcher.wait(oldest.collected.jobs)
         self._sent[rank] = deque(self._send(rank, sent.collected) for sent in (oldest, *behind))
 

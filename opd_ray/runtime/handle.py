@@ -120,8 +120,15 @@ class Backend(Protocol):
         """Begin to start a worker; whether it came up shows in its first call."""
         ...
 
-    def start_group(self, specs: Sequence[WorkerSpec], timeout_s: float) -> list[Handle]:
+    def start_group(
+        self, specs: Sequence[WorkerSpec], timeout_s: float, idle: Callable[[], None] = lambda: None
+    ) -> list[Handle]:
         """Start workers that are placed together or not at all.
+
+        Args:
+            specs: a worker each.
+            timeout_s: how long a place may be waited for.
+            idle: called about once a second while it is.
 
         Raises:
             PlacementError: asked, free and missing.

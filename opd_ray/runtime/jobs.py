@@ -47,6 +47,8 @@ class Job:
     """A worker binds and proves these before it gets the job."""
     asset: str = ANYTHING
     """What a worker has to have loaded for it, and loads where it has not: a teacher's name."""
+    alike: bool = True
+    """Whether it takes about as long as others of its method and teacher."""
     books: str = ""
     """Under what its seconds and forwards are counted; its pool's role where empty."""
     check: Callable[[Any], str] | None = None

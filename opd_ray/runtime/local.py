@@ -1,6 +1,6 @@
 """Every role in this process, one call after the other: set a breakpoint anywhere."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,9 @@ class LocalBackend:
         """A handle; its host is made at the first call."""
         return LocalHandle(spec, name)
 
-    def start_group(self, specs: Sequence[WorkerSpec], timeout_s: float) -> list[Handle]:
+    def start_group(
+        self, specs: Sequence[WorkerSpec], timeout_s: float, idle: Callable[[], None] = lambda: None
+    ) -> list[Handle]:
         """Handles in order; local runs have one learner rank."""
         return [LocalHandle(spec, f"{spec.role}-{rank}") for rank, spec in enumerate(specs)]
 

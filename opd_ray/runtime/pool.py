@@ -4,11 +4,11 @@ Every incarnation of a worker is a new one, with a name of its own. The pool gro
 """
 
 import itertools
-from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 from opd_ray.errors import PlacementError, StaleWeightsError, Stopped
 from opd_ray.runtime.account import Account
+from opd_ray.runtime.choice import Choice
 from opd_ray.runtime.handle import Backend, Done, Ref, Weights, WorkerSpec
 from opd_ray.runtime.health import Event, Health, State
 from opd_ray.runtime.jobs import ANYTHING, Job, Queue
@@ -59,9 +59,7 @@ class Pool:
         self._start_timeout, self._watch = start_timeout_s, Watch(call_timeout_s, beat_timeout_s)
         self._names = (f"{spec.role}-{number}" for number in itertools.count())
         self._roster = Roster()
-        self._binding = Counter[Hashable]()
-        self._slowest = 0.0
-        self._loading: dict[str, float] = {}
+        self._choice = Choice(self._roster, self.queue, self.account, in_flight)
         """Teacher -> seconds that it last took to load."""
         self._paused: float | None = None
 
@@ -111,8 +109,8 @@ class Pool:
                 self.queue.take(job)
                 self.queue.put(job)
             else:
-                worker = self._choose(job)
-                if worker is None and self._wants_idle(job):
+                worker = self._choice.worker(job, len(self.workers))
+                if worker is None and self._choice.wants_idle(job, len(self.workers)):
                     return  # whoever is free next is for this one
                 if worker is None:
                     continue
@@ -125,33 +123,6 @@ class Pool:
             if (following := self.queue.behind(job)) is not None:
                 heads.append(following)
                 heads.sort(key=lambda job: job.order)
-
-    def _choose(self, job: Job) -> Worker | None:
-        """An idle worker that is prepared, an idle one if preparing it pays, one that is prepared and has a job."""
-        worker = self._roster.find(job.needs, 0)
-        if worker is None and job.needs != ANYTHING and self._wants_idle(job):
-            worker = self._roster.find(ANYTHING, 0)
-        if job.weights is not None and self._binding[job.weights.identity]:
-            return worker  # one that binds them now is idle in a moment, and is better than one that has a job
-        for load in range(1, self._in_flight):
-            worker = worker or self._roster.find(job.needs, load)
-        return worker
-
-    def _wants_idle(self, job: Job) -> bool:
-        """Whether preparing another worker for this job is worth it."""
-        if job.weights is not None:
-            return self._binding[job.weights.identity] < self.queue.count(job.needs)
-        if job.asset == ANYTHING:
-            return False
-        holders = self._roster.holders(job.asset)
-        if holders == 0:
-            return True
-        if holders == len(self.workers):
-            return False
-        if any(self._roster.holders(asset) == 0 for asset in self.queue.assets()):
-            return False  # that one has to be loaded anyway
-        waiting = (self.queue.count(job.needs) + holders) * self.account.pace / holders
-        return waiting > self._loading.get(job.asset, max(self._loading.values(), default=0.0))
 
     def _give(self, worker: Worker, job: Job) -> None:
         job.attempts += 1
@@ -168,7 +139,7 @@ class Pool:
         worker.health.apply(Event.UNPROVEN)
         record = Weights(weights.version, weights.sha256, weights.manifest, None)
         worker.binding = weights.identity
-        self._binding[worker.binding] += 1
+        self._choice.binds(worker.binding, 1)
         self._fly(worker, worker.handle.call("bind", record, weights.flat, bulk=0).done, None)
 
     def _fly(self, worker: Worker, ref: Ref, job: Job | None) -> None:
@@ -208,8 +179,8 @@ class Pool:
             return None
         if ref == worker.ready.done:
             del self.pending[ref]
-            worker.facts = result.value
-            self._roster.hold(worker, frozenset(result.holds or ()))
+            worker.facts, worker.extra, worker.loaded = result.value, False, frozenset(result.holds or ())
+            self._roster.hold(worker, worker.loaded)
             worker.health.apply(Event.READY)
             self._settle(worker)
             self._ask(worker, self._clock())  # at once: whatever happens to it, somebody knows where it ran
@@ -231,28 +202,39 @@ class Pool:
 
     def _check_proof(self, worker: Worker, result: Done) -> None:
         ack = result.value
-        if (ack.version, ack.sha256) != worker.binding:
-            raise StaleWeightsError(f"{worker.handle.name} acknowledged weights {ack.version}, not what it was given")
+        if (getattr(ack, "version", None), getattr(ack, "sha256", None)) != worker.binding:
+            raise StaleWeightsError(f"{worker.handle.name} acknowledged weights {ack}, not what it was given")
         worker.bound = worker.binding
 
     def _learn(self, worker: Worker, job: Job, result: Done) -> None:
         """What an answer tells of the worker."""
         worker.answers += 1
-        self._slowest = max(self._slowest, result.seconds)
+        self._watch.learn(job, result.seconds)
         work = result.seconds - result.loading
         worker.pace = work if worker.answers == 1 else 0.75 * worker.pace + 0.25 * work
         if result.loading:
-            self._loading[job.asset] = result.loading
+            self._choice.load_seconds[job.asset] = result.loading
         if result.holds is not None:
             coming = {other.asset for other in worker.flying.values() if other is not None and other.asset}
-            self._roster.hold(worker, frozenset(result.holds) | coming)
+            worker.loaded = frozenset(result.holds)
+            self._roster.hold(worker, worker.loaded | coming)
         worker.slots = 1 if worker.pace > SLOW * self.account.pace else self._in_flight
+
+    def job_of(self, ref: Ref) -> Job | None:
+        """The job that an outstanding record answers; None where it is a start, a bind or a sign of life."""
+        return self.pending[ref].flying.get(ref)
+
+    def binds(self, ref: Ref) -> bool:
+        """Whether a record is that of a bind."""
+        return ref in self.pending[ref].flying and self.job_of(ref) is None
+
+    def bound_in_vain(self, ref: Ref) -> bool:
+        """Whether no job needs the weights of a bind any longer."""
+        return not self.queue.count(self.pending[ref].binding)
 
     def release(self, ref: Ref) -> Job | None:
         """Forget a call that failed and leaves its worker as it was; returns its job, if it has one."""
         worker = self.pending[ref]
-        if ref not in worker.flying:
-            return None
         job = self._land(worker, ref, 0.0, answered=False)
         self._settle(worker)
         return job
@@ -263,7 +245,7 @@ class Pool:
         del self.pending[ref]
         job = worker.flying.pop(ref)
         if job is None and worker.binding is not None:
-            self._binding[worker.binding] -= 1
+            self._choice.binds(worker.binding, -1)
         worker.since = self._clock()
         worker.health.apply(Event.PROVEN if job is None else Event.ANSWERED)
         return job
@@ -289,14 +271,14 @@ class Pool:
         Raises:
             Stopped: its predecessors went the same way before their first answer, or its job kills its workers.
         """
-        state, jobs = (
-            worker.health.state,
-            [job for job in worker.flying.values() if job is not None and not job.dropped],
-        )
+        state, at_work = worker.health.state, bool(worker.flying)
+        jobs = [job for job in worker.flying.values() if job is not None and not job.dropped]
         self.lost.append(lost_worker(self.spec, worker, state, jobs, why, self._clock()))
         self._forget(worker)
-        strikes = 0 if worker.answers else worker.strikes + 1
-        if strikes >= MAX_STRIKES:
+        strikes = 0 if worker.answers else worker.strikes + (state is State.STARTING or at_work)
+        if strikes >= MAX_STRIKES and worker.extra:
+            self._withdraw(f"{strikes} new {self.spec.role} workers were lost before they were up")
+        elif strikes >= MAX_STRIKES:
             raise Stopped(
                 f"{strikes} {self.spec.role} workers were lost one after the other before their first answer; "
                 f"{self.lost[-1]}. Mend the cause, then go on with --resume"
@@ -316,7 +298,7 @@ class Pool:
         self._roster.hold(worker, frozenset())
         self.workers.remove(worker)
         if worker.binding is not None and None in worker.flying.values():
-            self._binding[worker.binding] -= 1
+            self._choice.binds(worker.binding, -1)
         for ref in [ref for ref, other in self.pending.items() if other is worker]:
             del self.pending[ref]
         worker.flying.clear()
@@ -342,14 +324,14 @@ class Pool:
         for worker in list(self.workers):
             if worker.health.state is State.STARTING and worker.health.seconds > self._start_timeout:
                 self._give_up(worker)
-            elif why := self._watch.fault(worker, now, self._slowest):
+            elif why := self._watch.fault(worker, now):
                 self.condemn(worker, why)
             else:
                 self._ask(worker, now)
 
     def _ask(self, worker: Worker, now: float) -> None:
         """For a sign of life where one is due, and for its stacks where it is late."""
-        late = self._watch.late(worker, now, self._slowest)
+        late = self._watch.late(worker, now)
         if late:
             worker.health.apply(Event.LATE)
             self._roster.place(worker)
@@ -367,15 +349,22 @@ class Pool:
             lack or f"the cluster has room, so see its log under {self.spec.logs}"
         )
         if worker.extra:
-            self.size -= 1
             self._forget(worker)
-            self.remarks.append(f"{text}. The request is withdrawn; {self.spec.role} goes on with {self.size}")
+            self._withdraw(text)
             return
         if self.account.answers and any(other.up for other in self.workers):
+            if lack is None:
+                self.condemn(worker, f"it did not start in {self._start_timeout:.0f} s")
+                return
             worker.health.since = self._clock()
             self.remarks.append(f"{text}. It is waited for; the others do its work")
             return
         raise Stopped(f"{text}. Then go on with --resume") if self.account.answers else PlacementError(text)
+
+    def _withdraw(self, why: str) -> None:
+        """One worker less is wanted than was asked for."""
+        self.size = max(self.size - 1, 1)
+        self.remarks.append(f"{why}. The request is withdrawn; {self.spec.role} goes on with {self.size}")
 
     def paused(self) -> tuple[float, str] | None:
         """Since when there is work and no worker to do it, and why; None where there is one."""

@@ -33,6 +33,8 @@ class Worker:
     binding: tuple[WeightVersion, str] | None = None
     holds: frozenset[str] = frozenset()
     """Teachers that it has loaded, or is loading."""
+    loaded: frozenset[str] = frozenset()
+    """Those of them that it said it has."""
     flying: dict[Ref, Job | None] = field(default_factory=dict)
     """Record reference -> job, in the order in which it works through them; None: a bind."""
     since: float = 0.0

@@ -7,6 +7,7 @@ two succeeds, and nothing is carried out that was withdrawn.
 
 import contextlib
 import json
+import stat
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -27,6 +28,8 @@ KEPT = 20
 """Answers that stay, for whoever wants to look back."""
 READ_S = 60.0
 """So long an answer surely stays, for whoever waits for it."""
+LARGEST = 65536
+"""Bytes of a request that is looked at."""
 POLL_S = 0.2
 GRACE_S = 10.0
 """How long a driver may work on a request that it has taken."""
@@ -163,6 +166,9 @@ def answer(run_dir: Path, request: Request, ok: bool, text: str) -> None:
 def _read(path: Path, name: str, attempt: int) -> tuple[Request | None, str]:
     """A request, or what is wrong with it."""
     try:
+        about = path.lstat()  # a pipe would be waited for
+        if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST:
+            return None, f"broken: no file of at most {LARGEST} bytes"
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         return None, f"broken: cannot be read ({error})"

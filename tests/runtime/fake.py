@@ -59,7 +59,9 @@ class FakeHandle:
         if stack:
             self.backend.stacks.append(self.name)
         call = Call((), StoredRef())
-        if self.name not in self.backend.frozen:
+        if self.dead:
+            self.backend.outcomes[call.done] = WorkerLostError(f"{self.name} died")
+        elif self.name not in self.backend.frozen:
             self.backend.outcomes[call.done] = Done(Beat("here", 1, 100.0), 0.0, 0)
         return call
 
@@ -129,7 +131,7 @@ class FakeBackend:
         self.handles[name] = FakeHandle(self, spec, name)
         return self.handles[name]
 
-    def start_group(self, specs: Sequence[WorkerSpec], timeout_s: float) -> list[FakeHandle]:
+    def start_group(self, specs: Sequence[WorkerSpec], timeout_s: float, idle=lambda: None) -> list[FakeHandle]:
         return [self.start(spec, f"{spec.role}-{rank}") for rank, spec in enumerate(specs)]
 
     def shortage(self, specs: Sequence[WorkerSpec], *, free: bool = False) -> str | None:

@@ -2,12 +2,14 @@
 
 import pytest
 
-from opd_ray.errors import BadInputError, Stopped
+from opd_ray.errors import BadInputError, InputLostError, Stopped
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import WorkerSpec
-from opd_ray.runtime.health import State
+from opd_ray.runtime.health import Health, State
 from opd_ray.runtime.jobs import MAX_KILLED, MAX_RUNS, Job, Output
 from opd_ray.runtime.pool import MAX_STRIKES, Pool
+from opd_ray.runtime.roster import Worker
+from opd_ray.runtime.watch import Watch
 from tests.runtime.fake import Critic, FakeBackend, Painter, weights
 
 CALL_S, BEAT_S, PAUSE_S, START_S = 600.0, 60.0, 90.0, 300.0
@@ -263,6 +265,7 @@ def test_a_growth_without_room_is_withdrawn_and_one_in_the_place_of_another_is_w
     studio.backend.seconds["draw"] = 10.0
     studio.dispatcher.wait([studio.draw(0)])
     studio.backend.never_start = {"rollout-2", "rollout-3"}
+    studio.backend.lack = "no room for 1 workers"
     studio.painters.resize(3)
     studio.backend.handles["rollout-1"].die()
     studio.dispatcher.wait([studio.draw(n) for n in range(1, 80)])
@@ -325,3 +328,112 @@ def test_an_item_that_kills_three_workers_is_named_and_its_innocent_neighbours_a
     assert caught.value.exit_code == 3
     assert len(studio.painters.lost) == MAX_KILLED
     assert all("while drawing 13" in line for line in studio.painters.lost)
+
+
+def test_a_successor_that_hangs_at_its_start_though_there_is_room_is_replaced() -> None:
+    studio = Studio(painters=2).open()
+    studio.backend.seconds["draw"] = 10.0
+    studio.dispatcher.wait([studio.draw(0)])
+    studio.backend.never_start = {"rollout-2"}
+    studio.backend.handles["rollout-1"].die()
+    studio.dispatcher.wait([studio.draw(n) for n in range(1, 80)])
+    assert [worker.handle.name for worker in studio.painters.workers] == ["rollout-0", "rollout-3"]
+
+
+def test_a_new_worker_that_cannot_be_made_does_not_end_a_run_that_goes_well() -> None:
+    class Crowded(Painter):
+        made = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            Crowded.made += 1
+            if Crowded.made > 1:
+                raise MemoryError("the card is full")
+
+    studio = Studio(painter=Crowded).open()
+    studio.backend.seconds["draw"] = 5.0
+    studio.dispatcher.wait([studio.draw(0)])
+    studio.painters.resize(2)
+    studio.dispatcher.wait([studio.draw(n) for n in range(1, 20)])
+    assert studio.painters.size == 1 and len(studio.painters.workers) == 1
+    assert any("rollout-1" in note and "MemoryError: the card is full" in note for note in studio.notes)
+    assert any("withdrawn; rollout goes on with 1" in note for note in studio.notes)
+
+
+def test_a_worker_that_was_added_and_stayed_is_waited_for_like_any_other_when_it_is_lost() -> None:
+    studio = Studio(painters=1).open()
+    studio.backend.seconds["draw"] = 5.0
+    studio.dispatcher.wait([studio.draw(0)])
+    studio.painters.resize(2)
+    studio.dispatcher.wait([studio.draw(n) for n in range(1, 10)])
+    studio.painters.resize(1)
+    studio.dispatcher.wait([studio.draw(10)])
+    studio.backend.handles[studio.painters.workers[0].handle.name].die()
+    studio.dispatcher.wait([studio.draw(n) for n in range(11, 15)])
+    assert studio.painters.size == 1
+
+
+def test_one_bad_drawing_with_two_readers_costs_one_worker() -> None:
+    class Blot(Painter):
+        made = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            Blot.made += 1
+            self.number = Blot.made
+
+        def draw(self, number, version, sha256):
+            _, done = super().draw(number, version, sha256)
+            return ("blot" if self.number == 1 else f"picture {number} by {sha256}"), done
+
+    class Strict(Critic):
+        def score(self, number, picture):
+            if picture == "blot":
+                raise BadInputError("trajectory", "a blot")
+            return super().score(number, picture)
+
+    studio = Studio(critics=2, painter=Blot, critic=Strict).open()
+    draw = studio.draw(0)
+    marks = [studio.mark(draw, n) for n in range(2)]
+    studio.dispatcher.wait(marks)
+    assert [worker.handle.name for worker in studio.painters.workers] == ["rollout-1"]
+    assert len(studio.painters.lost) == 1 and not studio.critics.lost
+
+
+def test_a_lost_record_that_is_no_jobs_costs_its_worker_and_not_the_learner() -> None:
+    studio = Studio().open()
+    studio.dispatcher.wait([studio.draw(0)])
+    worker = studio.painters.workers[0]
+    studio.backend.beats = True
+    call = worker.handle.beat()
+    worker.beat, studio.painters.pending[call.done] = call, worker
+    studio.backend.outcomes[call.done] = InputLostError("the record was on a node that is gone")
+    studio.dispatcher.wait([studio.draw(1)])
+    assert [worker.handle.name for worker in studio.painters.workers] == ["rollout-1"]
+
+
+def test_binds_that_nobody_needs_any_longer_fail_in_silence() -> None:
+    studio = Studio(painters=3).open()
+    studio.backend.seconds["bind"] = 5.0
+    jobs = [studio.draw(n) for n in range(6)]
+    studio.painters.assign()
+    studio.backend.lose(studio.weights.flat)
+    studio.dispatcher.abandon()
+    studio.weights = weights(studio.backend, 1)
+    again = [studio.draw(n) for n in range(6)]
+    studio.dispatcher.wait(again)
+    assert not any(job.done for job in jobs) and not studio.painters.lost
+
+
+def test_a_teacher_that_has_to_be_loaded_may_take_the_configured_time() -> None:
+    watch = Watch(600, 60)
+    job = Job(None, "score", (), asset="a")
+    for _ in range(5):
+        watch.learn(job, 1.0)
+    worker = Worker(None, Health(lambda: 0.0), None)
+    worker.flying["a record"] = job
+    assert watch.fault(worker, 599.0) == "", "it has not said that it has the teacher"
+    worker.loaded = frozenset({"a"})
+    assert watch.fault(worker, 59.0) == "" and watch.fault(worker, 61.0) == "no answer in 60 s"
+    job.alike = False
+    assert watch.fault(worker, 599.0) == ""
