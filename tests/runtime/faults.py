@@ -64,7 +64,7 @@ def wrong_shape(answer: Any) -> Any:
     if isinstance(answer, dict):
         return {name: score[1:] for name, score in answer.items()}
     if hasattr(answer, "latents"):
-        return replace(answer, latents=answer.latents[:, 1:])
+        return replace(answer, latents=answer.latents[1:])
     return replace(answer, velocity=answer.velocity[1:])
 
 

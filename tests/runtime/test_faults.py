@@ -107,7 +107,9 @@ def matrix(make_config, ray_session, tmp_path_factory):
     def of(role):
         if role not in known:
             strikes = [Strike(number, role, kind) for number, kind in enumerate(ROLES[role])]
+            known[role] = None
             known[role] = undergo(make_config, tmp_path_factory.mktemp(role), strikes, len(strikes) + 1)
+        assert known[role] is not None, "that run failed once already"
         return known[role]
 
     return of

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -78,7 +79,9 @@ def test_what_was_drawn_and_marked_and_went_with_its_node_before_it_was_learned_
     assert ended.returncode == 0, ended.stderr
     done = Outcome(pids=[], **json.loads((tmp_path / "done.json").read_text()))
     notes = " ".join(done.notes)
-    assert "an input of the learner is gone" in notes and "rollout-0 was lost" in notes, notes
+    assert "an input of the learner is gone" in notes, notes
+    for role in ("rollout", "teacher"):
+        assert re.search(rf"{role}-0 \(node [\d.]+, pid \d+\) was lost .*; last heartbeat \d+ s before", notes), notes
     drawn, once = (rows[1]["forwards"]["rollout"] for rows in (done.rows, reference(3).rows))
     assert drawn == 2 * once if taken == 0 else once < drawn <= 2 * once, "what was taken is not drawn again"
     for row, other in zip(done.rows, reference(3).rows, strict=True):
