@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from opd_ray.config import Autoscale
 from opd_ray.runtime.autoscale import BACKOFF_S, WINDOW_S, Autoscaler
 from opd_ray.runtime.usage import Usage
-from tests.planning.simulated import Rounds, Simulation, Steady
+from tests.runtime.simulated import Rounds, Simulation, Steady
 
 HOUR = 3600.0
 LIMITS = Autoscale(min=1, max=12)
