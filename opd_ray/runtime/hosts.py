@@ -32,9 +32,11 @@ from opd_ray.storage.packing import (
     pack,
     pack_answer,
     pack_trajectory,
+    pack_whole,
     unpack,
     unpack_answer,
     unpack_trajectory,
+    unpack_whole,
 )
 from opd_ray.types import Experience, Trajectory, WeightVersion, WorkItem
 
@@ -75,7 +77,7 @@ class RolloutHost:
     def bind(self, weights: Weights, flat: Flat) -> Done:
         """Take weights and acknowledge what was read back; the first time, also match the learner's probe."""
         clock = _Clock(None)  # probes are no work
-        tensors = unpack(flat, weights.manifest)
+        tensors = unpack_whole(flat)
         probe = tensors.pop("probe")
         ack = self.actor.bind(tensors, weights.version, weights.sha256)
         if not self._probed:
@@ -243,12 +245,11 @@ class LearnerHost:
         return Done(None, 0.0, 0)
 
     def publish(self, version: WeightVersion, average: bool) -> tuple[Flat, Done]:
-        """The weights and the probe that proves them, as one array; the record lacks only the reference."""
+        """The weights and the probe that proves them, as one array; the record lacks only the reference to it."""
         clock = _Clock(None)
         weights = self.learner.weights(average=average)
         tensors: dict[str, Tensor] = {**weights, "probe": self.learner.probe(average=average)}
-        flat, manifest = pack(tensors)
-        return flat, clock.done(Weights(version, digest(weights), manifest, None))
+        return pack_whole(tensors), clock.done(Weights(version, digest(weights), None))
 
     def save(self, run_dir: str, round: int, driver: Mapping[str, Any], attempt: int, keep: int) -> Done:
         """Write a checkpoint of this rank's state and the driver's; ranks are alike, so one writes."""

@@ -167,7 +167,7 @@ class Pool:
     def _bind(self, worker: Worker, weights: Weights) -> None:
         self.account.begin(worker)
         worker.health.apply(Event.UNPROVEN)
-        record = Weights(weights.version, weights.sha256, weights.manifest, None)
+        record = Weights(weights.version, weights.sha256, None)
         worker.binding = weights.identity
         self._binding[worker.binding] += 1
         self._fly(worker, worker.handle.call("bind", record, weights.flat, bulk=0).done, None)

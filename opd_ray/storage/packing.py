@@ -6,8 +6,9 @@ stored bytes. One flat array is also an order of magnitude faster to store than 
 """
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -29,13 +30,17 @@ __all__ = [
     "pack",
     "pack_answer",
     "pack_trajectory",
+    "pack_whole",
     "unpack",
     "unpack_answer",
     "unpack_trajectory",
+    "unpack_whole",
 ]
 
 Flat = npt.NDArray[np.uint8]
 ALIGNMENT = 64
+LENGTH = 8
+"""Bytes of a number at the end of an array."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +92,9 @@ def pack(tensors: Mapping[str, Tensor], *, digest: bool = False) -> tuple[Flat, 
         tensors: by name; empty and 0-d ones too.
         digest: also hash the content, about a second for each GB.
     """
-    entries = []
-    end = 0
-    for name, tensor in tensors.items():
-        offset = -(-end // ALIGNMENT) * ALIGNMENT
-        end = offset + tensor.numel() * tensor.element_size()
-        entries.append(Entry(name, _dtype_name(tensor), tuple(tensor.shape), offset, nbytes=end - offset))
-    flat = np.zeros(end, dtype=np.uint8)  # zeros: equal tensors give equal bytes, padding included
-    target = torch.from_numpy(flat)
-    for entry in entries:
-        part = target[entry.offset : entry.offset + entry.nbytes]
-        part.copy_(as_bytes(tensors[entry.name]))
-    manifest = Manifest(tuple(entries), end)
+    manifest = _laid_out(tensors)
+    flat = np.zeros(manifest.nbytes, dtype=np.uint8)  # zeros: equal tensors give equal bytes, padding included
+    _fill(flat, manifest, tensors)
     if digest:  # of what was packed, so that a mistake in packing shows too
         manifest = replace(manifest, sha256=content_digest(unpack(flat, manifest)))
     return flat, manifest
@@ -125,6 +121,52 @@ def unpack(flat: Flat, manifest: Manifest) -> dict[str, Tensor]:
     if manifest.sha256 is not None and (seen := content_digest(tensors)) != manifest.sha256:
         raise ValueError(f"packed array has sha256 {seen}, its manifest says {manifest.sha256}")
     return tensors
+
+
+def pack_whole(tensors: Mapping[str, Tensor]) -> Flat:
+    """One array that says itself what it holds: behind the tensors come the manifest as JSON, and its length.
+
+    For sets of many tensors, whose manifest would be a large record.
+    """
+    manifest = _laid_out(tensors)
+    entries = json.dumps([astuple(entry) for entry in manifest.entries]).encode()
+    tail = entries + len(entries).to_bytes(LENGTH, "little")
+    flat = np.zeros(manifest.nbytes + len(tail), dtype=np.uint8)
+    _fill(flat, manifest, tensors)
+    flat[manifest.nbytes :] = np.frombuffer(tail, dtype=np.uint8)
+    return flat
+
+
+def unpack_whole(flat: Flat) -> dict[str, Tensor]:
+    """The inverse of ``pack_whole``.
+
+    Raises:
+        ValueError: ``flat`` is no such array.
+    """
+    length = int.from_bytes(flat[-LENGTH:].tobytes(), "little")
+    end = len(flat) - LENGTH - length
+    if end < 0:
+        raise ValueError(f"an array of {len(flat)} bytes has no room for a manifest of {length}")
+    entries = json.loads(flat[end : end + length].tobytes())
+    found = tuple(Entry(name, dtype, tuple(shape), offset, size) for name, dtype, shape, offset, size in entries)
+    return unpack(flat[:end], Manifest(found, end))
+
+
+def _laid_out(tensors: Mapping[str, Tensor]) -> Manifest:
+    """Where each will lie."""
+    entries, end = list[Entry](), 0
+    for name, tensor in tensors.items():
+        offset = -(-end // ALIGNMENT) * ALIGNMENT
+        end = offset + tensor.numel() * tensor.element_size()
+        entries.append(Entry(name, _dtype_name(tensor), tuple(tensor.shape), offset, nbytes=end - offset))
+    return Manifest(tuple(entries), end)
+
+
+def _fill(flat: Flat, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    target = torch.from_numpy(flat)
+    for entry in manifest.entries:
+        part = target[entry.offset : entry.offset + entry.nbytes]
+        part.copy_(as_bytes(tensors[entry.name]))
 
 
 def pack_trajectory(trajectory: Trajectory) -> tuple[Flat, TrajectoryRecord]:
