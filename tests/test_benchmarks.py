@@ -1,13 +1,16 @@
 """The benchmarks of overlap, of the teacher pool and of the driver: in simulated time, and (verify) briefly on Ray."""
 
+import gc
 import importlib
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from opd_ray.runtime.local import LocalBackend
 from tests.runtime.fake import FakeBackend
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -76,6 +79,21 @@ def test_a_killed_worker_costs_an_answer_and_not_the_run(modules) -> None:
     ours.run(5, staleness=1)
     assert ours.answered == 5 * ours.items
     assert len(ours.teacher.lost) == 1
+
+
+def test_nothing_is_left_of_rounds_that_are_over(modules) -> None:
+    bench = modules["line"]
+    line = bench.Line(LocalBackend(), bench.Workers(2, 1, 1), bench.Times(0.0, 0.0, 0.0), {"a": 4, "b": 2})
+
+    def ours():
+        gc.collect()
+        kinds = [type(one) for one in gc.get_objects()]
+        return Counter(kind.__name__ for kind in kinds if str(kind.__module__).startswith("opd_ray"))
+
+    line.run(4, staleness=1)
+    before = ours()
+    line.run(30, staleness=1)
+    assert ours() == before
 
 
 def bench(name, *args):

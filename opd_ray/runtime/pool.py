@@ -264,7 +264,7 @@ class Pool:
         del self.pending[ref]
         job = worker.flying.pop(ref)
         if job is None and worker.binding is not None:
-            self._binding[worker.binding] -= 1
+            self._binding -= Counter([worker.binding])  # which keeps no zeros
         worker.since = self._clock()
         worker.health.apply(Event.PROVEN if job is None else Event.ANSWERED)
         return job
@@ -317,7 +317,7 @@ class Pool:
         self._roster.hold(worker, frozenset())
         self.workers.remove(worker)
         if worker.binding is not None and None in worker.flying.values():
-            self._binding[worker.binding] -= 1
+            self._binding -= Counter([worker.binding])
         for ref in [ref for ref, other in self.pending.items() if other is worker]:
             del self.pending[ref]
         worker.flying.clear()
