@@ -61,9 +61,10 @@ class Host:
 
 def rest(seconds: float) -> float:
     """Sleep, and say how long it was."""
+    if seconds <= 0:
+        return 0.0
     start = time.perf_counter()
-    if seconds > 0:
-        time.sleep(seconds)
+    time.sleep(seconds)
     return time.perf_counter() - start
 
 
@@ -165,4 +166,4 @@ class Learner(Host):
     def publish(self, version: WeightVersion, average: bool) -> tuple[Any, Done]:
         """An array by return value, and what it is."""
         seconds = rest(self.seconds["publish"])
-        return self.flat, Done(Weights(version, f"sha-{version}", None, None), seconds, 0)
+        return self.flat, Done(Weights(version, f"sha-{version}", None), seconds, 0)

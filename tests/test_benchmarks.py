@@ -1,13 +1,16 @@
 """The benchmarks of overlap, of the teacher pool and of the driver: in simulated time, and (verify) briefly on Ray."""
 
+import gc
 import importlib
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from opd_ray.runtime.local import LocalBackend
 from tests.runtime.fake import FakeBackend
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -18,15 +21,17 @@ OURS = ("fixed_time", "line", "overlap", "teacher_pool")
 def modules(monkeypatch):
     """The benchmarks' modules by name, as they find each other when they are run."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    yield {name: importlib.import_module(name) for name in OURS}
+    found = {name: importlib.import_module(name) for name in OURS}
+    monkeypatch.setattr(found["fixed_time"], "rest", lambda seconds: seconds)  # it passes in the backend alone
+    yield found
     for name in OURS:
         del sys.modules[name]
 
 
 def simulated(times):
-    """A backend whose workers take these seconds, and a line's times for hosts that do not sleep."""
+    """A backend whose workers take these seconds."""
     seconds = {"draw": times.draw, "score": times.mark, "take": times.take, "update": times.update}
-    return FakeBackend(seconds=seconds), type(times)(0.0, 0.0, 0.0)
+    return FakeBackend(seconds=seconds)
 
 
 def splits(modules):
@@ -37,8 +42,8 @@ def splits(modules):
 def test_without_any_cost_of_calls_every_split_meets_its_bound(modules, number) -> None:
     times = modules["overlap"].published(16.8)
     workers, items = splits(modules)[number]
-    backend, none = simulated(times)
-    line = modules["line"].Line(backend, workers, none, {"a": items}, clock=backend.clock)
+    backend = simulated(times)
+    line = modules["line"].Line(backend, workers, times, {"a": items}, clock=backend.clock)
     bound = max(workers.bounds(times, items).values())
     ahead = line.run(6, staleness=1)
     assert sum(ahead) / len(ahead) == pytest.approx(bound, rel=0.01)
@@ -56,11 +61,11 @@ def test_the_bound_and_a_round_alone_are_what_a_reader_computes(modules) -> None
 
 def test_a_shared_pool_serves_an_uneven_mix_faster(modules) -> None:
     bench = modules["teacher_pool"]
-    backend, none = simulated(bench.TIMES)
-    ours = bench.Ours(backend, bench.WORKERS, none, bench.UNEVEN, clock=backend.clock)
+    backend = simulated(bench.TIMES)
+    ours = bench.Ours(backend, bench.WORKERS, bench.TIMES, bench.UNEVEN, clock=backend.clock)
     ours.marking()
-    other, _ = simulated(bench.TIMES)
-    static = bench.Static(other, bench.UNEVEN, none, clock=other.clock)
+    other = simulated(bench.TIMES)
+    static = bench.Static(other, bench.UNEVEN, clock=other.clock)
     _, marking = static.run(3)
     assert marking == pytest.approx([16 * bench.TIMES.mark] * 2), "32 items for a teacher with two workers"
     assert ours.marking() == pytest.approx(7 * bench.TIMES.mark), "40 items for six workers"
@@ -68,12 +73,27 @@ def test_a_shared_pool_serves_an_uneven_mix_faster(modules) -> None:
 
 def test_a_killed_worker_costs_an_answer_and_not_the_run(modules) -> None:
     bench = modules["teacher_pool"]
-    backend, none = simulated(bench.TIMES)
-    ours = bench.Ours(backend, bench.WORKERS, none, bench.EVEN, clock=backend.clock)
+    backend = simulated(bench.TIMES)
+    ours = bench.Ours(backend, bench.WORKERS, bench.TIMES, bench.EVEN, clock=backend.clock)
     ours.kill_in = 2
     ours.run(5, staleness=1)
     assert ours.answered == 5 * ours.items
     assert len(ours.teacher.lost) == 1
+
+
+def test_nothing_is_left_of_rounds_that_are_over(modules) -> None:
+    bench = modules["line"]
+    line = bench.Line(LocalBackend(), bench.Workers(2, 1, 1), bench.Times(0.0, 0.0, 0.0), {"a": 4, "b": 2})
+
+    def ours():
+        gc.collect()
+        kinds = [type(one) for one in gc.get_objects()]
+        return Counter(kind.__name__ for kind in kinds if str(kind.__module__).startswith("opd_ray"))
+
+    line.run(4, staleness=1)
+    before = ours()
+    line.run(30, staleness=1)
+    assert ours() == before
 
 
 def bench(name, *args):

@@ -10,10 +10,9 @@ from opd_ray.experience import RecordedSource, RolloutSource, cut, cut_states
 from opd_ray.prompts import PromptStream
 from opd_ray.runtime.handle import Call, Done, Weights
 from opd_ray.runtime.hosts import Drawn
-from opd_ray.storage.packing import Manifest
 from opd_ray.types import Prompt, WeightVersion
 
-WEIGHTS = Weights(WeightVersion(0, 0, 4), "abc", Manifest((), 0), None)
+WEIGHTS = Weights(WeightVersion(0, 0, 4), "abc", None)
 TASKS = {"left": "two", "right": "one", "both": "one"}
 
 

@@ -11,7 +11,6 @@ from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import Call, Handle, Weights, WorkerSpec
 from opd_ray.runtime.jobs import Job, Output
 from opd_ray.runtime.pool import Pool
-from opd_ray.storage.packing import Manifest
 from opd_ray.types import WeightVersion
 
 __all__ = ["Simulated", "simulate"]
@@ -140,7 +139,7 @@ class _Simulation:
         call = self.ranks[0].call("publish" if self.version else "ready", bulk=1)
         self.dispatcher.results([call], "publishing", FOREVER)
         self.version += 1
-        return Weights(WeightVersion(0, 0, self.version), f"sha-{self.version}", Manifest((), 0), call.bulk[0])
+        return Weights(WeightVersion(0, 0, self.version), f"sha-{self.version}", call.bulk[0])
 
 
 def _spec(role: str) -> WorkerSpec:

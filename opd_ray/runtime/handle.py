@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # a worker that computes nothing imports no torch
-    from opd_ray.storage.packing import Manifest
     from opd_ray.types import WeightVersion
 
 __all__ = ["Backend", "Beat", "Call", "Done", "Handle", "Ref", "Store", "Weights", "WorkerSpec"]
@@ -62,12 +61,13 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Published weights: a reference to the bytes, and their identity."""
+    """Published weights: a reference to the bytes, which say themselves what they hold, and their identity."""
 
     version: "WeightVersion"
     sha256: str
-    manifest: "Manifest"
     flat: Ref
+    checksum: str = ""
+    """``opd_ray.digest.checksum``: what a receiver's bound parameters have to give."""
 
     @property
     def identity(self) -> tuple["WeightVersion", str]:

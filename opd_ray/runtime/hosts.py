@@ -30,9 +30,11 @@ from opd_ray.storage.packing import (
     bind_into,
     join_answers,
     join_trajectories,
+    manifest_of,
     pack,
     pack_answer,
     pack_trajectory,
+    pack_whole,
     unpack,
     unpack_answer,
     unpack_trajectory,
@@ -76,14 +78,14 @@ class RolloutHost:
     def bind(self, weights: Weights, flat: Flat) -> Done:
         """Take weights and acknowledge what was read back; the first time, also match the learner's probe."""
         clock = _Clock(None)  # probes are no work
-        sent = weights.manifest
+        manifest = manifest_of(flat)
 
         def write(parameters: Mapping[str, Tensor]) -> None:
-            bind_into(parameters, [flat], [sent.without("probe")])
+            bind_into(parameters, [flat[: manifest.nbytes]], [manifest.without("probe")])
 
-        ack = self.actor.bind(write, weights.version, weights.sha256, sent.checksum)
+        ack = self.actor.bind(write, weights.version, weights.sha256, weights.checksum)
         if not self._probed:
-            own, probe = self.actor.probe(), unpack(flat, sent.only("probe"))["probe"]
+            own, probe = self.actor.probe(), unpack(flat[: manifest.nbytes], manifest.only("probe"))["probe"]
             apart, allowed = float((own.cpu() - probe).abs().max()), self.actor.policy.probe_tolerance
             if not apart <= allowed * float(probe.abs().max()):
                 self.actor.bound = None  # bound, but not proven
@@ -254,13 +256,12 @@ class LearnerHost:
         return Done(None, 0.0, 0)
 
     def publish(self, version: WeightVersion, average: bool) -> tuple[Flat, Done]:
-        """The weights and the probe that proves them, as one array; the record lacks only the reference."""
+        """The weights and the probe that proves them, as one array; the record lacks only the reference to it."""
         clock = _Clock(None)
         weights = self.learner.weights(average=average)
         tensors: dict[str, Tensor] = {**weights, "probe": self.learner.probe(average=average)}
-        flat, manifest = pack(tensors)
-        proof = replace(manifest, checksum=checksum(weights))  # of the weights themselves: packing is proven too
-        return flat, clock.done(Weights(version, digest(weights), proof, None))
+        # The checksum is of the weights themselves: packing is proven too.
+        return pack_whole(tensors), clock.done(Weights(version, digest(weights), None, checksum(weights)))
 
     def save(self, run_dir: str, round: int, driver: Mapping[str, Any], attempt: int, keep: int) -> Done:
         """Write a checkpoint of this rank's state and the driver's; ranks are alike, so one writes."""

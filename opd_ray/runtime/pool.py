@@ -5,6 +5,7 @@ Every incarnation of a worker is a new one, with a name of its own. The pool gro
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 from opd_ray.errors import PlacementError, StaleWeightsError, Stopped
 from opd_ray.runtime.account import Account
@@ -137,7 +138,7 @@ class Pool:
     def _bind(self, worker: Worker, weights: Weights) -> None:
         self.account.begin(worker)
         worker.health.apply(Event.UNPROVEN)
-        record = Weights(weights.version, weights.sha256, weights.manifest, None)
+        record = replace(weights, flat=None)
         worker.binding = weights.identity
         self._choice.binds(worker.binding, 1)
         self._fly(worker, worker.handle.call("bind", record, weights.flat, bulk=0).done, None)

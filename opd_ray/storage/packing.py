@@ -6,9 +6,10 @@ stored bytes. One flat array is also an order of magnitude faster to store than 
 """
 
 import itertools
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,19 +29,24 @@ __all__ = [
     "buckets",
     "join_answers",
     "join_trajectories",
+    "manifest_of",
     "pack",
     "pack_answer",
     "pack_buckets",
     "pack_trajectory",
+    "pack_whole",
     "unpack",
     "unpack_answer",
     "unpack_trajectory",
+    "unpack_whole",
 ]
 
 Flat = npt.NDArray[np.uint8]
 ALIGNMENT = 64
 BUCKET = 256_000_000
 """Bytes of one array of published weights: smaller ones move on while larger models are still being packed."""
+LENGTH = 8
+"""Bytes of a number at the end of an array."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +68,6 @@ class Manifest:
     entries: tuple[Entry, ...]
     nbytes: int
     """Size of the whole array, padding included."""
-    checksum: str | None = None
-    """``opd_ray.digest.checksum`` of published weights: what a receiver's bound parameters have to give."""
 
     def only(self, *names: str) -> "Manifest":
         """The same array, with these tensors alone."""
@@ -99,18 +103,10 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[Flat, Manifest]:
     Args:
         tensors: by name; empty and 0-d ones too.
     """
-    entries = []
-    end = 0
-    for name, tensor in tensors.items():
-        offset = -(-end // ALIGNMENT) * ALIGNMENT
-        end = offset + tensor.numel() * tensor.element_size()
-        entries.append(Entry(name, _dtype_name(tensor), tuple(tensor.shape), offset, nbytes=end - offset))
-    flat = np.zeros(end, dtype=np.uint8)  # zeros: equal tensors give equal bytes, padding included
-    target = torch.from_numpy(flat)
-    for entry in entries:
-        part = target[entry.offset : entry.offset + entry.nbytes]
-        part.copy_(as_bytes(tensors[entry.name]))
-    return flat, Manifest(tuple(entries), end)
+    manifest = _laid_out(tensors)
+    flat = np.zeros(manifest.nbytes, dtype=np.uint8)  # zeros: equal tensors give equal bytes, padding included
+    _fill(flat, manifest, tensors)
+    return flat, manifest
 
 
 def buckets(tensors: Mapping[str, Tensor], size: int = BUCKET) -> list[dict[str, Tensor]]:
@@ -192,6 +188,58 @@ def _fresh(flat: Flat, entry: Entry) -> Tensor:
     tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
     as_bytes(tensor).numpy()[:] = _part(flat, entry)
     return tensor
+
+
+def pack_whole(tensors: Mapping[str, Tensor]) -> Flat:
+    """One array that says itself what it holds: behind the tensors come the manifest as JSON, and its length.
+
+    For sets of many tensors, whose manifest would be a large record.
+    """
+    manifest = _laid_out(tensors)
+    entries = json.dumps([astuple(entry) for entry in manifest.entries]).encode()
+    tail = entries + len(entries).to_bytes(LENGTH, "little")
+    flat = np.zeros(manifest.nbytes + len(tail), dtype=np.uint8)
+    _fill(flat, manifest, tensors)
+    flat[manifest.nbytes :] = np.frombuffer(tail, dtype=np.uint8)
+    return flat
+
+
+def manifest_of(flat: Flat) -> Manifest:
+    """What an array of ``pack_whole`` says that it holds in its first ``nbytes``.
+
+    Raises:
+        ValueError: ``flat`` is no such array.
+    """
+    length = int.from_bytes(flat[-LENGTH:].tobytes(), "little")
+    end = len(flat) - LENGTH - length
+    if end < 0:
+        raise ValueError(f"an array of {len(flat)} bytes has no room for a manifest of {length}")
+    entries = json.loads(flat[end : end + length].tobytes())
+    found = tuple(Entry(name, dtype, tuple(shape), offset, size) for name, dtype, shape, offset, size in entries)
+    return Manifest(found, end)
+
+
+def unpack_whole(flat: Flat) -> dict[str, Tensor]:
+    """The inverse of ``pack_whole``; raises as ``manifest_of`` and ``unpack`` do."""
+    manifest = manifest_of(flat)
+    return unpack(flat[: manifest.nbytes], manifest)
+
+
+def _laid_out(tensors: Mapping[str, Tensor]) -> Manifest:
+    """Where each will lie."""
+    entries, end = list[Entry](), 0
+    for name, tensor in tensors.items():
+        offset = -(-end // ALIGNMENT) * ALIGNMENT
+        end = offset + tensor.numel() * tensor.element_size()
+        entries.append(Entry(name, _dtype_name(tensor), tuple(tensor.shape), offset, nbytes=end - offset))
+    return Manifest(tuple(entries), end)
+
+
+def _fill(flat: Flat, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    target = torch.from_numpy(flat)
+    for entry in manifest.entries:
+        part = target[entry.offset : entry.offset + entry.nbytes]
+        part.copy_(as_bytes(tensors[entry.name]))
 
 
 def pack_trajectory(trajectory: Trajectory) -> tuple[Flat, TrajectoryRecord]:

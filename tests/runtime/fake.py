@@ -8,7 +8,6 @@ from typing import Any
 from opd_ray.actors import Ack
 from opd_ray.errors import InputLostError, StaleWeightsError, WorkerLostError
 from opd_ray.runtime.handle import Beat, Call, Done, Ref, Weights, WorkerSpec
-from opd_ray.storage.packing import Manifest
 from opd_ray.types import WeightVersion
 
 START_S = 1.0
@@ -213,4 +212,4 @@ class Critic:
 def weights(backend: FakeBackend, version: int) -> Weights:
     flat, sha256 = StoredRef(), f"sha-{version}"
     backend.store[flat] = f"bytes of {sha256}"
-    return Weights(WeightVersion(0, 0, version), sha256, Manifest((), 0), flat)
+    return Weights(WeightVersion(0, 0, version), sha256, flat)

@@ -15,9 +15,17 @@ from opd_ray.digest import checksum, digest
 from opd_ray.errors import BadInputError, StaleWeightsError
 from opd_ray.models import load_family
 from opd_ray.roles import make_learner
-from opd_ray.runtime.handle import Weights
 from opd_ray.runtime.hosts import LearnerHost, RecordedHost, RewardHost, RolloutHost, Share, TeacherHost
-from opd_ray.storage.packing import pack, pack_answer, pack_trajectory, unpack, unpack_answer, unpack_trajectory
+from opd_ray.storage.packing import (
+    pack,
+    pack_answer,
+    pack_trajectory,
+    pack_whole,
+    unpack,
+    unpack_answer,
+    unpack_trajectory,
+    unpack_whole,
+)
 from opd_ray.types import Prompt, TeacherAnswer, WeightVersion, WorkItem
 from tests.algorithms.parts import on
 from tests.models.tiny_sd3 import make_tiny_sd3
@@ -77,7 +85,7 @@ def test_a_learners_weights_arrive_bit_by_bit(learner, painter, published) -> No
     weights, flat = published
     ack = painter.bind(weights, flat).value
     assert (ack.version, ack.sha256, ack.tensors) == (VERSION, weights.sha256, len(learner.learner.student))
-    assert ack.checksum == checksum(learner.learner.student) == weights.manifest.checksum
+    assert ack.checksum == checksum(learner.learner.student) == weights.checksum
     bound = painter.actor.family.adapter_parameters("student")
     assert digest(bound) == digest(learner.learner.student) == weights.sha256
     assert torch.equal(painter.actor.probe(), learner.learner.probe())
@@ -95,11 +103,9 @@ def test_bound_weights_share_nothing_with_what_was_stored(painter, published) ->
 
 def repacked(weights, flat, change):
     """The same weights with something changed on the way, under the same identity."""
-    tensors = unpack(flat, weights.manifest)
+    tensors = unpack_whole(flat)
     change(tensors)
-    flat, manifest = pack(tensors)
-    proof = replace(manifest, checksum=weights.manifest.checksum)
-    return Weights(weights.version, weights.sha256, proof, None), flat
+    return weights, pack_whole(tensors)
 
 
 def one_bit(tensors) -> None:

@@ -219,7 +219,8 @@ def test_two_hundred_rounds_leave_the_object_store_as_it_was(make_config, ray_se
     config = make_config("ray", cluster=SHARED | {"max_staleness": staleness}, rounds=200, checkpoint={"every": 50})
     done = go(config, tmp_path / "run", watch=watch)
     used = [bytes_used for bytes_used, _ in still]
-    assert len(used) == 10 and max(used) <= 1.1 * min(used), used
+    # With staleness 1 the next round is under way in every pause, more or less of it.
+    assert len(used) == 10 and max(used[5:]) <= 1.1 * max(used[:5]), used
     assert len(done.rows) == 200
     assert all(row["store"]["spilled"] == still[0][1] == 0 for row in done.rows)
     early, late = (max(row["store"]["used"] for row in part) for part in (done.rows[20:80], done.rows[140:]))

@@ -70,6 +70,23 @@ def test_any_tensors_survive_bit_for_bit(original):
 
 @settings(max_examples=100, deadline=None)
 @given(named)
+def test_an_array_that_says_itself_what_it_holds_survives_bit_for_bit(original):
+    flat = packing.pack_whole(original)
+    flat.setflags(write=False)
+    result = packing.unpack_whole(flat)
+    assert list(result) == list(original)
+    assert {k: content(v) for k, v in result.items()} == {k: content(v) for k, v in original.items()}
+    packed, manifest = packing.pack(original)
+    assert (flat[: manifest.nbytes] == packed).all()
+
+
+def test_an_array_that_does_not_say_what_it_holds_is_refused():
+    with pytest.raises(ValueError, match="an array of 16 bytes has no room for a manifest of"):
+        packing.unpack_whole(np.ones(16, np.uint8))
+
+
+@settings(max_examples=100, deadline=None)
+@given(named)
 def test_entries_do_not_overlap_and_equal_tensors_give_equal_bytes(original):
     flat, manifest = packing.pack(original)
     again, _ = packing.pack({name: tensor.clone() for name, tensor in original.items()})
