@@ -87,10 +87,7 @@ class Algorithm(ABC):
         return items
 
     def observe(self, scores: Sequence[tuple[WorkItem, Mapping[str, Tensor]]]) -> None:  # noqa: B027
-        """See every item's scores once a round, in item order and alike on every rank: update own state here.
-
-        Not called in a round without any score.
-        """
+        """See every item's scores once a round, in item order and alike on every rank: update own state here."""
 
     @abstractmethod
     def forwards(self, experience: Experience, update: int) -> Iterator[Forward]:

@@ -167,8 +167,8 @@ class RayBackend:
         self._handles: dict[RayHandle, None] = {}
         if self._mine:
             self._connect(object_store_mb)
-        self._spilled = 0  # by whoever was there before
-        self._spilled = self.object_store().spilled
+        self._spilled: int | None = None
+        """Bytes that were spilled before this backend looked for the first time."""
         self._actor = ray.remote(concurrency_groups={"control": 1})(Process)
 
     def _connect(self, object_store_mb: int) -> None:
@@ -232,6 +232,8 @@ class RayBackend:
         """As the raylets say."""
         stats = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
         nodes = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
+        if self._spilled is None:
+            self._spilled = stats.spilled_bytes_total
         spilled = stats.spilled_bytes_total - self._spilled
         return Store(stats.object_store_bytes_used, spilled, int(min(nodes, default=0.0)))
 

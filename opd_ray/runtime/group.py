@@ -181,9 +181,9 @@ class LearnerGroup:
         for rank, sent in enumerate(self._sent):
             for _ in range(len(sent)):
                 self._settle(rank)
-        if any(of_item for _, of_item in self._scores):  # pure distillation has none
+        if self._scores:
             self._all("observe", self._scores)
-        self._scores = []
+            self._scores = []
         done = self._all("update", update)
         for one in done:
             self.dispatcher.account("learner", one)

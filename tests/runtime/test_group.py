@@ -1,6 +1,6 @@
 """The learner group over a backend in memory: what a rank gets and when, and what happens where an input is gone."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -115,13 +115,6 @@ def test_items_go_to_their_ranks_in_order_and_every_rank_has_all_before_the_upda
     assert desk.dispatcher.seconds["learner"] == 5 * 1.0 + 2 * 2.0
     desk.group.update(1)
     assert desk.hosts[0].log[-2:] == ["update", "update"], "scores are seen once a round"
-
-
-def test_ranks_are_told_of_scores_only_where_there_are_any() -> None:
-    desk = Desk()
-    desk.collected = [replace(one, share=lambda item=one.item: Share(item)) for one in desk.collected]
-    desk.round()
-    assert desk.hosts[0].log == ["begin", *(taken(n) for n in range(4)), "update"]
 
 
 def test_a_rank_takes_items_while_later_ones_are_drawn() -> None:
