@@ -9,6 +9,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -64,7 +65,9 @@ def wrong_shape(answer: Any) -> Any:
     if isinstance(answer, dict):
         return {name: score[1:] for name, score in answer.items()}
     if hasattr(answer, "latents"):
-        return replace(answer, latents=answer.latents[1:])
+        fewer = copy(answer)  # a trajectory refuses this shape where it is made in order
+        object.__setattr__(fewer, "latents", answer.latents[1:])
+        return fewer
     return replace(answer, velocity=answer.velocity[1:])
 
 
@@ -132,12 +135,14 @@ class Saboteur:
 
     def __init__(self, run: Run, strikes: Sequence[Strike], patch: Any) -> None:
         self.run, self.left, self.struck = run, list(strikes), dict[Strike, str]()
+        self.hit: list[RayHandle] = []
         self.call = RayHandle.call
         patch.setattr(RayHandle, "call", lambda handle, *args, **options: self.calling(handle, *args, **options))
 
     def calling(self, handle: RayHandle, method: str, *args: Any, bulk: int) -> Any:
         strike = next((one for one in self.left if one.meets(self.run.round, handle, method)), None)
-        if strike is not None:
+        if strike is not None and handle not in self.hit:  # two calls on their way would spend two faults on one worker
+            self.hit.append(handle)
             self.left.remove(strike)
             self.struck[strike] = handle.name
             handle._actor.__ray_call__.remote(partial(arm, method=method, kind=strike.kind))

@@ -169,7 +169,7 @@ def test_a_learner_that_is_killed_again_and_again_stops_the_run_and_it_can_be_re
     ]
     stopped, saboteur = disturbed(learner_of(make_config, 4), tmp_path / "run", strikes)
     assert not saboteur.left and stopped.error.exit_code == 3
-    assert re.search(r"round 3 .*learner rank 0 was lost .*--resume goes on", str(stopped.error))
+    assert re.match(r"(update|taking round 3 .*): learner rank 0 was lost .*--resume goes on", str(stopped.error))
     assert len([note for note in stopped.notes if "starts again" in note]) == 3
     assert [row["round"] for row in stopped.rows] == [0, 1, 2]
     assert not alive(stopped.pids)
