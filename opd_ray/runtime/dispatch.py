@@ -125,23 +125,23 @@ class Dispatcher:
         what: str,
         timeout_s: float | None = None,
         *,
-        first_rank: int = 0,
+        ranks: Sequence[int] = (),
         reads: bool = False,
     ) -> list[Done]:
         """The records of calls outside the pools (learner ranks), while the pools go on.
 
         Args:
-            calls: requests under way, of successive ranks.
+            calls: requests under way.
             what: they are for, in errors.
             timeout_s: how long they may take; as other calls where it is not given.
-            first_rank: of the first call.
+            ranks: of each call; the calls' own numbers where it is not given.
             reads: whether they read stored objects, which may be gone: then that error is the caller's.
 
         Raises:
             LearnerLostError: one of them was lost, or did not answer in time.
         """
-        ranks = {call.done: rank for rank, call in enumerate(calls, first_rank)}
-        pending, results = set(ranks), dict[Ref, Done]()
+        rank_of = {call.done: ranks[number] if ranks else number for number, call in enumerate(calls)}
+        pending, results = set(rank_of), dict[Ref, Done]()
         limit = timeout_s or self._call_timeout
         deadline, broken = self._clock() + limit, None
         while pending and self._clock() <= deadline:
@@ -153,11 +153,11 @@ class Dispatcher:
                     if reads:
                         raise
                     raise LearnerLostError(
-                        f"{what}: the record of learner rank {ranks[ref]} is gone ({error})"
+                        f"{what}: the record of learner rank {rank_of[ref]} is gone ({error})"
                     ) from None
                 except WorkerLostError as error:
                     raise LearnerLostError(
-                        f"{what}: learner rank {ranks[ref]} was lost ({error}){self._last_words(ranks[ref])}"
+                        f"{what}: learner rank {rank_of[ref]} was lost ({error}){self._last_words(rank_of[ref])}"
                     ) from None
                 except RuntimeError as error:
                     broken = broken or error
@@ -165,8 +165,8 @@ class Dispatcher:
         if broken is not None:
             raise broken
         if pending:
-            late = ", ".join(str(ranks[ref]) for ref in sorted(pending, key=ranks.__getitem__))
-            words = self._last_words(min(ranks[ref] for ref in pending))
+            late = ", ".join(map(str, sorted({rank_of[ref] for ref in pending})))
+            words = self._last_words(min(rank_of[ref] for ref in pending))
             raise LearnerLostError(f"{what}: learner rank {late} did not answer in {limit:.0f} s{words}")
         return [results[call.done] for call in calls]
 

@@ -85,6 +85,7 @@ class LearnerGroup:
         self.ranks: list[Handle] = self.dispatcher.backend.start_group(specs, self._start_timeout, self.dispatcher.tick)
         self._ready = [rank.call("ready", bulk=0) for rank in self.ranks]
         self._sent = [deque[_Sent]() for _ in self.ranks]
+        self._unheard: list[Call] = []
         self._scores: list[tuple[WorkItem, Mapping[str, Sequence[float]]]] = []
         self._free, self._idle = [0.0] * len(self.ranks), [0.0] * len(self.ranks)
 
@@ -105,7 +106,7 @@ class LearnerGroup:
 
     def begin(self, items: Sequence[WorkItem]) -> None:
         """A round begins on every rank; one that was under way is forgotten."""
-        self._all("begin", list(items))
+        self._send_all("begin", list(items))
         self._sent, self._scores = [deque() for _ in self.ranks], []
         self._free, self._idle = [time.perf_counter()] * len(self.ranks), [0.0] * len(self.ranks)
 
@@ -142,9 +143,7 @@ class LearnerGroup:
         for _ in range(MAX_TRIES):
             oldest = self._sent[rank][0]
             try:
-                (done,) = self.dispatcher.results(
-                    [oldest.call], f"taking {oldest.collected.item}", first_rank=rank, reads=True
-                )
+                done = self._answer(rank, oldest.call, f"taking {oldest.collected.item}", reads=True)
             except AGAIN as error:
                 self._repair(rank, error)
                 continue
@@ -172,7 +171,7 @@ class LearnerGroup:
                 self.dispatcher.again([job for jobs in producers.values() for job in jobs])
         for sent in behind:
             with suppress(*AGAIN):  # it came without the one before it, and was refused
-                self.dispatcher.results([sent.call], f"refusing {sent.collected.item}", first_rank=rank, reads=True)
+                self._answer(rank, sent.call, f"refusing {sent.collected.item}", reads=True)
         self.dispatcher.wait(oldest.collected.jobs)
         self._sent[rank] = deque(self._send(rank, sent.collected) for sent in (oldest, *behind))
 
@@ -182,7 +181,7 @@ class LearnerGroup:
             for _ in range(len(sent)):
                 self._settle(rank)
         if self._scores:
-            self._all("observe", self._scores)
+            self._send_all("observe", self._scores)
             self._scores = []
         done = self._all("update", update)
         for one in done:
@@ -191,7 +190,7 @@ class LearnerGroup:
 
     def finish_round(self, round: int) -> None:
         """Extra adapters follow; the round's inputs are let go."""
-        self._all("finish_round", round)
+        self._send_all("finish_round", round)
 
     def publish(self) -> Weights:
         """The behaviour policy under a new version."""
@@ -205,14 +204,13 @@ class LearnerGroup:
 
     def _publish(self, *, average: bool) -> Weights:
         call = self.ranks[0].call("publish", self.version, average, bulk=1)
-        (done,) = self.dispatcher.results([call], "publishing weights")
-        record: Weights = done.value
+        record: Weights = self._answer(0, call, "publishing weights").value
         return replace(record, flat=call.bulk[0])
 
     def save(self, run_dir: Path, round: int, driver: dict[str, Any], *, attempt: int, keep: int) -> str:
         """A checkpoint, written by rank 0."""
         call = self.ranks[0].call("save", str(run_dir), round, driver, attempt, keep, bulk=0)
-        return str(self.dispatcher.results([call], "writing a checkpoint")[0].value)
+        return str(self._answer(0, call, "writing a checkpoint").value)
 
     def restore(self, run_dir: Path) -> tuple[int, dict[str, Any] | None, list[str]]:
         """The newest valid checkpoint on every rank: its round, the driver's state, notes about damaged ones."""
@@ -229,10 +227,28 @@ class LearnerGroup:
 
     def export(self, folder: Path) -> None:
         """Write the LoRA that users load."""
-        self.dispatcher.results([self.ranks[0].call("export", str(folder), bulk=0)], "writing the LoRA")
+        self._answer(0, self.ranks[0].call("export", str(folder), bulk=0), "writing the LoRA")
 
     def _all(self, method: str, *args: Any) -> list[Done]:
-        return self.dispatcher.results([rank.call(method, *args, bulk=0) for rank in self.ranks], method)
+        self._send_all(method, *args)
+        return self._heard(method)[-len(self.ranks) :]
+
+    def _send_all(self, method: str, *args: Any) -> None:
+        """Every rank does it next; it is heard of with the next answer that is waited for.
+
+        What needs no answer costs no way to the ranks and back, on which they would have nothing to do.
+        """
+        self._unheard += [rank.call(method, *args, bulk=0) for rank in self.ranks]
+
+    def _answer(self, rank: int, call: Call, what: str, *, reads: bool = False) -> Done:
+        return self._heard(what, (rank, call), reads=reads)[-1]
+
+    def _heard(self, what: str, *own: tuple[int, Call], reads: bool = False) -> list[Done]:
+        """The answers to all that was not heard of, and to ``own``."""
+        before, self._unheard = self._unheard, []
+        ranks = [number % len(self.ranks) for number in range(len(before))]  # each is a call to all of them
+        calls = [*before, *(call for _, call in own)]
+        return self.dispatcher.results(calls, what, ranks=[*ranks, *(rank for rank, _ in own)], reads=reads)
 
 
 def _rendezvous(ranks: int) -> dict[str, str]:
