@@ -31,7 +31,7 @@ from opd_ray.learners import UpdateReport
 from opd_ray.recipes import load
 from opd_ray.report.live import Live
 from opd_ray.runtime.cluster import RayBackend
-from opd_ray.runtime.handle import Call, Done, Handle, Ref, WorkerSpec
+from opd_ray.runtime.handle import Call, Done, Handle, RankFacts, Ref, WorkerSpec
 from opd_ray.runtime.handle import Weights as Published
 from opd_ray.runtime.hosts import Drawn
 from opd_ray.storage.packing import AnswerRecord, Entry, Manifest, TrajectoryRecord
@@ -92,7 +92,7 @@ class Learner:
         self.flat, self.items = np.zeros(LORA_BYTES, dtype=np.uint8), list[WorkItem]()
 
     def ready(self) -> Done:
-        return Done("bf16", 0.0, 0)
+        return Done(RankFacts("bf16"), 0.0, 0)
 
     def begin(self, items: Sequence[WorkItem]) -> Done:
         self.items = list(items)
@@ -112,8 +112,8 @@ class Learner:
     def finish_round(self, round: int) -> Done:
         return Done(None, 0.0, 0)
 
-    def publish(self, version: WeightVersion, average: bool) -> Any:
-        return self.flat, Done(Published(version, "0" * 64, None), 0.001, 0)
+    def publish(self, version: WeightVersion, average: bool, bucket: int) -> Any:
+        return self.flat, Done(Published(version, "0" * 64), 0.001, 0)
 
     def save(self, *args: Any) -> Done:
         return Done("nowhere", 0.0, 0)

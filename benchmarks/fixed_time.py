@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_ray.runtime.handle import Done, Weights
+from opd_ray.runtime.handle import Done, RankFacts, Weights
 from opd_ray.types import WeightVersion, WorkItem
 
 __all__ = ["Ack", "Learner", "Piece", "Report", "Reward", "Rollout", "Teacher"]
@@ -143,6 +143,10 @@ class Learner(Host):
         self.seconds = {"take": take, "update": update, "publish": publish}
         self.flat = np.zeros(nbytes, dtype=np.uint8)
 
+    def ready(self) -> Done:
+        """What a learner rank says of itself."""
+        return Done(RankFacts("fp32"), 0.0, 0)
+
     def begin(self, items: Sequence[WorkItem]) -> Done:
         """A round of these begins."""
         return Done(None, 0.0, 0)
@@ -163,7 +167,7 @@ class Learner(Host):
         """The end of it."""
         return Done(None, 0.0, 0)
 
-    def publish(self, version: WeightVersion, average: bool) -> tuple[Any, Done]:
+    def publish(self, version: WeightVersion, average: bool, bucket: int) -> tuple[Any, Done]:
         """An array by return value, and what it is."""
         seconds = rest(self.seconds["publish"])
-        return self.flat, Done(Weights(version, f"sha-{version}", None), seconds, 0)
+        return self.flat, Done(Weights(version, f"sha-{version}"), seconds, 0)

@@ -76,7 +76,7 @@ class Static:
             start = self.clock()
             items = cut(self.round, self.mix)
             self.round += 1
-            publish = self.learner.call("publish", WeightVersion(0, 0, self.round), False, bulk=1)
+            publish = self.learner.call("publish", WeightVersion(0, 0, self.round), False, 0, bulk=1)
             record: Weights = self.wait([publish])[0].value
             self.wait([one.call("bind", record, publish.bulk[0], bulk=0) for one in self.rollout])
             workers = itertools.cycle(self.rollout)

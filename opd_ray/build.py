@@ -4,7 +4,7 @@ import importlib.metadata
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,10 +228,9 @@ def _pools(
     cluster = config.cluster
 
     def pool(role: str, placement: RolePlacement, factory: Any, teachers: tuple[str, ...] = ()) -> Pool:
-        spec = _spec(role, placement, factory, folder)
         made = Pool(
             dispatcher.backend,
-            replace(spec, stack_after_s=STACK_AFTER * cluster.heartbeat_timeout_s),
+            _spec(role, placement, factory, folder, cluster.heartbeat_timeout_s),
             placement.workers,
             clock=time.monotonic,
             start_timeout_s=cluster.start_timeout_s,
@@ -258,7 +257,10 @@ def _start(
 ) -> LearnerGroup:
     """Start the learner and everything that is in the pools; wait until all of it is up."""
     placement, timeout = config.cluster.learner, config.cluster.start_timeout_s
-    ranks = [_spec("learner", placement, roles.learner(config, rank, bases), folder) for rank in range(placement.ranks)]
+    beat = config.cluster.heartbeat_timeout_s
+    ranks = [
+        _spec("learner", placement, roles.learner(config, rank, bases), folder, beat) for rank in range(placement.ranks)
+    ]
     elastic = [pool.spec for pool in dispatcher.pools for _ in range(pool.size)]
     lack = dispatcher.backend.shortage([*ranks, *elastic])
     if lack and not config.cluster.nodes_may_come:
@@ -268,7 +270,7 @@ def _start(
     live.phase(f"starting {len(elastic) + len(ranks)} workers")
     if not lack and (taken := dispatcher.backend.shortage([*ranks, *elastic], free=True)):
         live.note(f"waiting up to {timeout:.0f} s for what others, or an old attempt, still hold: {taken}")
-    learner = LearnerGroup(dispatcher, ranks, attempt=attempt, start_timeout_s=timeout)
+    learner = LearnerGroup(dispatcher, ranks, attempt=attempt, start_timeout_s=timeout, beat_timeout_s=beat)
     dispatcher.wait_ready()
     learner.wait_ready()
     return learner
@@ -305,8 +307,15 @@ def _teacher_pools(config: Config, pool: Any, bases: Bases) -> dict[str, Pool]:
     }
 
 
-def _spec(role: str, placement: Placement, factory: Any, folder: Path) -> WorkerSpec:
-    return WorkerSpec(role, factory, placement.threads, dict(placement.resources), folder / "logs")
+def _spec(role: str, placement: Placement, factory: Any, folder: Path, beat_timeout_s: float) -> WorkerSpec:
+    return WorkerSpec(
+        role,
+        factory,
+        placement.threads,
+        dict(placement.resources),
+        folder / "logs",
+        stack_after_s=STACK_AFTER * beat_timeout_s,
+    )
 
 
 def _facts(pools: Pools, learner: LearnerGroup) -> dict[str, Any]:
@@ -318,7 +327,7 @@ def _facts(pools: Pools, learner: LearnerGroup) -> dict[str, Any]:
             of_lora = {"tensors": lora.tensors, "rank": lora.rank, "alpha": lora.alpha} if lora else {}
             about = {"path": facts.path, "sha256": facts.sha256, **of_lora, "guidance": facts.guidance}
             found[name] = about | {"precision": facts.precision, "own_text_encoders": facts.own_text}
-    precision = {"learner": learner.precision}
+    precision = {"learner": learner.facts.precision}
     if pools.rollout is not None:
         precision["rollout"] = pools.rollout.workers[0].facts
     precision |= {f"teacher {name}": about["precision"] for name, about in found.items()}

@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["as_bytes", "checksum", "digest"]
+__all__ = ["Checksum", "Digest", "as_bytes", "checksum", "digest"]
 
 ROW = 2**18
 """Bytes: state and row together stay in a core's second cache, and numpy's own cost of a call does not show."""
@@ -21,16 +22,53 @@ TURNS = 8
 Bytes = npt.NDArray[np.uint8]
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Hex sha256 over names, dtypes, shapes and bytes, whatever the order of the mapping."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
+class Digest:
+    """sha256 over names, dtypes, shapes and bytes of tensors that come one after the other, sorted by name."""
+
+    def __init__(self) -> None:
+        self._total = hashlib.sha256()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """The next one."""
         dtype = str(tensor.dtype).removeprefix("torch.")
         # A JSON line before each content: no two different sets of tensors run into one another.
-        total.update(json.dumps([name, dtype, tuple(tensor.shape)]).encode() + b"\n")
-        total.update(as_bytes(tensor).cpu().numpy().data)
-    return total.hexdigest()
+        self._total.update(json.dumps([name, dtype, tuple(tensor.shape)]).encode() + b"\n")
+        self._total.update(as_bytes(tensor).cpu().numpy().data)
+
+    def hex(self) -> str:
+        """Of all that came."""
+        return self._total.hexdigest()
+
+
+class Checksum:
+    """``checksum`` over tensors that come one after the other, sorted by name.
+
+    Args:
+        largest: bytes of the largest of them.
+    """
+
+    def __init__(self, largest: int) -> None:
+        self._state = _start(min(largest, ROW))
+        self._names: list[Any] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """The next one."""
+        self._names.append([name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)])
+        _absorb(self._state, as_bytes(tensor).cpu().numpy())
+
+    def hex(self) -> str:
+        """Of all that came."""
+        total = hashlib.sha256(json.dumps(self._names).encode() + b"\n")
+        total.update(self._state.data)
+        return total.hexdigest()
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hex sha256 over names, dtypes, shapes and bytes, whatever the order of the mapping."""
+    total = Digest()
+    for name in sorted(tensors):
+        total.add(name, tensors[name])
+    return total.hex()
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -46,15 +84,10 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     the row; so a difference in one row stays a difference. sha256 over all states, names and shapes makes one word of
     them. Lanes do not depend on one another, so threads change nothing.
     """
-    state = _start(min(max((tensor.nbytes for tensor in tensors.values()), default=0), ROW))
-    names = []
+    total = Checksum(max((tensor.nbytes for tensor in tensors.values()), default=0))
     for name in sorted(tensors):
-        tensor = tensors[name]
-        names.append([name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)])
-        _absorb(state, as_bytes(tensor).cpu().numpy())
-    total = hashlib.sha256(json.dumps(names).encode() + b"\n")
-    total.update(state.data)
-    return total.hexdigest()
+        total.add(name, tensors[name])
+    return total.hex()
 
 
 def _start(nbytes: int) -> Bytes:

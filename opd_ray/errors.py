@@ -114,11 +114,12 @@ class BadInputError(RuntimeFault):
     Args:
         what: `trajectory`, `answer` or `images`: which of the reader's inputs.
         text: what is wrong with it.
+        part: which part of it, where it came in several and one of them is to blame.
     """
 
-    def __init__(self, what: str, text: str) -> None:
-        super().__init__(what, text)  # both, so that it survives pickling
-        self.what = what
+    def __init__(self, what: str, text: str, part: int | None = None) -> None:
+        super().__init__(what, text, part)  # all, so that it survives pickling
+        self.what, self.part = what, part
 
     def __str__(self) -> str:
         return f"{self.args[0]}: {self.args[1]}"

@@ -12,7 +12,7 @@ from opd_ray.runtime.handle import Call, Done, Weights
 from opd_ray.runtime.hosts import Drawn
 from opd_ray.types import Prompt, WeightVersion
 
-WEIGHTS = Weights(WeightVersion(0, 0, 4), "abc", None)
+WEIGHTS = Weights(WeightVersion(0, 0, 4), "abc")
 TASKS = {"left": "two", "right": "one", "both": "one"}
 
 

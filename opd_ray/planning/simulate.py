@@ -139,7 +139,7 @@ class _Simulation:
         call = self.ranks[0].call("publish" if self.version else "ready", bulk=1)
         self.dispatcher.results([call], "publishing", FOREVER)
         self.version += 1
-        return Weights(WeightVersion(0, 0, self.version), f"sha-{self.version}", call.bulk[0])
+        return Weights(WeightVersion(0, 0, self.version), f"sha-{self.version}", (call.bulk[0],))
 
 
 def _spec(role: str) -> WorkerSpec:

@@ -19,10 +19,11 @@ from opd_ray.errors import (
     Stopped,
     WorkerLostError,
 )
-from opd_ray.runtime.handle import Backend, Call, Done, Ref
+from opd_ray.runtime.handle import Backend, Call, Done, Handle, Ref
 from opd_ray.runtime.jobs import PROBE, Job
 from opd_ray.runtime.pool import Pool
-from opd_ray.runtime.telling import last_lines
+from opd_ray.runtime.ranks import Ranks
+from opd_ray.runtime.telling import last_signs
 
 __all__ = ["Dispatcher"]
 
@@ -62,6 +63,8 @@ class Dispatcher:
     ) -> None:
         self.backend = backend
         self.pools: list[Pool] = []
+        self.ranks: Ranks | None = None
+        """The learner's, while they are up and watched."""
         self.seconds: dict[str, float] = {}
         """Busy seconds by role, summed over workers."""
         self.forwards: dict[str, int] = {}
@@ -157,7 +160,7 @@ class Dispatcher:
                     ) from None
                 except WorkerLostError as error:
                     raise LearnerLostError(
-                        f"{what}: learner rank {rank_of[ref]} was lost ({error}){self._last_words(rank_of[ref])}"
+                        f"{what}: {self._named(rank_of[ref])} was lost ({error}){self._last_words(rank_of[ref])}"
                     ) from None
                 except RuntimeError as error:
                     broken = broken or error
@@ -165,15 +168,22 @@ class Dispatcher:
         if broken is not None:
             raise broken
         if pending:
-            late = ", ".join(map(str, sorted({rank_of[ref] for ref in pending})))
-            words = self._last_words(min(rank_of[ref] for ref in pending))
-            raise LearnerLostError(f"{what}: learner rank {late} did not answer in {limit:.0f} s{words}")
+            late = sorted({rank_of[ref] for ref in pending})
+            names = ", ".join(map(self._named, late))
+            raise LearnerLostError(f"{what}: {names} did not answer in {limit:.0f} s{self._last_words(late[0])}")
         return [results[call.done] for call in calls]
 
+    def _named(self, rank: int) -> str:
+        return f"learner rank {rank}" + (self.ranks.place(rank) if self.ranks else "")
+
     def _last_words(self, rank: int) -> str:
-        name = f"learner-{rank}"
-        lines = last_lines(self.logs, name)
-        return f"; last in {name}.log: {' | '.join(lines)}" if lines else ""
+        if self.ranks is not None:
+            return self.ranks.last_signs(rank)
+        return last_signs(self.logs, f"learner-{rank}", None, None, self._clock())
+
+    def watch(self, ranks: Sequence[Handle], beat_timeout_s: float) -> None:
+        """The learner's ranks are up: from now on they are asked for signs of life."""
+        self.ranks = Ranks(ranks, self.logs, self._clock, beat_timeout_s)
 
     def again(self, jobs: Sequence[Job]) -> None:
         """Their stored results are gone: run them once more.
@@ -224,7 +234,8 @@ class Dispatcher:
         """One turn; returns those of ``others`` that are done."""
         for pool in self.pools:
             pool.assign()
-        waited = _Waited(others, [pool.pending for pool in self.pools])
+        beats = self.ranks.pending if self.ranks is not None else {}
+        waited = _Waited(others, [beats, *(pool.pending for pool in self.pools)])
         if not waited:
             queued = [job.label for pool in self.pools for job in pool.queue]
             raise RuntimeFault(f"nothing is under way, and yet {len(queued)} jobs wait: {queued[:3]}")
@@ -235,6 +246,8 @@ class Dispatcher:
             owner = next((pool for pool in self.pools if ref in pool.pending), None)
             if owner is not None:
                 self._settle(owner, ref)
+            elif ref in beats:
+                self._beat(ref)
             else:
                 mine.append(ref)
         now = self._clock()
@@ -247,12 +260,24 @@ class Dispatcher:
         self._tell()
         return mine
 
+    def _beat(self, ref: Ref) -> None:
+        """A learner rank gave a sign of life, or is gone."""
+        assert self.ranks is not None
+        try:
+            self.ranks.heard(ref, self.backend.result(ref))
+        except (WorkerLostError, InputLostError) as error:
+            rank = self.ranks.pending.pop(ref).number
+            raise LearnerLostError(f"{self._named(rank)} was lost ({error}){self._last_words(rank)}") from None
+
     def _supervise(self) -> None:
         """Who is late, and whether anybody is left to do the work.
 
         Raises:
             Stopped: a role has had no worker for too long.
+            LearnerLostError: a rank gives no sign of life.
         """
+        if self.ranks is not None:
+            self.ranks.check()
         for pool in self.pools:
             pool.check_time()
         stuck = self.paused()

@@ -16,9 +16,10 @@ from opd_ray.errors import BadInputError, InputLostError, OutOfOrderError, Stopp
 from opd_ray.learners import UpdateReport
 from opd_ray.learners.engine import MEETING
 from opd_ray.runtime.dispatch import Dispatcher
-from opd_ray.runtime.handle import Call, Done, Handle, Weights, WorkerSpec
+from opd_ray.runtime.handle import Call, Done, Handle, RankFacts, Weights, WorkerSpec
 from opd_ray.runtime.hosts import Share
 from opd_ray.runtime.jobs import Job
+from opd_ray.runtime.transport import ObjectStore, Transport
 from opd_ray.types import WeightVersion, WorkItem
 
 __all__ = ["Collected", "LearnerGroup"]
@@ -60,12 +61,21 @@ class LearnerGroup:
     """Drives the ranks in lockstep."""
 
     def __init__(
-        self, dispatcher: Dispatcher, specs: Sequence[WorkerSpec], *, attempt: int, start_timeout_s: float
+        self,
+        dispatcher: Dispatcher,
+        specs: Sequence[WorkerSpec],
+        *,
+        attempt: int,
+        start_timeout_s: float,
+        beat_timeout_s: float = 60.0,
+        transport: Transport | None = None,
     ) -> None:
-        self.dispatcher, self._specs, self._start_timeout = dispatcher, specs, start_timeout_s
+        self.dispatcher, self._specs = dispatcher, specs
+        self._start_timeout, self._beat_timeout = start_timeout_s, beat_timeout_s
         self.version = WeightVersion(attempt, 0, -1)
-        self.precision = ""
-        """What the ranks compute in, once they are up."""
+        self.transport = transport or ObjectStore()
+        self.facts = RankFacts("")
+        """Of rank 0, once it is up."""
         self._start()
 
     def _start(self) -> None:
@@ -94,6 +104,7 @@ class LearnerGroup:
 
         What the former ranks published belongs to an older generation and is drawn with no more.
         """
+        self.dispatcher.ranks = None
         self.dispatcher.backend.end_group(self.ranks)
         self.version = WeightVersion(self.version.attempt, self.version.generation + 1, -1)
         self._start()
@@ -102,7 +113,8 @@ class LearnerGroup:
     def wait_ready(self) -> None:
         """Every rank is up and has the backend it asked for."""
         done = self.dispatcher.results(self._ready, "starting the learner", self._start_timeout)
-        self.precision = str(done[0].value)
+        self.facts = done[0].value
+        self.dispatcher.watch(self.ranks, self._beat_timeout)
 
     def begin(self, items: Sequence[WorkItem]) -> None:
         """A round begins on every rank; one that was under way is forgotten."""
@@ -163,7 +175,8 @@ class LearnerGroup:
         match error:
             case BadInputError():
                 self.dispatcher.note(f"an input of the learner is bad ({error}); it is made again")
-                for job in producers[error.what]:
+                made = producers[error.what]
+                for job in made if error.part is None else (made[error.part],):
                     self.dispatcher.blame(job, str(error))
             case InputLostError():
                 self.dispatcher.note(f"an input of the learner is gone ({error}); {item} is made again")
@@ -203,9 +216,9 @@ class LearnerGroup:
         return self._publish(average=True)
 
     def _publish(self, *, average: bool) -> Weights:
-        call = self.ranks[0].call("publish", self.version, average, bulk=1)
-        record: Weights = self._answer(0, call, "publishing weights").value
-        return replace(record, flat=call.bulk[0])
+        calls = self.transport.publish(self.ranks, self.version, self.facts.buckets, average=average)
+        answers = self._heard("publishing weights", *((0, call) for call in calls))
+        return self.transport.published(calls, answers[-len(calls) :])
 
     def save(self, run_dir: Path, round: int, driver: dict[str, Any], *, attempt: int, keep: int) -> str:
         """A checkpoint, written by rank 0."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:  # a worker that computes nothing imports no torch
     from opd_ray.types import WeightVersion
 
-__all__ = ["Backend", "Beat", "Call", "Done", "Handle", "Ref", "Store", "Weights", "WorkerSpec"]
+__all__ = ["Backend", "Beat", "Call", "Done", "Handle", "RankFacts", "Ref", "Store", "Weights", "WorkerSpec"]
 
 Ref = Any
 """A stored result: the array itself (local) or a ``ray.ObjectRef``. The driver never looks inside."""
@@ -61,11 +61,11 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Published weights: a reference to the bytes, which say themselves what they hold, and their identity."""
+    """Published weights: references to the arrays, which say themselves what they hold, and their identity."""
 
     version: "WeightVersion"
     sha256: str
-    flat: Ref
+    flats: tuple[Ref, ...] = ()
     checksum: str = ""
     """``opd_ray.digest.checksum``: what a receiver's bound parameters have to give."""
 
@@ -89,6 +89,16 @@ class WorkerSpec:
     environment: dict[str, str] = field(default_factory=dict)
     stack_after_s: float = 0.0
     """So long after its last sign of life a wedged worker writes all its stacks into its log; 0: never."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankFacts:
+    """What a learner rank says of itself when it is up."""
+
+    precision: str
+    """What it computes in."""
+    buckets: int = 1
+    """Arrays in which it publishes weights."""
 
 
 class Handle(Protocol):

@@ -15,19 +15,21 @@ from torch import Tensor
 
 from opd_ray.actors import RewardActor, RolloutActor, SampleRequest, TeacherActor
 from opd_ray.actors.recorded import RecordedActor
-from opd_ray.digest import checksum, digest
+from opd_ray.digest import Checksum, Digest
 from opd_ray.errors import BadInputError, StaleWeightsError
 from opd_ray.learners import Learner, LearnerState, UpdateReport
 from opd_ray.models.base import Family
 from opd_ray.models.precision import NAMES
-from opd_ray.runtime.handle import Done, Weights
+from opd_ray.runtime.handle import Done, RankFacts, Weights
 from opd_ray.storage import checkpoint
 from opd_ray.storage.packing import (
+    BUCKET,
     AnswerRecord,
     Flat,
     Manifest,
     TrajectoryRecord,
     bind_into,
+    buckets,
     join_answers,
     join_trajectories,
     manifest_of,
@@ -39,7 +41,7 @@ from opd_ray.storage.packing import (
     unpack_answer,
     unpack_trajectory,
 )
-from opd_ray.types import Experience, Trajectory, WeightVersion, WorkItem
+from opd_ray.types import Experience, TeacherAnswer, Trajectory, WeightVersion, WorkItem
 
 __all__ = ["Drawn", "LearnerHost", "RecordedHost", "RewardHost", "RolloutHost", "Share", "TeacherHost"]
 
@@ -75,17 +77,18 @@ class RolloutHost:
         """What it computes in."""
         return Done(NAMES[self.actor.family.dtype], 0.0, 0)
 
-    def bind(self, weights: Weights, flat: Flat) -> Done:
+    def bind(self, weights: Weights, *flats: Flat) -> Done:
         """Take weights and acknowledge what was read back; the first time, also match the learner's probe."""
         clock = _Clock(None)  # probes are no work
-        manifest = manifest_of(flat)
+        manifests = [manifest_of(flat) for flat in flats]
+        parts = [flat[: manifest.nbytes] for flat, manifest in zip(flats, manifests, strict=True)]
 
         def write(parameters: Mapping[str, Tensor]) -> None:
-            bind_into(parameters, [flat[: manifest.nbytes]], [manifest.without("probe")])
+            bind_into(parameters, parts, [manifest.without("probe") for manifest in manifests])
 
         ack = self.actor.bind(write, weights.version, weights.sha256, weights.checksum)
         if not self._probed:
-            own, probe = self.actor.probe(), unpack(flat[: manifest.nbytes], manifest.only("probe"))["probe"]
+            own, probe = self.actor.probe(), unpack(parts[-1], manifests[-1].only("probe"))["probe"]
             apart, allowed = float((own.cpu() - probe).abs().max()), self.actor.policy.probe_tolerance
             if not apart <= allowed * float(probe.abs().max()):
                 self.actor.bound = None  # bound, but not proven
@@ -201,10 +204,16 @@ class Share:
     recorded: Manifest | None = None
     scores: Mapping[str, Sequence[float]] | None = None
 
-    def unpack(self, flats: list[Flat]) -> Experience:
-        """Experience from the next arrays of ``flats``, which are removed."""
+    def unpack(self, flats: list[Flat], reader: Family | None = None) -> Experience:
+        """Experience from the next arrays of ``flats``, which are removed.
+
+        Raises:
+            BadInputError: ``reader`` cannot train on one of them.
+        """
         path = [unpack_trajectory(flats.pop(0), record) for record in self.trajectory]
         marks = [unpack_answer(flats.pop(0), record) for record in self.answer]
+        if reader is not None and path:
+            _check(self.item, path, marks, reader)
         return Experience(
             self.item,
             join_trajectories(path) if path else None,
@@ -217,12 +226,14 @@ class Share:
 class LearnerHost:
     """One learner rank."""
 
-    def __init__(self, make: Callable[[], Learner]) -> None:
+    def __init__(self, make: Callable[[], Learner], bucket: int = BUCKET) -> None:
         self.learner = make()
+        self._bucket = bucket
+        self._identity = Digest(), Checksum(0)
 
     def ready(self) -> Done:
-        """What it computes in."""
-        return Done(NAMES[self.learner.family.dtype], 0.0, 0)
+        """What it computes in, and in how many arrays it publishes."""
+        return Done(RankFacts(NAMES[self.learner.family.dtype], len(self._buckets(self.learner.weights()))), 0.0, 0)
 
     def begin(self, items: Sequence[WorkItem]) -> Done:
         """A round of these items begins, or begins once more."""
@@ -232,9 +243,7 @@ class LearnerHost:
     def take(self, share: Share, *flats: Flat) -> Done:
         """This rank's next item; a streaming algorithm's gradient accumulates now."""
         clock = _Clock(self.learner.family)
-        experience = share.unpack(list(flats))
-        _check(experience, self.learner.family)
-        self.learner.take(experience)
+        self.learner.take(share.unpack(list(flats), self.learner.family))
         return clock.done(None)
 
     def observe(self, scores: Sequence[tuple[WorkItem, Mapping[str, Sequence[float]]]]) -> Done:
@@ -255,13 +264,24 @@ class LearnerHost:
         self.learner.finish_round(round)
         return Done(None, 0.0, 0)
 
-    def publish(self, version: WeightVersion, average: bool) -> tuple[Flat, Done]:
-        """The weights and the probe that proves them, as one array; the record lacks only the reference to it."""
+    def publish(self, version: WeightVersion, average: bool, bucket: int) -> tuple[Flat, Done]:
+        """One bucket of the weights, in their order; with the last come the probe that proves them, and the record."""
         clock = _Clock(None)
         weights = self.learner.weights(average=average)
-        tensors: dict[str, Tensor] = {**weights, "probe": self.learner.probe(average=average)}
-        # The checksum is of the weights themselves: packing is proven too.
-        return pack_whole(tensors), clock.done(Weights(version, digest(weights), None, checksum(weights)))
+        parts = self._buckets(weights)
+        if bucket == 0:
+            self._identity = Digest(), Checksum(max(tensor.nbytes for tensor in weights.values()))
+        sha256, checksum = self._identity
+        for name, tensor in parts[bucket].items():  # of the weights themselves: packing is proven too
+            sha256.add(name, tensor)
+            checksum.add(name, tensor)
+        if bucket < len(parts) - 1:
+            return pack_whole(parts[bucket]), clock.done(None)
+        tensors = {**parts[bucket], "probe": self.learner.probe(average=average)}
+        return pack_whole(tensors), clock.done(Weights(version, sha256.hex(), (), checksum.hex()))
+
+    def _buckets(self, weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        return buckets({name: weights[name] for name in sorted(weights)}, self._bucket)
 
     def save(self, run_dir: str, round: int, driver: Mapping[str, Any], attempt: int, keep: int) -> Done:
         """Write a checkpoint of this rank's state and the driver's; ranks are alike, so one writes."""
@@ -301,34 +321,33 @@ def _part(
     return part
 
 
-def _check_path(path: Trajectory, what: str, readers: Collection[Family]) -> None:
+def _check_path(path: Trajectory, what: str, readers: Collection[Family], part: int | None = None) -> None:
     seen, shapes = tuple(path.latents.shape[2:]), {family.latent_shape for family in readers}
     if shapes and seen not in shapes:
         allowed = " or ".join(map(str, sorted(shapes)))
-        raise BadInputError("trajectory", f"latents {seen} of {path.item}, to be {what}, expected {allowed}")
+        raise BadInputError("trajectory", f"latents {seen} of {path.item}, to be {what}, expected {allowed}", part)
     if not path.latents.isfinite().all():
-        raise BadInputError("trajectory", f"NaN or infinity in the latents of {path.item}, to be {what}")
+        raise BadInputError("trajectory", f"NaN or infinity in the latents of {path.item}, to be {what}", part)
 
 
-def _check(experience: Experience, family: Family) -> None:
+def _check(item: WorkItem, path: Sequence[Trajectory], marks: Sequence[TeacherAnswer], reader: Family) -> None:
     """What a learner rank is given can be trained on.
 
     Raises:
-        BadInputError: the trajectory or the answer is not finite, or of another shape than it has to be.
+        BadInputError: a part of the trajectory or of the answer is not finite, or of another shape than it has to be.
     """
-    item, path, answer = experience.item, experience.trajectory, experience.answer
-    if path is not None:
-        _check_path(path, "trained on", [family])
-    if path is None or answer is None:
-        return
-    rows, _, *latent = path.latents.shape
-    seen, expected = list(answer.velocity.shape), [rows, len(item.steps), *latent]
-    if answer.steps != item.steps or seen != expected:
-        raise BadInputError(
-            "answer", f"{answer.teacher} answered {item} with {seen} at steps {answer.steps}, expected {expected}"
-        )
-    if not answer.velocity.isfinite().all():
-        raise BadInputError("answer", f"NaN or infinity in what {answer.teacher} answered to {item}")
+    for number, part in enumerate(path):
+        _check_path(part, "trained on", [reader], number)
+    steps = tuple(step for mark in marks for step in mark.steps)
+    if marks and steps != item.steps:
+        raise BadInputError("answer", f"{marks[0].teacher} answered {item} at steps {steps}, expected {item.steps}")
+    rows, _, *latent = path[0].latents.shape
+    for number, mark in enumerate(marks):
+        seen, expected = list(mark.velocity.shape), [rows, len(mark.steps), *latent]
+        if seen != expected:
+            raise BadInputError("answer", f"{mark.teacher} answered {item} with {seen}, expected {expected}", number)
+        if not mark.velocity.isfinite().all():
+            raise BadInputError("answer", f"NaN or infinity in what {mark.teacher} answered to {item}", number)
 
 
 def write_png(image: Tensor, path: Path) -> None:

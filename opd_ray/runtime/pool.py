@@ -5,7 +5,6 @@ Every incarnation of a worker is a new one, with a name of its own. The pool gro
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 
 from opd_ray.errors import PlacementError, StaleWeightsError, Stopped
 from opd_ray.runtime.account import Account
@@ -15,6 +14,7 @@ from opd_ray.runtime.health import Event, Health, State
 from opd_ray.runtime.jobs import ANYTHING, Job, Queue
 from opd_ray.runtime.roster import Roster, Worker
 from opd_ray.runtime.telling import describe, lost_worker, where
+from opd_ray.runtime.transport import ObjectStore, Transport
 from opd_ray.runtime.usage import PoolStatus, Usage
 from opd_ray.runtime.watch import Watch
 
@@ -41,6 +41,7 @@ class Pool:
         beat_timeout_s: float = 60.0,
         in_flight: int = 2,
         teachers: tuple[str, ...] = (),
+        transport: Transport | None = None,
     ) -> None:
         self.backend, self.spec, self.size = backend, spec, size
         self.teachers = teachers
@@ -57,6 +58,7 @@ class Pool:
         """Lines for the log that it does not have yet: workers that found no room."""
         self.account = Account(clock, self.queue)
         self._clock, self._in_flight = clock, in_flight
+        self._transport = transport or ObjectStore()
         self._start_timeout, self._watch = start_timeout_s, Watch(call_timeout_s, beat_timeout_s)
         self._names = (f"{spec.role}-{number}" for number in itertools.count())
         self._roster = Roster()
@@ -138,10 +140,9 @@ class Pool:
     def _bind(self, worker: Worker, weights: Weights) -> None:
         self.account.begin(worker)
         worker.health.apply(Event.UNPROVEN)
-        record = replace(weights, flat=None)
         worker.binding = weights.identity
         self._choice.binds(worker.binding, 1)
-        self._fly(worker, worker.handle.call("bind", record, weights.flat, bulk=0).done, None)
+        self._fly(worker, self._transport.deliver(weights, worker.handle).done, None)
 
     def _fly(self, worker: Worker, ref: Ref, job: Job | None) -> None:
         worker.flying[ref] = job

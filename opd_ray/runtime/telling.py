@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opd_ray.runtime.handle import WorkerSpec
+from opd_ray.runtime.handle import Beat, WorkerSpec
 from opd_ray.runtime.health import State
 from opd_ray.runtime.jobs import Job
 from opd_ray.runtime.roster import Worker
@@ -15,7 +15,7 @@ from opd_ray.runtime.usage import PoolStatus
 if TYPE_CHECKING:
     from opd_ray.runtime.pool import Pool
 
-__all__ = ["describe", "last_lines", "lost_worker", "where"]
+__all__ = ["describe", "last_signs", "lost_worker", "place", "where"]
 
 LINES = 6
 CHARACTERS = 200
@@ -27,16 +27,26 @@ AT_REST = re.compile(r"<no Python frame>|/threading\.py|/ray/_private/|/runtime/
 
 def lost_worker(spec: WorkerSpec, worker: Worker, state: State, jobs: Sequence[Job], why: str, now: float) -> str:
     """Which worker, where it ran, at which item and in which phase, why, its last sign of life and last words."""
-    name, pulse = worker.handle.name, worker.pulse
-    place = f" (node {pulse.node}, pid {pulse.pid})" if pulse is not None else ""
+    name = worker.handle.name
     held = f" while {jobs[0].label}" if jobs and jobs[0].label else ""
     phase = "" if jobs else f" while {_phase(worker, state)}"
-    text = f"{name}{place} was lost{held or phase} ({why}); {len(jobs)} work items run again"
-    if pulse is not None and worker.pulse_at is not None:
-        text += f"; last heartbeat {max(now - worker.pulse_at, 0.0):.0f} s before, with {pulse.memory_mb:.0f} MB"
+    text = f"{name}{place(worker.pulse)} was lost{held or phase} ({why}); {len(jobs)} work items run again"
+    return text + last_signs(spec.logs, name, worker.pulse, worker.pulse_at, now)
+
+
+def place(pulse: Beat | None) -> str:
+    """Where a worker ran, behind its name, as far as it is known."""
+    return f" (node {pulse.node}, pid {pulse.pid})" if pulse is not None else ""
+
+
+def last_signs(logs: Path | None, name: str, pulse: Beat | None, pulse_at: float | None, now: float) -> str:
+    """A worker's last sign of life and last words, as the end of a sentence."""
+    text = ""
+    if pulse is not None and pulse_at is not None:
+        text += f"; last heartbeat {max(now - pulse_at, 0.0):.0f} s before, with {pulse.memory_mb:.0f} MB"
         if pulse.gpu_memory_mb:
             text += f" and {pulse.gpu_memory_mb:.0f} MB of its card"
-    if lines := last_lines(spec.logs, name):
+    if lines := last_lines(logs, name):
         text += f"; last in {name}.log: {' | '.join(lines)}"
     return text
 

@@ -188,7 +188,7 @@ class Painter:
         return Done("up", 0.0, 0)
 
     def bind(self, weights: Weights, flat: str) -> Done:
-        assert weights.flat is None and flat == f"bytes of {weights.sha256}"
+        assert not weights.flats and flat == f"bytes of {weights.sha256}"
         self.bound = weights.identity
         return Done(Ack(weights.version, 1, weights.sha256), 0.0, 0)
 
@@ -212,4 +212,4 @@ class Critic:
 def weights(backend: FakeBackend, version: int) -> Weights:
     flat, sha256 = StoredRef(), f"sha-{version}"
     backend.store[flat] = f"bytes of {sha256}"
-    return Weights(WeightVersion(0, 0, version), sha256, flat)
+    return Weights(WeightVersion(0, 0, version), sha256, (flat,))

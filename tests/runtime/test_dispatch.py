@@ -13,6 +13,7 @@ from opd_ray.runtime.handle import Done, WorkerSpec
 from opd_ray.runtime.health import State
 from opd_ray.runtime.jobs import MAX_KILLED, MAX_RUNS, Job, Output
 from opd_ray.runtime.pool import MAX_STRIKES, Pool
+from opd_ray.runtime.watch import BEATS
 from tests.runtime.fake import Critic, FakeBackend, Painter, weights
 
 
@@ -209,7 +210,7 @@ def test_an_input_that_is_lost_again_and_again_stops_the_run() -> None:
 
 
 def test_lost_weights_stop_the_run(studio) -> None:
-    studio.backend.lose(studio.weights.flat)
+    studio.backend.lose(studio.weights.flats[0])
     with pytest.raises(LearnerLostError, match="the published weights are gone"):
         studio.dispatcher.wait([studio.draw(0)])
 
@@ -441,6 +442,34 @@ def test_a_lost_rank_is_named_although_its_peer_broke_off_first(studio) -> None:
     studio.backend.before_wait = lambda: studio.backend.clock() > start + 5 and handles[1].die()
     with pytest.raises(LearnerLostError, match="learner rank 1 was lost"):
         studio.dispatcher.results(calls, "a step")
+
+
+def test_a_rank_without_a_sign_of_life_is_lost_while_others_work(studio) -> None:
+    """It was stopped while nobody waited for it."""
+    handles = ranks(studio, Rank(), Rank())
+    studio.backend.beats = True
+    studio.dispatcher.results(step(handles), "starting")
+    studio.dispatcher.watch(handles, 12.0)
+    studio.backend.seconds["draw"] = 30.0
+    studio.dispatcher.wait([studio.draw(0)])
+    studio.backend.frozen = {"learner-1"}
+    frozen_at = studio.backend.clock()
+    lost = r"learner rank 1 \(node here, pid 1\) gave no sign of life in 12 s; last heartbeat \d+ s before, with 100 MB"
+    with pytest.raises(LearnerLostError, match=lost):
+        studio.dispatcher.wait([studio.draw(n) for n in range(1, 9)])
+    assert studio.backend.clock() - frozen_at < 12 + 12 / BEATS + 3
+
+
+def test_a_rank_that_dies_while_nobody_waits_for_it_is_heard_of(studio) -> None:
+    handles = ranks(studio, Rank(), Rank())
+    studio.backend.beats = True
+    studio.dispatcher.results(step(handles), "starting")
+    studio.dispatcher.watch(handles, 12.0)
+    studio.backend.seconds["draw"] = 30.0
+    studio.dispatcher.wait([studio.draw(0)])
+    handles[0].die()
+    with pytest.raises(LearnerLostError, match=r"learner rank 0 \(node here, pid 1\) was lost .*; last heartbeat"):
+        studio.dispatcher.wait([studio.draw(1)])
 
 
 def test_a_rank_that_fails_alone_is_not_waited_out(studio) -> None:

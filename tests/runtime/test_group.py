@@ -7,7 +7,7 @@ import pytest
 from opd_ray.errors import BadInputError, OutOfOrderError, Stopped
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import MAX_TRIES, UNANSWERED, Collected, LearnerGroup
-from opd_ray.runtime.handle import Done, WorkerSpec
+from opd_ray.runtime.handle import Done, RankFacts, WorkerSpec
 from opd_ray.runtime.hosts import Share
 from opd_ray.runtime.jobs import Job, Output
 from opd_ray.runtime.pool import Pool
@@ -26,7 +26,7 @@ class Rank:
     """What is said of the next items, instead of taking them."""
 
     def ready(self):
-        return Done("fp32", 0.0, 0)
+        return Done(RankFacts("fp32"), 0.0, 0)
 
     def begin(self, items):
         self.awaited = [item for item in items if item.position % self.ranks == self.number]

@@ -417,7 +417,7 @@ def test_binds_that_nobody_needs_any_longer_fail_in_silence() -> None:
     studio.backend.seconds["bind"] = 5.0
     jobs = [studio.draw(n) for n in range(6)]
     studio.painters.assign()
-    studio.backend.lose(studio.weights.flat)
+    studio.backend.lose(studio.weights.flats[0])
     studio.dispatcher.abandon()
     studio.weights = weights(studio.backend, 1)
     again = [studio.draw(n) for n in range(6)]
