@@ -10,13 +10,20 @@ The first delivery of a size, which meets pages of the object store that a proce
 the store uses its memory again from the third or fourth on, so two more are not counted. On a machine that does other
 things too, look at the fastest of both sides. Below a megabyte fixed costs are all there is, so those rows show
 milliseconds alone. What does not fit into memory is left out.
+
+The last columns are the learner's: memory of its own (RssAnon, without the store's pages) that publishing takes at its
+peak beyond what it had, and how long the next round waits for it, both against the size of a bucket and a copy.
 """
 
 import argparse
+import re
 import statistics
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,10 +31,12 @@ import psutil
 import torch
 
 from opd_ray.console import console
-from opd_ray.digest import checksum, digest
+from opd_ray.digest import checksum
 from opd_ray.runtime.cluster import RayBackend
 from opd_ray.runtime.handle import Call, Done, WorkerSpec
-from opd_ray.storage.packing import BUCKET, Flat, Manifest, bind_into, buckets, pack_buckets
+from opd_ray.runtime.hosts import LearnerHost
+from opd_ray.storage.packing import BUCKET, Flat, bind_into, manifest_of
+from opd_ray.types import WeightVersion
 
 SIZES = (1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 4e9)
 LARGEST_TENSOR = 16_000_000
@@ -47,18 +56,42 @@ def shapes(size: int) -> list[int]:
 
 
 class Publisher:
-    """Stands for the learner."""
+    """The host of a learner that has these weights and nothing else."""
 
     def make(self, size: int) -> Done:
         """New weights; answers in how many arrays they will be published."""
         generator = torch.Generator().manual_seed(0)
-        self.weights = {f"w{n}": torch.randn(k, generator=generator) for n, k in enumerate(shapes(size))}
-        return Done(len(buckets(self.weights)), 0.0, 0)
+        weights = {f"w{n}": torch.randn(k, generator=generator) for n, k in enumerate(shapes(size))}
+        learner: Any = SimpleNamespace(
+            family=SimpleNamespace(dtype=torch.float32),
+            weights=lambda average=False: weights,
+            probe=lambda average: torch.zeros(1),
+        )
+        self.host = LearnerHost(lambda: learner)
+        return Done(self.host.ready().value.buckets, 0.0, 0)
 
-    def publish(self) -> tuple[Any, ...]:
-        """The arrays, and what proves them."""
-        flats, manifests = pack_buckets(self.weights)
-        return *flats, Done((manifests, checksum(self.weights), digest(self.weights)), 0.0, 0)
+    def publish(self, bucket: int) -> tuple[Flat, Done]:
+        """An array, and with the last one the record."""
+        if bucket == 0:
+            self.peak, self.base, self.stop = 0.0, own_memory(), threading.Event()
+            threading.Thread(target=self._look, daemon=True).start()
+        return self.host.publish(WeightVersion(0, 0, 0), False, bucket)
+
+    def _look(self) -> None:
+        while not self.stop.wait(0.002):
+            self.peak = max(self.peak, own_memory() - self.base)
+
+    def peaked(self) -> Done:
+        """Bytes of its own memory that publishing took at most."""
+        self.stop.set()
+        return Done(max(self.peak, own_memory() - self.base), 0.0, 0)
+
+
+def own_memory() -> float:
+    """Bytes of this process that are neither a file's nor the object store's."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return float(found[1]) * 1024
 
 
 class Receiver:
@@ -70,10 +103,12 @@ class Receiver:
         self.source, self.target = np.ones(size, np.uint8), np.ones(size, np.uint8)
         return Done(None, 0.0, 0)
 
-    def bind(self, manifests: Sequence[Manifest], sent: str, begin: float, *flats: Flat) -> Done:
+    def bind(self, sent: str, begin: float, *flats: Flat) -> Done:
         """Copy, bind, read back, compare."""
         start = _wait(begin)
-        bind_into(self.parameters, flats, manifests)
+        manifests = [manifest_of(flat) for flat in flats]
+        parts = (flat[: manifest.nbytes] for flat, manifest in zip(flats, manifests, strict=True))
+        bind_into(self.parameters, parts, [manifest.without("probe") for manifest in manifests])
         if checksum(self.parameters) != sent:
             raise RuntimeError("the weights that arrived are not those that were sent")
         return Done((start, time.time()), 0.0, 0)
@@ -99,6 +134,10 @@ class Repeat:
     copied: float
     delivered: float
     """From the call that publishes to the last acknowledgement, the lead left out."""
+    published: float
+    """Until the learner is free again."""
+    peak: float
+    """Bytes of the learner's own memory beside the weights."""
 
 
 class Node:
@@ -119,15 +158,18 @@ class Node:
     def repeat(self, arrays: int) -> Repeat:
         """Publish, bind and prove everywhere; then copy as much."""
         start = time.time()
-        published = self.publisher.call("publish", bulk=arrays)
-        ((manifests, sent, _),) = self._all([published])
+        published = [self.publisher.call("publish", bucket, bulk=1) for bucket in range(arrays)]
+        sent = self._all(published)[-1].checksum
+        free = time.time() - start
+        (peak,) = self._all([self.publisher.call("peaked", bulk=0)])
+        flats = [call.bulk[0] for call in published]
         begin = time.time() + LEAD_S
-        calls = [receiver.call("bind", manifests, sent, begin, *published.bulk, bulk=0) for receiver in self.receivers]
+        calls = [receiver.call("bind", sent, begin, *flats, bulk=0) for receiver in self.receivers]
         bound = self._all(calls)
         end = max(span[1] for span in bound)
         begin = time.time() + LEAD_S
         copied = self._all([receiver.call("copy", begin, bulk=0) for receiver in self.receivers])
-        return Repeat(_seconds(bound), _seconds(copied), end - start - LEAD_S)
+        return Repeat(_seconds(bound), _seconds(copied), end - start - LEAD_S, free, peak)
 
     def _all(self, calls: Sequence[Call]) -> list[Any]:
         waiting, deadline = [call.done for call in calls], time.monotonic() + TIMEOUT_S
@@ -160,7 +202,7 @@ def row(size: float, workers: int, arrays: int, first: Repeat, repeats: Sequence
     binding = spread([1e3 * one.bound for one in repeats], ".3g")
     cells = [f"{size / unit:g} {name}", str(arrays), delivered, binding]
     if size < 1e6:
-        cells += [""] * 5
+        cells += [""] * 7
     else:
         total = workers * size / 1e9
         cells.append(spread([total / one.bound for one in repeats], ".1f"))
@@ -168,6 +210,8 @@ def row(size: float, workers: int, arrays: int, first: Repeat, repeats: Sequence
         cells.append(spread([one.copied / one.bound for one in repeats], ".2f"))
         cells.append(f"{min(one.copied for one in repeats) / min(one.bound for one in repeats):.2f}")
         cells.append(f"{first.copied / first.bound:.2f}")
+        cells.append(f"{max(one.peak for one in repeats) / min(size, BUCKET):.2f}")
+        cells.append(spread([one.published for one in repeats], ".3g"))
     return f"| {' | '.join(cells)} |"
 
 
@@ -186,8 +230,9 @@ def main() -> None:
         console.print(f"{args.workers} receivers, {args.repeats} repeats, arrays of at most {BUCKET / 1e6:g} MB\n")
         console.print(
             "| weights | arrays | published until all acknowledged, ms | bound and proven, ms | GB/s of the node "
-            "| memcpy, GB/s | ratio | ratio of the fastest | ratio, first delivery |\n"
-            f"|{'---|' * 9}",
+            "| memcpy, GB/s | ratio | ratio of the fastest | ratio, first delivery "
+            "| learner's own memory at its peak, buckets | learner busy, s |\n"
+            f"|{'---|' * 11}",
             soft_wrap=True,
             markup=False,
         )

@@ -32,7 +32,6 @@ __all__ = [
     "manifest_of",
     "pack",
     "pack_answer",
-    "pack_buckets",
     "pack_trajectory",
     "pack_whole",
     "unpack",
@@ -120,12 +119,6 @@ def buckets(tensors: Mapping[str, Tensor], size: int = BUCKET) -> list[dict[str,
         found[-1][name] = tensor
         room -= tensor.nbytes
     return found or [{}]
-
-
-def pack_buckets(tensors: Mapping[str, Tensor], size: int = BUCKET) -> tuple[list[Flat], list[Manifest]]:
-    """An array and its manifest for each of the ``buckets``."""
-    packed = [pack(bucket) for bucket in buckets(tensors, size)]
-    return [flat for flat, _ in packed], [manifest for _, manifest in packed]
 
 
 def unpack(flat: Flat, manifest: Manifest) -> dict[str, Tensor]:

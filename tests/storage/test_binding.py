@@ -7,8 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_ray.digest import checksum
-from opd_ray.storage.packing import bind_into, buckets, pack, pack_buckets
+from opd_ray.storage.packing import BUCKET, bind_into, buckets, pack
 from tests.storage.test_packing import content, named
+
+
+def packed(tensors, size=BUCKET):
+    """An array and its manifest for each bucket."""
+    pairs = [pack(bucket) for bucket in buckets(tensors, size)]
+    return [flat for flat, _ in pairs], [manifest for _, manifest in pairs]
 
 
 def frozen(flats):
@@ -20,7 +26,7 @@ def frozen(flats):
 @settings(max_examples=200)
 @given(named, st.sampled_from([1, 64, 100, 10**6]))
 def test_any_weights_arrive_bit_for_bit_in_any_number_of_buckets(original, size):
-    flats, manifests = pack_buckets(original, size)
+    flats, manifests = packed(original, size)
     parameters = {name: torch.zeros_like(tensor) for name, tensor in original.items()}
     places = {name: tensor.data_ptr() for name, tensor in parameters.items()}
     bind_into(parameters, iter(frozen(flats)), manifests)
@@ -38,7 +44,7 @@ def test_a_bucket_ends_where_the_next_tensor_is_too_much():
 
 @pytest.mark.parametrize("strided", [False, True])
 def test_bound_parameters_share_nothing_with_what_was_stored(strided):
-    flats, manifests = pack_buckets({"w": torch.arange(12.0).view(3, 4)})
+    flats, manifests = packed({"w": torch.arange(12.0).view(3, 4)})
     before = frozen(flats)[0].copy()
     parameter = torch.nn.Parameter(torch.zeros(4, 3).T if strided else torch.zeros(3, 4))
     bind_into({"w": parameter}, flats, manifests)
@@ -50,7 +56,7 @@ def test_bound_parameters_share_nothing_with_what_was_stored(strided):
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written():
-    flats, manifests = pack_buckets({"a": torch.ones(2), "b": torch.ones(2, 2)}, 8)
+    flats, manifests = packed({"a": torch.ones(2), "b": torch.ones(2, 2)}, 8)
     for wrong, message in (
         ({"a": torch.zeros(2)}, r"b is float32 \(2, 2\), here missing"),
         ({"a": torch.zeros(2), "b": torch.zeros(4)}, r"b is float32 \(2, 2\), here float32 \(4,\)"),
