@@ -44,22 +44,26 @@ def dashboard() -> dict:
 
 
 def panel(metric: Metric) -> dict:
-    """One metric over time. Labels that Ray adds, such as the driver's process, are summed up over."""
+    """One metric over time. Labels that Ray adds, such as the driver's process, are aggregated away."""
     series = ", ".join(("run", *metric.labels))
     selected = f'{PREFIX}{metric.name}{{run=~"$run"}}'
-    counter = metric.kind == "counter"
-    query = f"sum by ({series}) (rate({selected}[$__rate_interval]))" if counter else f"max by ({series}) ({selected})"
-    legend = " ".join(f"{{{{{label}}}}}" for label in ("run", *metric.labels))
-    unit = UNITS[metric.unit]
-    if counter:
-        unit = "short" if metric.unit == "seconds" else "cps"  # seconds a second: workers, on average
-    words = metric.name.removeprefix("opd_ray_").removesuffix("_total").replace("_", " ")
+    title = metric.name.removeprefix("opd_ray_").removesuffix("_total").replace("_", " ").capitalize()
+    query, unit = f"max by ({series}) ({selected})", UNITS[metric.unit]
+    if metric.kind == "counter" and metric.unit == "seconds":  # seconds a second: so many workers, on average
+        query, unit = f"sum by ({series}) (rate({selected}[$__rate_interval]))", "short"
+        title += " a second"
+    elif metric.kind == "counter":
+        query = f"sum by ({series}) (increase({selected}[5m]))"
+        title += " in 5 minutes"
     return {
         "type": "timeseries",
-        "title": f"{words.capitalize()} a second" if counter else words.capitalize(),
+        "title": title,
         "description": metric.help,
         "datasource": {"type": "prometheus", "uid": "${datasource}"},
-        "targets": [{"refId": "A", "expr": query, "legendFormat": legend}],
+        "targets": [
+            {"refId": "A", "expr": query}
+            | {"legendFormat": " ".join(f"{{{{{label}}}}}" for label in ("run", *metric.labels))}
+        ],
         "fieldConfig": {"defaults": {"unit": unit}, "overrides": []},
         "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}},
     }

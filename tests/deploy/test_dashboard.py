@@ -43,7 +43,7 @@ def test_a_panel_asks_for_labels_that_are_there(title):
     metric = EXPORTED[named(target["expr"]).pop()]
     by = re.search(r"by \((.*?)\)", target["expr"])[1].split(", ")
     assert by == ["run", *metric.labels] == re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])
-    assert ("rate(" in target["expr"]) == (metric.kind == "counter")
+    assert bool(re.search(r"rate\(|increase\(", target["expr"])) == (metric.kind == "counter")
     assert PANELS[title]["description"] == metric.help
 
 
