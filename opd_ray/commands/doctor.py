@@ -1,11 +1,12 @@
 """``opd-ray doctor``: what is installed, and what works here."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from opd_ray.commands.options import Json
+from opd_ray.commands.options import Json, Override, overrides
 from opd_ray.console import console
 from opd_ray.recipes import load
 
@@ -16,14 +17,19 @@ STYLES = {"ok": None, "warning": "yellow", "problem": "bold red"}
 
 def doctor(
     config: Annotated[str, typer.Argument(help="The recipe whose object store has to find room.")] = "demo",
+    override: Override = None,
     ray: Annotated[bool, typer.Option("--ray", help="Also start Ray with one worker, and end it: 10 to 30 s.")] = False,
+    manifests: Annotated[
+        Path | None,
+        typer.Option(help="Also compare KubeRay manifests with the recipe's cluster: a YAML file, or - for stdin."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say in a line a check what was found and what to do; exit code 2 if there is a problem."""
     from opd_ray.planning.doctor import findings
 
     records = []
-    for check, finding in findings(load(config).cluster.object_store_mb, start_ray=ray):
+    for check, finding in findings(load(config, overrides(override, None)), start_ray=ray, manifests=manifests):
         records.append({"check": check} | asdict(finding))
         if not json:
             advice = f" ({finding.advice})" if finding.advice else ""

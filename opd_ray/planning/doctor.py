@@ -19,7 +19,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from opd_ray import world
-from opd_ray.errors import PlacementError, WorkerLostError
+from opd_ray.config import Config
+from opd_ray.errors import ConfigError, PlacementError, WorkerLostError
+from opd_ray.planning.manifests import check_manifests
 
 __all__ = ["Finding", "findings"]
 
@@ -38,8 +40,9 @@ class Finding:
     """What to do."""
 
 
-def findings(object_store_mb: int, *, start_ray: bool) -> Iterator[tuple[str, Finding]]:
+def findings(config: Config, *, start_ray: bool, manifests: Path | None = None) -> Iterator[tuple[str, Finding]]:
     """Each check's name and what it found, as it is found; what libraries print goes to stderr."""
+    object_store_mb = config.cluster.object_store_mb
     checks: dict[str, Callable[[], Finding]] = {
         "Python": python,
         "packages": packages,
@@ -55,6 +58,8 @@ def findings(object_store_mb: int, *, start_ray: bool) -> Iterator[tuple[str, Fi
         "hub": hub_mode,
         "built-in world": built_in_world,
     }
+    if manifests is not None:
+        checks["manifests"] = partial(fitting_manifests, config, manifests)
     for name, check in checks.items():
         with redirect_stdout(sys.stderr):
             try:
@@ -215,6 +220,17 @@ def built_in_world() -> Finding:
         except (OSError, SafetensorError) as error:
             broken.append(f"{path.parent.name}/{path.name}: {error}")
     return Finding("problem", _first(broken), REINSTALL) if broken else Finding("ok", f"all {len(files)} files")
+
+
+def fitting_manifests(config: Config, path: Path) -> Finding:
+    """Whether KubeRay's manifests and the recipe's cluster belong together; ``-`` is stdin."""
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        return Finding("ok", check_manifests(config, text, str(path)))
+    except (OSError, UnicodeDecodeError) as error:
+        return Finding("problem", f"{path} cannot be read ({error})", "give a file, or - for stdin")
+    except ConfigError as error:
+        return Finding("problem", str(error))
 
 
 def _declared(key: str) -> list[str]:

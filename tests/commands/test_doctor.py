@@ -1,6 +1,7 @@
 """The doctor sees what is broken, says so in one line, and its exit code tells."""
 
 import importlib.metadata
+import io
 import json
 import os
 import shutil
@@ -13,8 +14,9 @@ from torch import distributed
 from opd_ray import world
 from opd_ray.errors import WorkerLostError
 from opd_ray.planning import doctor
-from opd_ray.recipes import find
+from opd_ray.recipes import find, load
 from opd_ray.runtime import trial
+from tests.deploy.kustomize import KUBERAY
 
 Usage = namedtuple("Usage", "total used free")
 CHECKS = [
@@ -248,3 +250,27 @@ def test_a_worker_that_does_not_answer_is_a_problem_and_ray_is_ended(monkeypatch
     with pytest.raises(WorkerLostError, match="its worker did not answer within 3 s"):
         trial.try_ray(256, 3)
     assert ended == [True]
+
+
+class TestManifests:
+    """`--manifests` compares KubeRay's groups with the recipe's cluster; each refusal is in tests/planning."""
+
+    def told(self, done):
+        (line,) = (line for line in done.out.splitlines() if line[9:].startswith("manifests: "))
+        return line
+
+    def test_what_we_ship_belongs_together(self, cli):
+        done = cli("doctor", "sd35_mopd", "-o", "cluster=kuberay", "--manifests", KUBERAY / "base" / "cluster.yaml")
+        assert self.told(done) == "ok       manifests: 5 groups of RayCluster opd-ray for 6 roles" and done.code == 0
+
+    def test_a_group_that_no_role_uses_is_a_problem(self, cli, monkeypatch):
+        text = (KUBERAY / "base" / "cluster.yaml").read_text()
+        extra = text[text.index("    - groupName: reward") :].replace("reward", "judge")
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text + extra))
+        done = cli("doctor", "sd35_mopd", "-o", "cluster=kuberay", "--manifests", "-")
+        assert done.code == 2
+        assert "-: RayCluster opd-ray: no role uses group 'judge': none asks for judge_node; asked" in self.told(done)
+
+    def test_a_file_that_is_not_there_is_a_problem(self, tmp_path):
+        finding = doctor.fitting_manifests(load("demo"), tmp_path / "gone.yaml")
+        assert finding.status == "problem" and "gone.yaml cannot be read" in finding.found

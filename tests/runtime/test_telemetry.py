@@ -136,15 +136,19 @@ def test_an_error_turns_it_off_with_one_note_and_the_rows_are_kept(recorded, tmp
     assert [row["round"] for row in rows(tmp_path / "metrics.jsonl")] == [3, 4]
 
 
-def scrape(node) -> dict[str, float]:
-    """What Prometheus would read: name and our labels -> value."""
+def families(node):
+    """What Prometheus would read."""
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     with urllib.request.urlopen(url, timeout=10) as answer:
-        families = text_string_to_metric_families(answer.read().decode())
+        return list(text_string_to_metric_families(answer.read().decode()))
+
+
+def scrape(node) -> dict[str, float]:
+    """Name and our labels -> value."""
     own = ("task", "part", "role", "state", "kind")
     return {
         " ".join([sample.name, *(sample.labels[label] for label in own if label in sample.labels)]): sample.value
-        for family in families
+        for family in families(node)
         for sample in family.samples
         if sample.labels.get("run") == "scraped"
     }
@@ -153,7 +157,7 @@ def scrape(node) -> dict[str, float]:
 @pytest.mark.ray
 def test_the_values_arrive_at_an_address_of_this_machine_alone(ray_session):
     made = Telemetry("scraped", pytest.fail)
-    made.write(ROW)
+    made.write(ROW | {"scores": {"ocr": 0.5}, "grad_norm": 1.0, "evaluation": {"text": 0.75}})
     (node,) = ray.nodes()
     assert ipaddress.ip_address(node["NodeManagerAddress"]).is_loopback
     deadline, seen = time.monotonic() + 60, {}
@@ -166,5 +170,7 @@ def test_the_values_arrive_at_an_address_of_this_machine_alone(ray_session):
     assert seen[f"{PREFIX}opd_ray_role_seconds_total teacher.text busy"] == 3
     assert seen[f"{PREFIX}opd_ray_answers_total teacher.text"] == 8
     assert seen[f"{PREFIX}opd_ray_workers teacher.text wanted"] == 2
-    made_of = {PREFIX + metric.name for metric in METRICS}
-    assert {name.split()[0] for name in seen} <= made_of
+    made_of = {PREFIX + metric.name: metric.help for metric in METRICS}
+    assert {name.split()[0] for name in seen} == set(made_of)
+    told = {sample.name: family.documentation for family in families(node) for sample in family.samples}
+    assert {name: told[name] for name in made_of} == made_of
