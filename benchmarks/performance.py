@@ -109,6 +109,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--compile", action="store_true", help="also time a forward under torch.compile, which runs do not use"
+    )
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     family = load(args, dtype)
@@ -122,9 +125,9 @@ def main() -> None:
         with torch.no_grad():
             family.velocity(x, 0.5, cond, empty, GUIDANCE)
 
-    def mark() -> None:
-        with torch.no_grad(), family.adapter("ocr"):
-            family.velocity(x, 0.5, cond, empty, GUIDANCE)
+    def switch() -> None:
+        with family.adapter("ocr"):
+            pass
 
     def train() -> None:
         family.velocity(x, 0.5, cond, empty, GUIDANCE).square().mean().backward()
@@ -136,15 +139,16 @@ def main() -> None:
         f"{name}, {parameters / 1e9:.2f} G parameters, {args.resolution} px, {args.pictures} pictures, {dtype}"
     )
     console.print("| role | seconds a step | TFLOP/s | utilisation |\n|---|---|---|---|", markup=False)
-    for role, work, kind in (
-        ("rollout", draw, "forward"),
-        ("teacher", mark, "forward"),
-        ("learner", train, "training"),
-    ):
+    for role, work, kind in (("rollout, teacher", draw, "forward"), ("learner", train, "training")):
         each = seconds(work, args.repeats, args.device)
         rate = once[kind] / each / 1e12
         share = f"{100 * rate / args.peak_tflops:.0f} %" if args.peak_tflops else "–"  # noqa: RUF001
         console.print(f"| {role} | {each:.4f} | {rate:.2f} | {share} |", soft_wrap=True)
+    console.print(f"a teacher's change of adapter, once an item: {seconds(switch, args.repeats, args.device):.3f} s")
+    if args.compile:
+        plain = seconds(draw, args.repeats, args.device)
+        family.denoiser = torch.compile(family.denoiser)
+        console.print(f"compiled, a forward takes {seconds(draw, args.repeats, args.device) / plain:.2f} of its time")
     if args.device == "cuda":
         console.print(
             f"peak memory of the denoiser with all adapters: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
