@@ -87,13 +87,13 @@ def row(ray: Any, rates: Rates, workers: Workers, times: Times, args: argparse.N
 def main() -> None:
     """Measure the rates, then every split."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--draw", type=float, default=0.20, help="seconds slept for an item")
-    parser.add_argument("--mark", type=float, default=0.10)
-    parser.add_argument("--take", type=float, default=0.06)
-    parser.add_argument("--update", type=float, default=0.06, help="seconds slept once a round")
+    parser.add_argument("--draw", type=float, default=0.80, help="seconds slept for an item")
+    parser.add_argument("--mark", type=float, default=0.40)
+    parser.add_argument("--take", type=float, default=0.24)
+    parser.add_argument("--update", type=float, default=0.24, help="seconds slept once a round")
     args = parser.parse_args()
     times = Times(args.draw, args.mark, args.take, args.update)
     with backend() as ray:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = ["build"]
 
+NONCE = ".nonce"
+"""In the run folder, new with each attempt: workers that find it see the same folder."""
 STACK_AFTER = 0.75
 """Part of the heartbeat's timeout after which a wedged worker writes its stacks into its log."""
 
@@ -75,6 +78,7 @@ def build(
     startup.mark("checks")
     attempt = claim(folder, identity(config), resume=resume, may_differ=FORCED if force else ())
     config = anchored(config)
+    (folder / NONCE).write_text(uuid.uuid4().hex)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     with ExitStack() as failed, live:
         failed.callback(abandon, folder)
@@ -314,6 +318,7 @@ def _spec(role: str, placement: Placement, factory: Any, folder: Path, beat_time
         placement.threads,
         dict(placement.resources),
         folder / "logs",
+        nonce=(folder / NONCE, (folder / NONCE).read_text()),
         stack_after_s=STACK_AFTER * beat_timeout_s,
     )
 

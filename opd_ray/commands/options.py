@@ -1,6 +1,7 @@
 """What several verbs share: their options, and where they write."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,7 @@ import typer
 
 from opd_ray.errors import RunFolderError
 
-__all__ = ["Json", "Override", "RunSeed", "Runs", "Seed", "Threads", "overrides", "require_folder"]
+__all__ = ["Json", "Override", "RunSeed", "Runs", "Seed", "Threads", "overrides", "require_folder", "require_local"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on stdout.")]
 Override = Annotated[
@@ -28,12 +29,26 @@ def overrides(given: list[str] | None, seed: int | None) -> list[str]:
     return [*(given or []), *([] if seed is None else [f"seed={seed}"])]
 
 
+def require_local(path: Path) -> None:
+    """Refuse what is no path of a file system.
+
+    Raises:
+        RunFolderError: it is an address, for instance ``s3://bucket/runs``.
+    """
+    if path.parts and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:", path.parts[0]):
+        raise RunFolderError(
+            f"--out: {path.parts[0]}// is an address, and a run needs a folder that it can lock and rename in; mount "
+            "it as a file system, or train into a local folder and copy it afterwards"
+        )
+
+
 def require_folder(path: Path) -> None:
     """Make an output folder, before any work whose outcome would be lost without it.
 
     Raises:
         RunFolderError: it cannot be made or written.
     """
+    require_local(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opd_ray.commands.options import Json, Override, Runs, RunSeed, overrides
+from opd_ray.commands.options import Json, Override, Runs, RunSeed, overrides, require_local
 from opd_ray.config import Config
 from opd_ray.console import console, errors
 from opd_ray.errors import ConfigError, RunFolderError, Stopped
@@ -66,6 +66,7 @@ def run_training(config: Config, folder: Path, *, resume: bool, force: bool = Fa
         Stopped: before the end; the run can be resumed.
         RunFolderError: the run would not be found again.
     """
+    require_local(folder)
     if RAY_COPY in folder.resolve().parts:
         raise RunFolderError(
             f"{folder} lies in Ray's own copy of your working directory, which Ray deletes when it likes; "

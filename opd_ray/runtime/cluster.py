@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,15 @@ from ray.exceptions import (
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from opd_ray.errors import InputLostError, PlacementError, WorkerLostError
+from opd_ray.errors import InputLostError, PlacementError, RunFolderError, UserError, WorkerLostError
 from opd_ray.runtime.handle import Beat, Call, Done, Handle, Ref, Store, WorkerSpec
 
 __all__ = ["RayBackend", "classify"]
 
 RECORD_TIMEOUT_S = 30
 """A finished record is small; fetching it takes no longer than this."""
+NONCE_S = 10.0
+"""A network file system may know for a few seconds that a new file is not there."""
 
 ENVIRONMENT = {
     # Returns under 100 KB would otherwise travel inside the reply, into the driver.
@@ -47,8 +50,10 @@ ENVIRONMENT = {
 class Process:
     """What runs in a Ray worker process: the host of one role, made at the first call."""
 
-    def __init__(self, spec: WorkerSpec, name: str) -> None:
-        if spec.logs is not None:
+    def __init__(self, spec: WorkerSpec, name: str, home: str) -> None:
+        self._elsewhere = ray.get_runtime_context().get_node_id() != home
+        self._astray = _astray(spec.nonce) if spec.nonce is not None else None
+        if spec.logs is not None and self._astray is None:
             spec.logs.mkdir(parents=True, exist_ok=True)
             log = os.open(spec.logs / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             sys.stdout.flush()
@@ -63,10 +68,25 @@ class Process:
         if self._host is None:
             if "torch" in sys.modules or self._spec.threads > 1:
                 _set_threads(self._spec.threads)
-            self._host = self._spec.factory()
+            self._host = self._make()
             if "torch" in sys.modules:
                 _set_threads(self._spec.threads)
         return getattr(self._host, method)(*args)
+
+    def _make(self) -> Any:
+        """The host.
+
+        Raises:
+            UserError: with the node in front, where that is another one than the driver's.
+        """
+        if self._astray is not None:
+            raise self._astray
+        try:
+            return self._spec.factory()
+        except UserError as error:  # for instance a model that lies on the driver's node alone
+            if not self._elsewhere:
+                raise
+            raise type(error)(f"node {ray.util.get_node_ip_address()}: {error}") from None
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]  # beside a call that is under way
     def beat(self, stack: bool) -> Done:
@@ -76,6 +96,22 @@ class Process:
         if self._spec.stack_after_s:  # a watchdog without Python's lock, put off by each sign of life
             faulthandler.dump_traceback_later(self._spec.stack_after_s, file=sys.stderr)
         return Done(Beat(ray.util.get_node_ip_address(), os.getpid(), _memory_mb(), _gpu_memory_mb()), 0.0, 0)
+
+
+def _astray(nonce: tuple[Path, str]) -> RunFolderError | None:
+    """Why this worker must not use the run folder; None where it sees the driver's."""
+    path, expected = nonce
+    deadline = time.monotonic() + NONCE_S
+    while True:
+        with suppress(OSError):
+            if path.read_text() == expected:
+                return None
+        if time.monotonic() > deadline:
+            return RunFolderError(
+                f"node {ray.util.get_node_ip_address()}: {path.parent} is not the run folder that the driver has; "
+                "mount the same storage at this path on every node, or give --out a path where it is"
+            )
+        time.sleep(0.5)
 
 
 def _set_threads(count: int) -> None:
@@ -167,6 +203,7 @@ class RayBackend:
         self._handles: dict[RayHandle, None] = {}
         if self._mine:
             self._connect(object_store_mb)
+        self._home = ray.get_runtime_context().get_node_id()
         self._spilled: int | None = None
         """Bytes that were spilled before this backend looked for the first time."""
         self._actor = ray.remote(concurrency_groups={"control": 1})(Process)
@@ -196,8 +233,8 @@ class RayBackend:
 
     def start(self, spec: WorkerSpec, name: str) -> Handle:
         """Ask Ray for an actor; an actor that cannot be placed raises nothing, so its first call has a timeout."""
-        handle = RayHandle(self._actor.options(**self._options(spec)).remote(spec, name), name, self._handles)
-        return handle
+        actor = self._actor.options(**self._options(spec)).remote(spec, name, self._home)
+        return RayHandle(actor, name, self._handles)
 
     def start_group(
         self, specs: Sequence[WorkerSpec], timeout_s: float, idle: Callable[[], None] = lambda: None
@@ -216,7 +253,7 @@ class RayBackend:
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
             options = self._options(spec) | {"scheduling_strategy": strategy}
             name = f"{spec.role}-{rank}"
-            handle = RayHandle(self._actor.options(**options).remote(spec, name), name, self._handles)
+            handle = RayHandle(self._actor.options(**options).remote(spec, name, self._home), name, self._handles)
             self._groups[handle] = group
             handles.append(handle)
         return handles

@@ -87,6 +87,8 @@ class WorkerSpec:
     """Of Ray: cpu, gpu, custom ones."""
     logs: Path | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    nonce: tuple[Path, str] | None = None
+    """A file of the run folder and its content: a worker that does not find it sees another folder than the driver."""
     stack_after_s: float = 0.0
     """So long after its last sign of life a wedged worker writes all its stacks into its log; 0: never."""
 

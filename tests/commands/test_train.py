@@ -138,6 +138,15 @@ def test_a_job_of_ray_gives_its_round_up_shortly_before_it_would_be_killed(run, 
     assert same(run("--resume"), whole)
 
 
+@pytest.mark.parametrize("address", ["s3://bucket/runs", "gs://bucket", "hdfs://name/runs"])
+def test_an_address_as_a_run_folder_is_refused_with_what_to_do(cli, recipe, no_start, address, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    done = cli("train", recipe(), "--out", address)
+    assert done.code == 2
+    assert f"{address.partition('://')[0]}:// is an address" in done.error and "mount it as a file system" in done.error
+    assert not [path for path in tmp_path.rglob("*") if path.name in {"bucket", "name"}]
+
+
 def test_a_run_folder_in_rays_copy_of_the_working_directory_is_refused(cli, recipe, no_start, monkeypatch, tmp_path):
     copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
     copy.mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import signal
 import sys
 import time
@@ -13,7 +14,7 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, OwnerDiedError, RayTaskError
 
-from opd_ray.errors import InputLostError, NotFiniteError, PlacementError, WorkerLostError
+from opd_ray.errors import InputLostError, NotFiniteError, PlacementError, RunFolderError, WorkerLostError
 from opd_ray.runtime import cluster
 from opd_ray.runtime.cluster import RayBackend, classify
 from opd_ray.runtime.dispatch import Dispatcher
@@ -72,6 +73,21 @@ def finish(backend, call) -> Done:
     while not backend.wait([call.done], 1.0):
         assert time.monotonic() < deadline
     return backend.result(call.done)
+
+
+def test_a_worker_that_sees_another_run_folder_is_refused_and_names_node_and_path(backend, tmp_path) -> None:
+    """As on a node where the run folder's path leads to a disk of its own."""
+    nonce = tmp_path / ".nonce"
+    specs = [replace(SPEC, nonce=(nonce, text), logs=tmp_path / "logs") for text in ("mine", "another's")]
+    nonce.write_text("mine")
+    same, other = (backend.start(spec, f"folder-{number}") for number, spec in enumerate(specs))
+    calls = [worker.call("ready", bulk=0) for worker in (same, other)]
+    assert finish(backend, calls[0]).value
+    with pytest.raises(RunFolderError, match=rf"node [\d.]+: {re.escape(str(tmp_path))} is not the run folder that"):
+        finish(backend, calls[1])
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["folder-0.log"], "nothing is written elsewhere"
+    for worker in (same, other):
+        worker.kill()
 
 
 def gone(pid) -> bool:
