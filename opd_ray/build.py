@@ -268,7 +268,13 @@ def _start(
     live.phase(f"starting {len(elastic) + len(ranks)} workers")
     if not lack and (taken := dispatcher.backend.shortage([*ranks, *elastic], free=True)):
         live.note(f"waiting up to {timeout:.0f} s for what others, or an old attempt, still hold: {taken}")
-    learner = LearnerGroup(dispatcher, ranks, attempt=attempt, start_timeout_s=timeout)
+    learner = LearnerGroup(
+        dispatcher,
+        ranks,
+        attempt=attempt,
+        start_timeout_s=timeout,
+        sharded=config.cluster.learner.backend != "ddp",
+    )
     dispatcher.wait_ready()
     learner.wait_ready()
     return learner

@@ -177,7 +177,7 @@ def test_the_core_stays_small() -> None:
     for name, source in SOURCES.items():
         if top(name) in CORE:
             parts[top(name)] += len(source.splitlines())
-    assert sum(parts.values()) < 5000, f"over 5,000 lines: {parts}"
+    assert sum(parts.values()) < 5500, f"over 5,500 lines: {parts}"
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from opd_ray.config import OptimizerConfig
 from opd_ray.errors import ConfigError
-from opd_ray.learners.engine import MOMENTS, Engine, join, split_key
+from opd_ray.learners.engine import INSTALL, MOMENTS, Engine, join, split_key
 
-__all__ = ["INSTALL", "DeepSpeedEngine"]
-
-INSTALL = "cluster.learner.backend deepspeed is not installed here: DS_BUILD_OPS=0 pip install 'opd-ray[deepspeed]'"
+__all__ = ["DeepSpeedEngine"]
 
 
 class DeepSpeedEngine(Engine):
@@ -45,6 +43,8 @@ class DeepSpeedEngine(Engine):
             self._deepspeed: Any = importlib.import_module("deepspeed")
         except ModuleNotFoundError:
             raise ConfigError(INSTALL) from None
+        if device == "cpu":  # else it would compile a kernel of its own for all-reduce, for half a minute
+            self._deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._fragments: Any = importlib.import_module("deepspeed.utils.tensor_fragment")
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # importing sets it as well
         join(rank, ranks, device)

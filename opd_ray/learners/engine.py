@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from opd_ray.config import OptimizerConfig
 from opd_ray.errors import RunFolderError
 
-__all__ = ["MEETING", "MOMENTS", "Engine", "LossScale", "join", "split_key"]
+__all__ = ["INSTALL", "MEETING", "MOMENTS", "Engine", "LossScale", "join", "split_key"]
 
 MEETING = "OPD_RAY_MEETING"
 """Environment variable: the file in which ranks of one node meet. Otherwise they meet at torch's MASTER_ADDR."""
+INSTALL = "cluster.learner.backend deepspeed: not installed here; run DS_BUILD_OPS=0 pip install 'opd-ray[deepspeed]'"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

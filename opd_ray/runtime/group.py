@@ -60,9 +60,17 @@ class LearnerGroup:
     """Drives the ranks in lockstep."""
 
     def __init__(
-        self, dispatcher: Dispatcher, specs: Sequence[WorkerSpec], *, attempt: int, start_timeout_s: float
+        self,
+        dispatcher: Dispatcher,
+        specs: Sequence[WorkerSpec],
+        *,
+        attempt: int,
+        start_timeout_s: float,
+        sharded: bool = False,
     ) -> None:
         self.dispatcher, self._specs, self._start_timeout = dispatcher, specs, start_timeout_s
+        self._sharded = sharded
+        """Whether every rank has to take part where weights or moments are asked of the first."""
         self.version = WeightVersion(attempt, 0, -1)
         self.precision = ""
         """What the ranks compute in, once they are up."""
@@ -203,13 +211,13 @@ class LearnerGroup:
         return self._publish(average=True)
 
     def _publish(self, *, average: bool) -> Weights:
-        call = self.ranks[0].call("publish", self.version, average, bulk=1)
+        call = self._first("publish", self.version, average, bulk=1)
         record: Weights = self._answer(0, call, "publishing weights").value
         return replace(record, flat=call.bulk[0])
 
     def save(self, run_dir: Path, round: int, driver: dict[str, Any], *, attempt: int, keep: int) -> str:
         """A checkpoint, written by rank 0."""
-        call = self.ranks[0].call("save", str(run_dir), round, driver, attempt, keep, bulk=0)
+        call = self._first("save", str(run_dir), round, driver, attempt, keep)
         return str(self._answer(0, call, "writing a checkpoint").value)
 
     def restore(self, run_dir: Path) -> tuple[int, dict[str, Any] | None, list[str]]:
@@ -227,7 +235,13 @@ class LearnerGroup:
 
     def export(self, folder: Path) -> None:
         """Write the LoRA that users load."""
-        self._answer(0, self.ranks[0].call("export", str(folder), bulk=0), "writing the LoRA")
+        self._answer(0, self._first("export", str(folder)), "writing the LoRA")
+
+    def _first(self, method: str, *args: Any, bulk: int = 0) -> Call:
+        """The first rank does it; where each holds a part of the weights, the others with it."""
+        if self._sharded:
+            self._unheard += [rank.call(method, *args, bulk=bulk) for rank in self.ranks[1:]]
+        return self.ranks[0].call(method, *args, bulk=bulk)
 
     def _all(self, method: str, *args: Any) -> list[Done]:
         self._send_all(method, *args)

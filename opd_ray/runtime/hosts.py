@@ -256,16 +256,23 @@ class LearnerHost:
         return Done(None, 0.0, 0)
 
     def publish(self, version: WeightVersion, average: bool) -> tuple[Flat, Done]:
-        """The weights and the probe that proves them, as one array; the record lacks only the reference to it."""
+        """The weights and the probe that proves them, as one array; the record lacks only the reference to it.
+
+        Ranks other than the first take part in gathering them, and give nothing.
+        """
         clock = _Clock(None)
         weights = self.learner.weights(average=average)
         tensors: dict[str, Tensor] = {**weights, "probe": self.learner.probe(average=average)}
+        if self.learner.engine.rank > 0:
+            return pack_whole({}), clock.done(None)
         # The checksum is of the weights themselves: packing is proven too.
         return pack_whole(tensors), clock.done(Weights(version, digest(weights), None, checksum(weights)))
 
     def save(self, run_dir: str, round: int, driver: Mapping[str, Any], attempt: int, keep: int) -> Done:
-        """Write a checkpoint of this rank's state and the driver's; ranks are alike, so one writes."""
+        """Write a checkpoint of the learner's state and the driver's: its path. The first rank writes."""
         clock, state = _Clock(None), self.learner.state()
+        if self.learner.engine.rank > 0:
+            return clock.done(None)
         saved = checkpoint.Checkpoint(round, state.tensors, {"learner": state.values, "driver": dict(driver)})
         return clock.done(str(checkpoint.save(Path(run_dir), saved, attempt=attempt, keep=keep)))
 

@@ -35,14 +35,13 @@ class Following(Opd):
 
     adapters = ("old",)
     behaviour = "old"
-    velocities = ("reference",)
 
     def follow(self, adapter, round):
         return 0.5
 
 
 def make(tiny: Path, engine: Engine, **changes) -> Learner:
-    options = {"ema": EmaConfig(decay=0.5, every=2), "optimizer": OptimizerConfig(lr=1e-3, weight_decay=0.1, clip=1e-2)}
+    options = {"ema": EmaConfig(decay=0.5, every=2), "optimizer": OptimizerConfig(lr=1e-3, weight_decay=0.1, clip=2e-4)}
     filled = changes.pop("filled", True)
     one = learner(tiny, Following(OpdConfig()), engine=engine, **(options | changes))
     if filled:
@@ -71,7 +70,7 @@ def train(one: Learner, rounds, family) -> list[dict]:
 
     one.engine.step, reports = recording, []
     for number in rounds:
-        work = [item(task=t, index=i, position=n, round=number) for n, (t, i) in enumerate(ORDER)]
+        work = [item(task=t, index=i, position=n, round=number, steps=(0,)) for n, (t, i) in enumerate(ORDER)]
         one.begin(work)
         for part in work:
             if one.owner(part) == one.engine.rank:
@@ -130,9 +129,10 @@ def main(folder: Path, tiny: Path, rank: int) -> None:
             restore(one, folder / f"saved-{source}")
             write(folder, f"{source}-{target}-{rank}", train(one, range(SAVED, ROUNDS), family))
     for name in BACKENDS:
-        for dtype in (torch.bfloat16, torch.float16):
-            one = make(tiny, engine(name), dtype=dtype, gradient_checkpointing=True)
-            write(folder, f"{name}-{dtype}-{rank}", train(one, range(2), family))
+        for form in ("bfloat16", "float16"):
+            one = make(tiny, engine(name), dtype=getattr(torch, form), gradient_checkpointing=True)
+            write(folder, f"{name}-{form}-{rank}", train(one, range(2), family))
+            assert one.family.network.transformer_blocks[0].attn.to_q.base_layer.weight.dtype == one.family.dtype
 
 
 if __name__ == "__main__":
