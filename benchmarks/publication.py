@@ -61,10 +61,12 @@ class Publisher:
     def make(self, size: int) -> Done:
         """New weights; answers in how many arrays they will be published."""
         generator = torch.Generator().manual_seed(0)
-        weights = {f"w{n}": torch.randn(k, generator=generator) for n, k in enumerate(shapes(size))}
+        weights = {f"w{n:04}": torch.randn(k, generator=generator) for n, k in enumerate(shapes(size))}
         learner: Any = SimpleNamespace(
             family=SimpleNamespace(dtype=torch.float32),
-            weights=lambda average=False: weights,
+            engine=SimpleNamespace(rank=0),
+            layout=lambda: weights,
+            gather=lambda names, average: ((name, weights[name]) for name in names),
             probe=lambda average: torch.zeros(1),
         )
         self.host = LearnerHost(lambda: learner)
@@ -99,7 +101,7 @@ class Receiver:
 
     def make(self, size: int) -> Done:
         """Parameters to bind into, and two arrays to copy between; all of them touched."""
-        self.parameters = {f"w{n}": torch.zeros(k).fill_(1) for n, k in enumerate(shapes(size))}
+        self.parameters = {f"w{n:04}": torch.zeros(k).fill_(1) for n, k in enumerate(shapes(size))}
         self.source, self.target = np.ones(size, np.uint8), np.ones(size, np.uint8)
         return Done(None, 0.0, 0)
 

@@ -274,7 +274,14 @@ def _start(
     live.phase(f"starting {len(elastic) + len(ranks)} workers")
     if not lack and (taken := dispatcher.backend.shortage([*ranks, *elastic], free=True)):
         live.note(f"waiting up to {timeout:.0f} s for what others, or an old attempt, still hold: {taken}")
-    learner = LearnerGroup(dispatcher, ranks, attempt=attempt, start_timeout_s=timeout, beat_timeout_s=beat)
+    learner = LearnerGroup(
+        dispatcher,
+        ranks,
+        attempt=attempt,
+        start_timeout_s=timeout,
+        beat_timeout_s=beat,
+        sharded=placement.backend != "ddp",
+    )
     dispatcher.wait_ready()
     learner.wait_ready()
     return learner

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from opd_ray import world
 from opd_ray.actors.recorded import recordings
 from opd_ray.algorithms import Algorithm, make_algorithm
 from opd_ray.config import ClusterConfig, Config
-from opd_ray.errors import PlacementError, PromptError
+from opd_ray.errors import ConfigError, PlacementError, PromptError
+from opd_ray.learners.engine import INSTALL
 from opd_ray.metrics import check_logging
 from opd_ray.models.base import check_adapters, sigmas_of
 from opd_ray.models.checkpoint import check_complete
@@ -43,6 +45,7 @@ def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
     check_rewards(config.rewards, config.evaluation.rewards if scoring else {}, tuple(held_out) if scoring else ())
     algorithm.check(sigmas_of(config.model, config.sampling.steps))
     check_cards(config.cluster)
+    check_backend(config.cluster)
     if config.cluster.gpu_memory_gb is not None:
         check_memory(config, needs(config))
     if config.cluster.runtime == "ray" and not os.environ.get("RAY_ADDRESS"):  # a Ray of our own, whose size is known
@@ -69,6 +72,16 @@ def check_cards(cluster: ClusterConfig) -> None:
     wanted = any(placement.device == "cuda" for placement in placements)
     if wanted and cluster.runtime == "local" and not torch.cuda.is_available():
         raise PlacementError("a role asks for a gpu, and this process sees none; set resources.gpu to 0")
+
+
+def check_backend(cluster: ClusterConfig) -> None:
+    """Refuse a learner backend whose package is not there.
+
+    Raises:
+        ConfigError: says how to install it.
+    """
+    if cluster.learner.backend == "deepspeed" and find_spec("deepspeed") is None:
+        raise ConfigError(INSTALL)
 
 
 def overlaps(train: Prompts, held_out: Prompts) -> Iterator[str]:

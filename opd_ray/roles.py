@@ -14,7 +14,7 @@ from opd_ray.actors import Policy, RewardActor, RolloutActor, TeacherActor
 from opd_ray.actors.recorded import RecordedActor
 from opd_ray.algorithms import Algorithm, make_algorithm
 from opd_ray.config import Config, ModelConfig, TeacherConfig
-from opd_ray.learners import DdpEngine, Learner
+from opd_ray.learners import Learner, make_engine
 from opd_ray.learners.learner import Training
 from opd_ray.models.base import Family, load_family, sigmas_of
 from opd_ray.models.precision import dtype_of, is_full
@@ -157,6 +157,4 @@ def make_learner(config: Config, rank: int, bases: Bases | None = None) -> Learn
         rounds=config.rounds,
         gradient_checkpointing=config.student.gradient_checkpointing,
     )
-    return Learner(
-        family, make_algorithm(config), training, DdpEngine(rank, config.cluster.learner.ranks, device=device)
-    )
+    return Learner(family, make_algorithm(config), training, make_engine(config.cluster.learner, rank))

@@ -19,7 +19,10 @@ PINS = {
     if line and not line.startswith("#")
     for pin in [Requirement(line)]
 }
-INSTALLED = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+INSTALLED = [
+    *PROJECT["dependencies"],
+    *(line for extra in ("dev", "deepspeed") for line in PROJECT["optional-dependencies"][extra]),
+]
 
 
 @pytest.mark.parametrize("line", INSTALLED)

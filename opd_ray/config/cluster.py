@@ -62,8 +62,29 @@ class RolePlacement(Placement):
 class LearnerPlacement(Placement):
     """The learner group."""
 
-    backend: Literal["ddp"] = "ddp"
+    backend: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
+    """ddp: each rank holds everything. fsdp2: each holds a part of every weight, for a base that does not fit one card.
+    deepspeed: ZeRO (the extra opd-ray[deepspeed])."""
     ranks: int = Field(1, ge=1)
+    zero_stage: Literal[1, 2, 3] | None = None
+    """DeepSpeed's: parts of the moments (1), of the gradients too (2, where not given), of the weights too (3)."""
+    cpu_offload: bool = False
+    """DeepSpeed keeps moments in CPU memory, and steps there."""
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's, with its default."""
+        return self.zero_stage or 2
+
+    @model_validator(mode="after")
+    def _options_of_the_backend(self) -> "LearnerPlacement":
+        for name, chosen in (("zero_stage", self.zero_stage), ("cpu_offload", self.cpu_offload)):
+            if chosen and self.backend != "deepspeed":
+                raise ValueError(
+                    f"{name} {str(chosen).lower()} is DeepSpeed's, and backend is {self.backend}; leave it out, or set "
+                    "backend: deepspeed"
+                )
+        return self
 
 
 class ClusterConfig(Frozen):

@@ -120,6 +120,11 @@ class Config(Frozen):
         """One network serves all roles, so it is in one process, on one device and in one number format."""
         if self.cluster.runtime != "local":
             raise ValueError("cluster.share_base: workers of Ray are processes of their own; use runtime: local")
+        if self.cluster.learner.backend != "ddp":
+            raise ValueError(
+                f"cluster.share_base: backend {self.cluster.learner.backend} spreads the base over ranks, and other "
+                "roles use it whole; set cluster.learner.backend: ddp"
+            )
         cluster, teachers = self.cluster, self.cluster.teachers.values()
         if max(p.workers for p in (cluster.rollout, *teachers)) > 1:
             raise ValueError("cluster.share_base: all roles are in one process; set the workers of each to 1")

@@ -1,98 +1,229 @@
-"""The training engine behind a learner rank: who wraps the module, and when gradients are reduced."""
+"""The engine behind a learner rank: who holds which part of the weights, reduces the gradients and steps."""
 
+import math
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-__all__ = ["MEETING", "DdpEngine", "Engine"]
+from opd_ray.config import OptimizerConfig
+from opd_ray.errors import RunFolderError
+
+__all__ = ["INSTALL", "MEETING", "MOMENTS", "Engine", "LossScale", "join", "local", "split_key"]
 
 MEETING = "OPD_RAY_MEETING"
 """Environment variable: the file in which ranks of one node meet. Otherwise they meet at torch's MASTER_ADDR."""
+INSTALL = "cluster.learner.backend deepspeed: not installed here; run DS_BUILD_OPS=0 pip install 'opd-ray[deepspeed]'"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Engine(Protocol):
-    """What a learner needs of data parallelism."""
+class Engine(ABC):
+    """Data parallelism of one rank, its optimizer included. As it stands here every rank holds whole weights.
 
-    rank: int
-    ranks: int
-
-    def prepare(self, module: nn.Module) -> nn.Module:
-        """The module to call in forwards."""
-        ...
-
-    def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
-        """Gradients stay on this rank inside, but for the last backward of an update, which reduces them all."""
-        ...
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of this rank's share of a loss that is summed over the ranks."""
-        ...
-
-    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-        """Scale the reduced gradients to a norm of at most ``max_norm``; returns the norm before."""
-        ...
-
-    def anywhere(self, flag: bool) -> bool:
-        """Whether it is true on any rank; every rank has to ask."""
-        ...
-
-
-class DdpEngine:
-    """DistributedDataParallel through accelerate; a single rank runs the bare module.
+    A *part* is what this rank holds of a tensor that is shaped like a parameter: the weights themselves, their average,
+    a moment. What is called collective has to be entered by every rank, in the same order.
 
     Raises:
-        RuntimeError: accelerate set up another backend or world than asked for. On CPU it does so silently.
+        RuntimeError: the backend is another than asked for, or has another rank or number of ranks.
     """
 
+    name: ClassVar[str]
+    """As the configuration names it."""
+    lockstep: bool = False
+    """Whether each forward or backward is collective, so that ranks need as many of them as each other."""
+    trained: dict[str, nn.Parameter]
+    """By canonical name, as they are once ``prepare`` has run."""
+    optimizer: torch.optim.Optimizer
+    """AdamW over the parts."""
+
     def __init__(self, rank: int, ranks: int, *, device: str = "cpu") -> None:
-        # No buffer changes while training, and a broadcast would hang where one rank alone runs a forward (a probe).
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-        if ranks > 1 and (meeting := os.environ.get(MEETING)) and not dist.is_initialized():
-            # By ourselves: accelerate gives rank and world size to a file's rendezvous on the CPU alone.
-            backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-            dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=ranks)
-        self.accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[ddp])
-        self.rank, self.ranks = rank, ranks
-        kind = self.accelerator.distributed_type
-        expected = {DistributedType.NO} if ranks == 1 else {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
-        got = (self.accelerator.process_index, self.accelerator.num_processes)
-        if kind not in expected or got != (rank, ranks):
-            raise RuntimeError(f"asked accelerate for ddp rank {rank} of {ranks}, got {kind} rank {got[0]} of {got[1]}")
-        self._module: nn.Module | None = None
+        self.rank, self.ranks, self.device = rank, ranks, device
+        self._clip = math.inf
 
-    def prepare(self, module: nn.Module) -> nn.Module:
-        """Wrapped in DistributedDataParallel where there are several ranks."""
-        prepared = self.accelerator.prepare_model(module)
-        assert isinstance(prepared, nn.Module)
-        self._module = prepared
-        return prepared
+    @abstractmethod
+    def prepare(
+        self, network: nn.Module, trained: Callable[[], dict[str, nn.Parameter]], chosen: OptimizerConfig
+    ) -> nn.Module:
+        """Spread the network over the ranks, and make the optimizer.
 
+        Args:
+            network: whole, on this rank's device.
+            trained: reads the trained parameters off it; spreading may replace them.
+            chosen: AdamW's settings and the gradient's largest norm.
+
+        Returns:
+            The module to call in forwards.
+        """
+
+    @abstractmethod
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
-        """One reduction an update, in its last backward."""
-        if last or self.ranks == 1:
-            return nullcontext()
-        context: AbstractContextManager[None] = self.accelerator.no_sync(self._module)
-        return context
+        """Around each forward and its backward; the update's last says so, and gradients are reduced by its end."""
 
-    def backward(self, loss: Tensor) -> None:
-        """DDP averages over ranks where the loss is a sum over them, hence the factor."""
-        (loss * self.ranks).backward()
+    def backward(self, loss: Tensor, scale: float) -> None:
+        """Add the gradient of this rank's share of a loss that is summed over the ranks.
 
-    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-        """The norm is that of the reduced gradients, so it is the same on every rank."""
-        return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+        Backends average over ranks, hence the factor.
+        """
+        (loss * scale * self.ranks).backward()
 
-    def anywhere(self, flag: bool) -> bool:
-        """One small reduction."""
+    def step(self, scale: float) -> float:
+        """Unscale, clip and step; collective.
+
+        Returns:
+            The norm of the whole gradient before clipping, the same on every rank. Where it is not finite, no weight
+            and no moment was changed.
+        """
+        found = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
+        if scale != 1:
+            for gradient in found:
+                gradient.mul_(1 / scale)
+        total = self._norm(found)
+        if math.isfinite(norm := float(total)):
+            torch.nn.utils.clip_grads_with_norm_(self.trained.values(), self._clip, total)
+            self.optimizer.step()
+        return norm
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def set_lr(self, lr: float) -> None:
+        """Of the steps from now on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def zero(self) -> None:
+        """Forget the gradient."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def most(self, count: int) -> int:
+        """The largest of all ranks'; collective."""
         if self.ranks == 1:
-            return flag
-        found = torch.tensor(float(flag), device=self.accelerator.device)
-        dist.all_reduce(found)
-        return bool(found)
+            return count
+        found = torch.tensor(count, device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return int(found)
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Of the whole of it."""
+        return tuple(parameter.shape)
+
+    def part(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's part of the live weights, sharing their memory."""
+        return parameter.detach()
+
+    def whole(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+        """A part like this parameter's, with all other ranks' to it: of ``shape(parameter)``; collective."""
+        return part
+
+    def write(self, parameter: nn.Parameter, part: Tensor, whole: Tensor) -> None:
+        """Copy this rank's part of a whole tensor into ``part``. Afterwards call ``written``."""
+        part.copy_(whole)
+
+    def written(self) -> None:  # noqa: B027 (most have nothing to do then)
+        """Parts of the live weights were written to from outside."""
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Whole gradients by name, as they are before a step; collective."""
+        found = {name: parameter.grad for name, parameter in self.trained.items()}
+        return {
+            name: self.whole(self.trained[name], local(gradient))
+            for name, gradient in found.items()
+            if gradient is not None
+        }
+
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        """AdamW's state as ``name:slot`` (step, exp_avg, exp_avg_sq), each one whole; collective."""
+        for name, parameter in self.trained.items():
+            for slot, value in self.optimizer.state.get(parameter, {}).items():
+                yield f"{name}:{slot}", self.whole(parameter, local(value)) if slot in MOMENTS else value
+
+    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+        """Take back what ``moments`` gave, on any backend; without any, those of a first step."""
+        self.optimizer.state.clear()
+        for key, value in moments.items():
+            name, slot = split_key(key)
+            parameter = self.trained[name]
+            if slot in MOMENTS:
+                held = torch.zeros_like(parameter, requires_grad=False)
+                self.write(parameter, local(held), value)
+            else:
+                held = value.clone()  # a step count, which stays on the CPU
+            self.optimizer.state[parameter][slot] = held
+
+    def _adamw(self, chosen: OptimizerConfig) -> torch.optim.AdamW:
+        self._clip = chosen.clip
+        parameters = list(self.trained.values())
+        return torch.optim.AdamW(parameters, chosen.lr, chosen.betas, chosen.eps, chosen.weight_decay)
+
+
+class LossScale:
+    """What an fp16 loss is multiplied by: torch's GradScaler, but by the norm of all ranks' gradient.
+
+    A shard of it may be finite on one rank and not on another. 1 throughout where it is off.
+    """
+
+    start: ClassVar[float] = 2.0**16
+    growth_interval: ClassVar[int] = 2000
+    """Steps without an overflow after which it doubles."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self.enabled, self.value, self._good = enabled, self.start if enabled else 1.0, 0
+
+    def update(self, *, overflow: bool) -> None:
+        """After each step: halve it after one that overflowed."""
+        if not self.enabled:
+            return
+        self._good = 0 if overflow else self._good + 1
+        if overflow:
+            self.value /= 2
+        elif self._good == self.growth_interval:
+            self.value, self._good = self.value * 2, 0
+
+    def state_dict(self) -> dict[str, float]:
+        """As GradScaler's; empty where it is off."""
+        return {"scale": self.value, "_growth_tracker": self._good} if self.enabled else {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """What ``state_dict`` gave; nothing where it, or this, is off."""
+        if self.enabled and state:
+            self.value, self._good = float(state["scale"]), int(state["_growth_tracker"])
+
+
+def join(rank: int, ranks: int, device: str) -> None:
+    """Meet the other ranks, and see that it is they.
+
+    Raises:
+        RuntimeError: this process is another rank, or one of another number of ranks.
+    """
+    if not dist.is_initialized():
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        if ranks == 1:
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        elif meeting := os.environ.get(MEETING):
+            dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+        else:
+            dist.init_process_group(backend, rank=rank, world_size=ranks)
+    got = (dist.get_rank(), dist.get_world_size())
+    if got != (rank, ranks):
+        raise RuntimeError(f"asked for rank {rank} of {ranks}, this process is rank {got[0]} of {got[1]}")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be a DTensor."""
+    from torch.distributed.tensor import DTensor
+
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """``name:slot`` of one of AdamW's tensors."""
+    name, _, slot = key.rpartition(":")
+    if slot not in {"step", *MOMENTS}:
+        raise RunFolderError(f"the checkpoint's optimizer has {key}; expected one of step, {', '.join(MOMENTS)}")
+    return name, slot

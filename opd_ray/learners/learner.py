@@ -1,26 +1,31 @@
 """One learner rank: accumulates the algorithm's loss over its work items, steps the optimizer, publishes weights."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opd_ray.actors.rollout import probe_velocity
 from opd_ray.algorithms.base import Algorithm, Forward, Loss
 from opd_ray.config import EmaConfig, LoraConfig, OptimizerConfig
 from opd_ray.digest import digest
 from opd_ray.errors import NotFiniteError, OutOfOrderError, RunFolderError
-from opd_ray.learners.engine import Engine
+from opd_ray.learners.engine import Engine, LossScale
 from opd_ray.models.base import Family
 from opd_ray.seeds import fold
 from opd_ray.types import Experience, WorkItem
 
 __all__ = ["Learner", "LearnerState", "Training", "UpdateReport"]
+
+
+Held = tuple[nn.Parameter, Tensor]
+"""A parameter, and this rank's part of it or of what is shaped like it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +104,14 @@ class Learner:
             family.add_lora(name, training.lora, fold(training.seed, "lora"))
         family.use("student")
         family.train_adapter("student")
-        self.student = family.adapter_parameters("student")
         if training.gradient_checkpointing:
             family.save_memory()
-        family.denoiser = engine.prepare(family.denoiser)
-        self.scaler = torch.amp.GradScaler(family.device, enabled=family.dtype == torch.float16)
-        chosen = training.optimizer
-        self.optimizer = torch.optim.AdamW(
-            list(self.student.values()), chosen.lr, chosen.betas, chosen.eps, chosen.weight_decay
+        family.denoiser = engine.prepare(
+            family.network, partial(family.adapter_parameters, "student"), training.optimizer
         )
-        self.ema = {name: p.detach().clone() for name, p in self.student.items()} if training.ema else None
+        self.student = engine.trained
+        self.scale = LossScale(enabled=family.dtype == torch.float16)
+        self.ema = {name: engine.part(p).clone() for name, p in self.student.items()} if training.ema else None
         self.updates = 0
         self._items: tuple[WorkItem, ...] = ()
         self._own: tuple[WorkItem, ...] = ()
@@ -141,7 +144,7 @@ class Learner:
             raise OutOfOrderError(f"rank {self.engine.rank} got {item} and waits for {[str(one) for one in awaited]}")
         self._taken += 1
         self._experience[item.position] = experience.to(self.family.device)
-        if self.algorithm.streams and self._taken < len(self._own):
+        if self._streams and self._taken < len(self._own):
             self._accumulate((item,), self._items, 0)
 
     def observe(self, scores: Sequence[tuple[WorkItem, Mapping[str, Tensor]]]) -> None:
@@ -161,7 +164,7 @@ class Learner:
         if not all(by_rank):
             raise ValueError(f"{len(selected)} work items leave a rank of {self.engine.ranks} without work")
         own = by_rank[self.engine.rank]
-        if self.algorithm.streams:
+        if self._streams:
             own = own[-1:]
         else:
             self._clear()
@@ -173,9 +176,14 @@ class Learner:
         self._average()
         return sums.report(norm, lr, skipped)
 
+    @property
+    def _streams(self) -> bool:
+        """Whether items are trained on as they come: not where a forward waits for one on every other rank."""
+        return self.algorithm.streams and not self.engine.lockstep
+
     def _clear(self) -> None:
         self._sums = Sums()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.zero()
 
     def _accumulate(
         self, items: Sequence[WorkItem], selected: Sequence[WorkItem], update: int, *, last: bool = False
@@ -188,15 +196,18 @@ class Learner:
             for forwards in [list(self.algorithm.forwards(self._experience[item.position], update))]
             for forward in forwards
         ]
-        for number, (item, forward, count) in enumerate(work, start=1):
-            with self.engine.accumulate(last=last and number == len(work)):
+        idle = self.engine.most(len(work)) - len(work) if self.engine.lockstep else 0
+        for number, (item, forward, count) in enumerate([*work, *[work[-1]] * idle], start=1):
+            with self.engine.accumulate(last=last and number == len(work) + idle):
                 loss = self.algorithm.loss(forward, self._velocities(forward))
                 value = float(loss.value.detach())
                 # An infinite loss may have a finite gradient: NaN travels to the other ranks as well.
                 weight = self.algorithm.item_weight(item, selected) / count if math.isfinite(value) else math.nan
-                share = loss.value * weight
-                self.engine.backward(self.scaler.scale(share))
-            self._sums.add(item, forward.step, loss, float(share.detach()), count)
+                # Another rank has more: this one's last again, for nothing, so that the other is not left waiting.
+                share = loss.value * (weight if number <= len(work) else 0.0)
+                self.engine.backward(share, self.scale.value)
+            if number <= len(work):
+                self._sums.add(item, forward.step, loss, float(share.detach()), count)
         if self.algorithm.streams:
             for item in items:
                 del self._experience[item.position]  # nobody asks for it again
@@ -204,16 +215,13 @@ class Learner:
     def _step(self, broken: str) -> tuple[float, bool]:
         """Clip and step; returns the gradient's norm, and whether an overflow in fp16 made this a step of nothing.
 
-        Gradients were reduced before and a broken loss is asked for on all ranks, so that every one decides alike.
+        The norm is that of all ranks and a broken loss is asked for on all of them, so that every one decides alike.
         """
-        self.scaler.unscale_(self.optimizer)
-        norm = self.engine.clip(self.student.values(), self.training.optimizer.clip)
+        norm = self.engine.step(self.scale.value)
         overflow = not math.isfinite(norm)
-        scale = self.scaler.get_scale()
-        if overflow and (self.engine.anywhere(bool(broken)) or not self.scaler.is_enabled() or scale <= 1):
+        if overflow and (self.engine.most(len(broken)) or not self.scale.enabled or self.scale.value <= 1):
             raise NotFiniteError(f"the gradient of update {self.updates} is not finite{broken}; no weight was changed")
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.scale.update(overflow=overflow)
         return (0.0 if overflow else norm), overflow
 
     def finish_round(self, round: int) -> None:
@@ -222,58 +230,74 @@ class Learner:
             for name in self.algorithm.adapters:
                 keep = self.algorithm.follow(name, round)
                 for key, parameter in self.family.adapter_parameters(name).items():
-                    parameter.lerp_(self.student[key], 1 - keep)
+                    self.engine.part(parameter).lerp_(self.engine.part(self.student[key]), 1 - keep)
         self._items, self._own, self._experience = (), (), {}
 
     def owner(self, item: WorkItem) -> int:
         """The rank that trains on an item."""
         return item.position % self.engine.ranks
 
-    def weights(self, *, average: bool = False) -> dict[str, Tensor]:
-        """The behaviour policy's raw weights, or the student's moving average (raw until one was taken)."""
-        if average:
-            return dict(self._mean())
+    def layout(self) -> dict[str, Tensor]:
+        """Names, shapes and formats of the weights in their order, without their numbers (on the meta device)."""
         parameters = self.family.adapter_parameters(self.algorithm.behaviour)
-        return {name: parameter.detach() for name, parameter in parameters.items()}
+        return {
+            name: torch.empty(self.engine.shape(parameter), dtype=parameter.dtype, device="meta")
+            for name, parameter in sorted(parameters.items())
+        }
+
+    def gather(self, names: Iterable[str], *, average: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """The behaviour policy's raw weights, or the student's moving average (raw until one was taken), one by one.
+
+        Each is whole, and on a backend that shards a new tensor: every rank has to go through all of them.
+        """
+        held = self._mean() if average else self._parts(self.family.adapter_parameters(self.algorithm.behaviour))
+        for name in names:
+            yield name, self.engine.whole(*held[name])
+
+    def weights(self, *, average: bool = False) -> dict[str, Tensor]:
+        """All that ``gather`` gives, at once; on every rank, too."""
+        return dict(self.gather(self.layout(), average=average))
 
     def probe(self, *, average: bool = False) -> Tensor:
-        """The velocity of what ``weights`` gives, at the fixed probe input [1, C, H, W]."""
+        """The velocity of what ``weights`` gives, at the fixed probe input [1, C, H, W]; on every rank, too."""
         with self.family.adapter("student" if average else self.algorithm.behaviour), self._averaged(average):
             return probe_velocity(self.family, self.training.guidance, self.training.seed)
 
     @contextmanager
     def _averaged(self, average: bool) -> Iterator[None]:
         """The moving average in the student's place, where there is one."""
-        raw = {name: parameter.detach().clone() for name, parameter in self.student.items()}
+        if not average:
+            yield
+            return
+        live = self._parts(self.student)
+        raw = {name: part.clone() for name, (_, part) in live.items()}
         try:
-            self._copy(self.student, self._mean() if average else raw)
+            for name, (_, mean) in self._mean().items():
+                live[name][1].copy_(mean)
             yield
         finally:
-            self._copy(self.student, raw)
-
-    @torch.no_grad()
-    def _copy(self, parameters: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
-        for name, parameter in parameters.items():
-            parameter.copy_(source[name])
+            for name, (_, part) in self._parts(self.student).items():
+                part.copy_(raw[name])
 
     def hashes(self) -> dict[str, str | None]:
         """Identity of the raw student and of its moving average."""
-        average = digest(self._mean()) if self.ema is not None else None
-        return {"student_sha256": digest(self.student), "ema_sha256": average}
+        average = digest(self.weights(average=True)) if self.ema is not None else None
+        return {"student_sha256": digest(self._whole(self._parts(self.student))), "ema_sha256": average}
 
     def export(self, folder: Path) -> None:
-        """Write the LoRA that users load: the moving average where it is on."""
-        self.family.save_lora("student", folder, weights=self.weights(average=True))
+        """Write the LoRA that users load, on the first rank: the moving average where it is on."""
+        weights = self.weights(average=True)
+        if self.engine.rank == 0:
+            self.family.save_lora("student", folder, weights=weights)
 
     def state(self) -> LearnerState:
-        """Everything, by parameter name: the live tensors, so write or copy them before the next update."""
-        tensors = {group: {k: p.detach() for k, p in own.items()} for group, own in self._groups().items()}
-        tensors["optimizer"] = {
-            f"{name}:{slot}": value
-            for name, parameter in self.student.items()
-            for slot, value in self.optimizer.state.get(parameter, {}).items()
-        }
-        values = {"updates": self.updates, "algorithm": self.algorithm.state_dict(), "scaler": self.scaler.state_dict()}
+        """Everything whole, by parameter name: live tensors, so write or copy them before the next update.
+
+        Every rank has to ask for it, and may let go of what it got.
+        """
+        tensors = {group: self._whole(held) for group, held in self._groups().items()}
+        tensors["optimizer"] = dict(self.engine.moments())
+        values = {"updates": self.updates, "algorithm": self.algorithm.state_dict(), "scaler": self.scale.state_dict()}
         return LearnerState(tensors, values)
 
     def load_state(self, state: LearnerState) -> None:
@@ -285,37 +309,43 @@ class Learner:
         own, saved = self._groups(), dict(state.tensors)
         moments = saved.pop("optimizer", {})
         for group in own.keys() | saved.keys():
-            mine, theirs = _shapes(own.get(group, {})), _shapes(saved.get(group, {}))
+            mine = {name: self.engine.shape(parameter) for name, (parameter, _) in own.get(group, {}).items()}
+            theirs = {name: tuple(tensor.shape) for name, tensor in saved.get(group, {}).items()}
             if mine != theirs:
                 other = min(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
                 raise RunFolderError(
                     f"the checkpoint's {group} is not this run's: {other} is {theirs.get(other, 'missing')} there and "
                     f"{mine.get(other, 'missing')} here"
                 )
-        shapes = _shapes(self.student)
+        shapes = {name: self.engine.shape(parameter) for name, parameter in self.student.items()}
         for key, value in moments.items():
             name = key.rpartition(":")[0]
             if name not in shapes or tuple(value.shape) not in {(), shapes[name]}:
                 raise RunFolderError(f"the checkpoint's optimizer has {key}, which belongs to no trained parameter")
-        for group, parameters in own.items():
-            self._copy(parameters, saved[group])
-        self.optimizer.state.clear()
-        for key, value in moments.items():
-            name, _, slot = key.rpartition(":")
-            parameter = self.student[name]  # a step count, 0-d, stays on the CPU
-            self.optimizer.state[parameter][slot] = (
-                value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
-            )
+        for group, held in own.items():
+            for name, (parameter, part) in held.items():
+                self.engine.write(parameter, part, saved[group][name])
+        self.engine.written()
+        self.engine.load_moments(moments)
         self.updates = int(state.values["updates"])
         self.algorithm.load_state_dict(state.values["algorithm"])
-        if state.values["scaler"]:
-            self.scaler.load_state_dict(state.values["scaler"])
+        self.scale.load_state_dict(state.values["scaler"])
 
-    def _groups(self) -> dict[str, Mapping[str, Tensor]]:
-        """What is saved beside the optimizer: the live tensors by group and name."""
-        groups: dict[str, Mapping[str, Tensor]] = {"student": self.student}
-        groups |= {f"adapter.{name}": self.family.adapter_parameters(name) for name in self.algorithm.adapters}
-        return groups if self.ema is None else groups | {"ema": self.ema}
+    def _parts(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Held]:
+        return {name: (parameter, self.engine.part(parameter)) for name, parameter in parameters.items()}
+
+    def _whole(self, held: Mapping[str, Held]) -> dict[str, Tensor]:
+        return {name: self.engine.whole(parameter, part) for name, (parameter, part) in held.items()}
+
+    def _groups(self) -> dict[str, Mapping[str, Held]]:
+        """What is saved beside the optimizer: the live parts by group and name."""
+        groups: dict[str, Mapping[str, Held]] = {"student": self._parts(self.student)}
+        for name in self.algorithm.adapters:
+            groups[f"adapter.{name}"] = self._parts(self.family.adapter_parameters(name))
+        return groups if self.ema is None else groups | {"ema": self._averages(self.ema)}
+
+    def _averages(self, ema: Mapping[str, Tensor]) -> dict[str, Held]:
+        return {name: (self.student[name], part) for name, part in ema.items()}
 
     def _velocities(self, forward: Forward) -> dict[str, Tensor]:
         """Guided velocities [B, C, H, W] of the student (with gradient) and of the policies the loss compares with."""
@@ -332,25 +362,19 @@ class Learner:
         lr = chosen.lr
         if chosen.schedule == "cosine":
             lr *= 0.5 * (1 + math.cos(math.pi * min(self.updates / total, 1.0)))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.engine.set_lr(lr)
         return lr
 
-    def _mean(self) -> Mapping[str, Tensor]:
+    def _mean(self) -> Mapping[str, Held]:
         """The student's moving average, or its weights until there is one: before that it is the untrained start."""
         if self.ema is not None and self.training.ema is not None and self.updates >= self.training.ema.every:
-            return self.ema
-        return {name: parameter.detach() for name, parameter in self.student.items()}
+            return self._averages(self.ema)
+        return self._parts(self.student)
 
     def _average(self) -> None:
         """EMA once an optimizer step, at its interval; the decay warms up, since the start is the base."""
         if self.ema is None or self.training.ema is None or self.updates % self.training.ema.every:
             return
         decay = min(self.training.ema.decay, (1 + self.updates) / (10 + self.updates))
-        with torch.no_grad():
-            for name, average in self.ema.items():
-                average.lerp_(self.student[name], 1 - decay)
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for name, average in self.ema.items():
+            average.lerp_(self.engine.part(self.student[name]), 1 - decay)

@@ -188,7 +188,9 @@ class Adapters:
         """
         live: Mapping[str, Tensor] = self.adapter_parameters(name)
         chosen = live if weights is None else weights
-        wrong = live.keys() ^ chosen.keys() or {key for key in live if live[key].shape != chosen[key].shape}
+        # DeepSpeed's ZeRO-3 leaves a parameter empty between forwards, and its shape in ds_shape.
+        shapes = {key: getattr(parameter, "ds_shape", parameter.shape) for key, parameter in live.items()}
+        wrong = live.keys() ^ chosen.keys() or {key for key in live if shapes[key] != chosen[key].shape}
         if wrong:
             raise ValueError(f"weights of {name!r} differ in name or shape: {min(wrong)}")
         write_lora(Path(folder), chosen, self.network.peft_config[self._slot(name)])

@@ -69,9 +69,12 @@ class LearnerGroup:
         start_timeout_s: float,
         beat_timeout_s: float = 60.0,
         transport: Transport | None = None,
+        sharded: bool = False,
     ) -> None:
         self.dispatcher, self._specs = dispatcher, specs
         self._start_timeout, self._beat_timeout = start_timeout_s, beat_timeout_s
+        self._sharded = sharded
+        """Whether every rank has to take part where weights or moments are asked of the first."""
         self.version = WeightVersion(attempt, 0, -1)
         self.transport = transport or ObjectStore()
         self.facts = RankFacts("")
@@ -216,13 +219,15 @@ class LearnerGroup:
         return self._publish(average=True)
 
     def _publish(self, *, average: bool) -> Weights:
-        calls = self.transport.publish(self.ranks, self.version, self.facts.buckets, average=average)
-        answers = self._heard("publishing weights", *((0, call) for call in calls))
-        return self.transport.published(calls, answers[-len(calls) :])
+        ranks = self.ranks if self._sharded else self.ranks[:1]
+        calls = self.transport.publish(ranks, self.version, self.facts.buckets, average=average)
+        own = [(number, call) for number, of_rank in enumerate(calls) for call in of_rank]
+        answers = self._heard("publishing weights", *own)[-len(own) :]
+        return self.transport.published(calls[0], answers[: len(calls[0])])
 
     def save(self, run_dir: Path, round: int, driver: dict[str, Any], *, attempt: int, keep: int) -> str:
         """A checkpoint, written by rank 0."""
-        call = self.ranks[0].call("save", str(run_dir), round, driver, attempt, keep, bulk=0)
+        call = self._first("save", str(run_dir), round, driver, attempt, keep)
         return str(self._answer(0, call, "writing a checkpoint").value)
 
     def restore(self, run_dir: Path) -> tuple[int, dict[str, Any] | None, list[str]]:
@@ -240,7 +245,13 @@ class LearnerGroup:
 
     def export(self, folder: Path) -> None:
         """Write the LoRA that users load."""
-        self._answer(0, self.ranks[0].call("export", str(folder), bulk=0), "writing the LoRA")
+        self._answer(0, self._first("export", str(folder)), "writing the LoRA")
+
+    def _first(self, method: str, *args: Any) -> Call:
+        """The first rank does it; where each holds a part of the weights, the others with it."""
+        if self._sharded:
+            self._unheard += [rank.call(method, *args, bulk=0) for rank in self.ranks[1:]]
+        return self.ranks[0].call(method, *args, bulk=0)
 
     def _all(self, method: str, *args: Any) -> list[Done]:
         self._send_all(method, *args)

@@ -233,7 +233,7 @@ class LearnerHost:
 
     def ready(self) -> Done:
         """What it computes in, and in how many arrays it publishes."""
-        return Done(RankFacts(NAMES[self.learner.family.dtype], len(self._buckets(self.learner.weights()))), 0.0, 0)
+        return Done(RankFacts(NAMES[self.learner.family.dtype], len(self._buckets())), 0.0, 0)
 
     def begin(self, items: Sequence[WorkItem]) -> Done:
         """A round of these items begins, or begins once more."""
@@ -265,27 +265,33 @@ class LearnerHost:
         return Done(None, 0.0, 0)
 
     def publish(self, version: WeightVersion, average: bool, bucket: int) -> tuple[Flat, Done]:
-        """One bucket of the weights, in their order; with the last come the probe that proves them, and the record."""
-        clock = _Clock(None)
-        weights = self.learner.weights(average=average)
-        parts = self._buckets(weights)
-        if bucket == 0:
-            self._identity = Digest(), Checksum(max(tensor.nbytes for tensor in weights.values()))
+        """One bucket of the weights, in their order; with the last come the probe that proves them, and the record.
+
+        Ranks other than the first take part in gathering them, and give nothing.
+        """
+        clock, layout = _Clock(None), self._buckets()
+        first, last = bucket == 0, bucket == len(layout) - 1
+        if first:
+            self._identity = Digest(), Checksum(max(one.nbytes for part in layout for one in part.values()))
+        tensors = dict(self.learner.gather(layout[bucket], average=average))
+        probe = {"probe": self.learner.probe(average=average)} if last else {}
+        if self.learner.engine.rank > 0:
+            return pack_whole({}), clock.done(None)
         sha256, checksum = self._identity
-        for name, tensor in parts[bucket].items():  # of the weights themselves: packing is proven too
+        for name, tensor in tensors.items():  # of the weights themselves: packing is proven too
             sha256.add(name, tensor)
             checksum.add(name, tensor)
-        if bucket < len(parts) - 1:
-            return pack_whole(parts[bucket]), clock.done(None)
-        tensors = {**parts[bucket], "probe": self.learner.probe(average=average)}
-        return pack_whole(tensors), clock.done(Weights(version, sha256.hex(), (), checksum.hex()))
+        record = Weights(version, sha256.hex(), (), checksum.hex()) if last else None
+        return pack_whole(tensors | probe), clock.done(record)
 
-    def _buckets(self, weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        return buckets({name: weights[name] for name in sorted(weights)}, self._bucket)
+    def _buckets(self) -> list[dict[str, Tensor]]:
+        return buckets(self.learner.layout(), self._bucket)
 
     def save(self, run_dir: str, round: int, driver: Mapping[str, Any], attempt: int, keep: int) -> Done:
-        """Write a checkpoint of this rank's state and the driver's; ranks are alike, so one writes."""
+        """Write a checkpoint of the learner's state and the driver's: its path. The first rank writes."""
         clock, state = _Clock(None), self.learner.state()
+        if self.learner.engine.rank > 0:
+            return clock.done(None)
         saved = checkpoint.Checkpoint(round, state.tensors, {"learner": state.values, "driver": dict(driver)})
         return clock.done(str(checkpoint.save(Path(run_dir), saved, attempt=attempt, keep=keep)))
 

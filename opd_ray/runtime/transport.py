@@ -13,12 +13,14 @@ __all__ = ["ObjectStore", "Transport"]
 class Transport(Protocol):
     """The way that weights take. Whatever it is, a receiver reads back what it bound and acknowledges it."""
 
-    def publish(self, ranks: Sequence[Handle], version: WeightVersion, buckets: int, *, average: bool) -> list[Call]:
-        """Have the ranks give their weights; the last of these calls answers with the record."""
+    def publish(
+        self, ranks: Sequence[Handle], version: WeightVersion, buckets: int, *, average: bool
+    ) -> list[list[Call]]:
+        """Have these ranks give their weights: calls by rank; the last of the first rank's answers with the record."""
         ...
 
     def published(self, calls: Sequence[Call], answers: Sequence[Done]) -> Weights:
-        """What is handed around of them, once all those calls are answered."""
+        """What is handed around of them, once the first rank's calls are answered."""
         ...
 
     def deliver(self, weights: Weights, worker: Handle) -> Call:
@@ -32,9 +34,14 @@ class ObjectStore:
     One bucket is packed after the other, so that the rank never holds a second copy of the whole.
     """
 
-    def publish(self, ranks: Sequence[Handle], version: WeightVersion, buckets: int, *, average: bool) -> list[Call]:
-        """All buckets are asked for at once: the rank packs one after the other, and nothing comes in between."""
-        return [ranks[0].call("publish", version, average, number, bulk=1) for number in range(buckets)]
+    def publish(
+        self, ranks: Sequence[Handle], version: WeightVersion, buckets: int, *, average: bool
+    ) -> list[list[Call]]:
+        """All buckets are asked for at once: a rank packs one after the other, and nothing comes in between.
+
+        Where each rank holds a part of every tensor, all of them are asked, since gathering takes all.
+        """
+        return [[rank.call("publish", version, average, number, bulk=1) for number in range(buckets)] for rank in ranks]
 
     def published(self, calls: Sequence[Call], answers: Sequence[Done]) -> Weights:
         """The record with references to the arrays."""

@@ -96,6 +96,9 @@ def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     Returns:
         The checkpoint, None where no usable one exists, and a line for each damaged one that was
         skipped: which, and why.
+
+    Raises:
+        RunFolderError: one is of a newer format; an older one must not take its place.
     """
     skipped: list[str] = []
     for number, folder in _steps(run_dir / FOLDER):
@@ -214,6 +217,11 @@ def _manifest(folder: Path, number: int) -> dict[str, Any]:
         raise _DamagedError("manifest.json is missing")
     try:
         manifest = json.loads(path.read_bytes())
+        if isinstance(manifest["format"], int) and manifest["format"] > FORMAT:
+            raise RunFolderError(
+                f"{folder} is of format {manifest['format']}, written by a newer opd-ray; this one reads up to "
+                f"{FORMAT}. Upgrade it, or give another folder"
+            )
         if manifest["format"] != FORMAT or manifest["round"] != number:
             raise _DamagedError(f"manifest.json is not of format {FORMAT} and round {number}")
         for name, expected in manifest["files"].items():

@@ -16,7 +16,7 @@ from opd_ray.algorithms import Algorithm
 from opd_ray.algorithms.opd import Opd
 from opd_ray.config import Config, LoraConfig, ModelConfig, OpdConfig, OptimizerConfig, TeacherConfig, parse
 from opd_ray.digest import checksum, digest
-from opd_ray.learners import DdpEngine, Learner
+from opd_ray.learners import DdpEngine, Engine, Learner
 from opd_ray.learners.learner import Training
 from opd_ray.models import Family, load_family
 from opd_ray.seeds import fold
@@ -148,11 +148,19 @@ def random_experience(
 
 
 def learner(
-    tiny: Path, algorithm: Algorithm | None = None, *, seed: int = 3, rounds: int = 8, **changes: Any
+    tiny: Path,
+    algorithm: Algorithm | None = None,
+    *,
+    engine: Engine | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 3,
+    rounds: int = 8,
+    **changes: Any,
 ) -> Learner:
     training: dict[str, Any] = {"lora": LORA, "guidance": 1.5, "optimizer": OptimizerConfig(lr=1e-2), "ema": None}
     chosen = Training(**(training | changes), seed=seed, rounds=rounds)
-    return Learner(load(tiny), algorithm or Opd(OpdConfig()), chosen, DdpEngine(0, 1))
+    family = load_family(ModelConfig(path=str(tiny)), text=False, image=False, dtype=dtype)
+    return Learner(family, algorithm or Opd(OpdConfig()), chosen, engine or DdpEngine(0, 1))
 
 
 def stage(one: Learner, experience: Sequence[Experience]) -> None:

@@ -264,9 +264,9 @@ class AtOnce(Opd):
 class Engine(DdpEngine):
     """One rank, perhaps of several that are not there; writes down which backward would reduce."""
 
-    def __init__(self, rank=0, ranks=1):
+    def __init__(self):
         super().__init__(0, 1)
-        self.rank, self.ranks, self.reduced = rank, ranks, []
+        self.reduced = []
 
     def accumulate(self, *, last):
         self.reduced.append(last)
@@ -294,9 +294,10 @@ def test_gradients_that_accumulate_as_items_arrive_are_those_of_the_whole_round(
 
 
 def test_nothing_is_reduced_and_no_weight_changes_before_a_rank_has_all_of_its_items(tiny, family):
-    one = learner(tiny)
+    engine = Engine()
+    one = learner(tiny, engine=engine)
     for rank, own in ((0, [0, 2]), (1, [1])):
-        engine = one.engine = Engine(rank, 2)
+        engine.rank, engine.ranks, engine.reduced = rank, 2, []
         experience, before = three(family), digest(one.student)
         one.begin([part.item for part in experience])
         for number in own:

@@ -171,11 +171,12 @@ def test_a_folder_under_another_name_is_no_other_round(run):
     assert found.round == 10 and "round 30" in notes[0]
 
 
-def test_a_format_of_the_future_is_not_guessed_at(run):
-    path = save(run, example(10), attempt=0, keep=1) / "manifest.json"
+def test_a_newer_format_is_refused_and_no_older_checkpoint_takes_its_place(run):
+    save(run, example(10), attempt=0, keep=2)
+    path = save(run, example(20), attempt=0, keep=2) / "manifest.json"
     path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    found, notes = newest(run)
-    assert found is None and "is not of format 1" in notes[0]
+    with pytest.raises(RunFolderError, match=r"step-000020 is of format 2, .* newer opd-ray; this one reads up to 1"):
+        newest(run)
 
 
 class Crash(BaseException):

@@ -1,0 +1,162 @@
+"""Every learner backend on two gloo ranks: as one rank, and each from what any other saved."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opd_ray.config import ClusterConfig, LearnerPlacement
+from opd_ray.errors import ConfigError
+from opd_ray.learners import DdpEngine, make_engine
+from opd_ray.learners.engine import MEETING, LossScale
+from opd_ray.preflight import check_backend
+from tests.algorithms.parts import load
+from tests.learners.ranks import BACKENDS, OFFLOADED, ROUNDS, SAVED, make, train
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def seen(tiny, tmp_path_factory):
+    """What two ranks of each backend wrote down, started once: importing torch is most of the time."""
+    folder = tmp_path_factory.mktemp("ranks")
+    meeting = {MEETING: str(folder / "meeting"), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    meeting |= {"MASTER_ADDR": "127.0.0.1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, "-m", "tests.learners.ranks", str(folder), str(tiny)]
+    logs = [folder / f"rank-{rank}.log" for rank in range(2)]
+    ranks = []
+    for rank, log in enumerate(logs):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with log.open("w") as stream:
+            ranks.append(
+                subprocess.Popen(command, cwd=ROOT, env=os.environ | meeting | own, stdout=stream, stderr=stream)
+            )
+    try:
+        for rank, log in zip(ranks, logs, strict=True):
+            assert rank.wait(240) == 0, log.read_text()[-4000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tiny):
+    """The same rounds on a single rank."""
+    one = make(tiny, DdpEngine(0, 1))
+    rounds = train(one, range(ROUNDS), load(tiny))
+    proof = {"probe": one.probe(), "mean": one.probe(average=True), **one.weights(average=True)}
+    return rounds, proof
+
+
+def read(folder: Path, name: str):
+    """Loss over both ranks, norm and whole gradients of each round."""
+    ranks = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(2)]
+    gradients = [load_file(folder / f"{name}-{rank}.safetensors") for rank in range(2)]
+    assert all(torch.equal(gradient, gradients[1][key]) for key, gradient in gradients[0].items())
+    rounds = []
+    for number, (one, other) in enumerate(zip(*ranks, strict=True)):
+        assert one["norm"] == other["norm"], "ranks decide by the same number"
+        own = {key.partition(":")[2]: g for key, g in gradients[0].items() if key.startswith(f"{number}:")}
+        rounds.append({"loss": one["loss"] + other["loss"], "norm": one["norm"], "gradients": own})
+    return rounds
+
+
+def same(found, expected, tolerance=TOLERANCE):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=tolerance)
+        assert one["norm"] == pytest.approx(other["norm"], rel=tolerance)
+        assert one["gradients"].keys() == other["gradients"].keys()
+        largest = max(float(gradient.abs().max()) for gradient in other["gradients"].values())
+        for name, gradient in one["gradients"].items():
+            assert float((gradient - other["gradients"][name]).abs().max()) <= tolerance * largest, name
+
+
+def test_the_rounds_that_are_compared_clip_and_differ(alone):
+    rounds, _ = alone
+    assert all(one["norm"] > 2e-4 for one in rounds), "clipped, see ranks.make"
+    assert len({round(one["loss"], 3) for one in rounds}) == ROUNDS
+
+
+@pytest.mark.parametrize("name", [*BACKENDS, *OFFLOADED])
+def test_two_ranks_of_each_backend_are_a_single_rank(seen, alone, name):
+    rounds, proof = alone
+    same(read(seen, name), rounds)
+    for rank in range(2):
+        for key, tensor in load_file(seen / f"proof-{name}-{rank}.safetensors").items():
+            # Adam divides small gradients by their own size, so that weights agree less than gradients do.
+            torch.testing.assert_close(tensor, proof[key], rtol=1e-3, atol=1e-5)
+    hashes = [json.loads((seen / f"hashes-{name}-{rank}.json").read_text()) for rank in range(2)]
+    assert hashes[0] == hashes[1] and hashes[0]["student_sha256"] != hashes[0]["ema_sha256"]
+
+
+@pytest.mark.parametrize("target", BACKENDS)
+@pytest.mark.parametrize("source", BACKENDS)
+def test_what_one_backend_saved_another_resumes(seen, source, target):
+    same(read(seen, f"{source}-{target}"), read(seen, source)[SAVED:])
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "float16"])
+def test_half_precision_with_gradient_checkpointing_is_the_same_on_each_backend(seen, alone, form):
+    """The scale of an fp16 loss is in none of the numbers; the first round is that of float32, but for its rounding."""
+    first = read(seen, f"ddp-{form}")[0]
+    assert first["loss"] == pytest.approx(alone[0][0]["loss"], rel=2e-2)
+    for name in BACKENDS:
+        (found,) = read(seen, f"{name}-{form}")[:1]
+        assert found["loss"] == pytest.approx(first["loss"], rel=1e-3)
+        assert found["norm"] == pytest.approx(first["norm"], rel=1e-2)
+
+
+def test_each_backend_says_what_it_got():
+    with pytest.raises(RuntimeError, match=r"asked accelerate for ddp rank 1 of 2, got .* rank 0 of 1"):
+        make_engine(LearnerPlacement(ranks=2), 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"zero_stage": 2}, "zero_stage 2 is DeepSpeed's, and backend is ddp"),
+        ({"backend": "fsdp2", "zero_stage": 3}, "zero_stage 3 is DeepSpeed's, and backend is fsdp2"),
+        ({"cpu_offload": True}, "cpu_offload true is DeepSpeed's, and backend is ddp"),
+        ({"backend": "deepspeed", "zero_stage": 0}, "1, 2 or 3"),
+    ],
+)
+def test_options_that_contradict_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LearnerPlacement(**options)
+
+
+def test_a_backend_that_is_not_installed_names_the_line_that_installs_it(monkeypatch):
+    cluster = ClusterConfig(learner=LearnerPlacement(backend="deepspeed"))
+    check_backend(cluster)
+    monkeypatch.setattr("opd_ray.preflight.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'opd-ray\[deepspeed\]'"):
+        check_backend(cluster)
+
+
+def test_the_scale_of_an_fp16_loss_is_torchs():
+    ours, theirs = LossScale(enabled=True), torch.amp.GradScaler("cpu")
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], 1.0)
+    theirs.scale(torch.zeros(1))  # it makes its scale only then
+    for overflow in (False, True, False, False, True):
+        parameter.grad = torch.full((1,), float("inf") if overflow else 1.0)
+        theirs.step(optimizer)
+        theirs.update()
+        ours.update(overflow=overflow)
+        expected = theirs.state_dict()
+        assert ours.state_dict() == {name: expected[name] for name in ("scale", "_growth_tracker")}
+
+
+def test_the_tested_release_of_deepspeed_is_the_one_that_runs():
+    pinned = (ROOT / "constraints.txt").read_text().split("deepspeed==")[1].split()[0]
+    assert version("deepspeed") == pinned
