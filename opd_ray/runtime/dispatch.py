@@ -261,20 +261,19 @@ class Dispatcher:
         return mine
 
     def _beat(self, ref: Ref) -> None:
-        """A learner rank gave a sign of life, or is gone."""
+        """A learner rank gave a sign of life, or cannot any longer."""
         assert self.ranks is not None
         try:
             self.ranks.heard(ref, self.backend.result(ref))
         except (WorkerLostError, InputLostError) as error:
-            rank = self.ranks.pending.pop(ref).number
-            raise LearnerLostError(f"{self._named(rank)} was lost ({error}){self._last_words(rank)}") from None
+            self.ranks.gone(ref, error)
 
     def _supervise(self) -> None:
         """Who is late, and whether anybody is left to do the work.
 
         Raises:
             Stopped: a role has had no worker for too long.
-            LearnerLostError: a rank gives no sign of life.
+            LearnerLostError: a rank is gone, or gives no sign of life.
         """
         if self.ranks is not None:
             self.ranks.check()

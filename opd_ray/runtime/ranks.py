@@ -23,6 +23,8 @@ class _Rank:
     pulse: Beat | None = None
     pulse_at: float | None = None
     """When it last answered."""
+    gone: Exception | None = None
+    """What a request for a sign of life ended with."""
 
 
 class Ranks:
@@ -40,10 +42,14 @@ class Ranks:
         """Ask for a sign of life where one is due.
 
         Raises:
-            LearnerLostError: a rank gave none for too long: it was stopped, or something holds Python's lock for ever.
+            LearnerLostError: a rank is gone, or gave none for too long: it was stopped, or something holds Python's
+                lock for ever.
         """
         now = self._clock()
         for rank in self._ranks:
+            if rank.gone is not None:
+                name = f"learner rank {rank.number}{self.place(rank.number)}"
+                raise LearnerLostError(f"{name} was lost ({rank.gone}){self.last_signs(rank.number)}")
             if rank.beat is not None and now - rank.beat_at > self._timeout:
                 raise LearnerLostError(
                     f"learner rank {rank.number}{self.place(rank.number)} gave no sign of life in "
@@ -58,6 +64,10 @@ class Ranks:
         """A sign of life came."""
         rank = self.pending.pop(ref)
         rank.pulse, rank.pulse_at, rank.beat = done.value, self._clock(), None
+
+    def gone(self, ref: Ref, error: Exception) -> None:
+        """The rank is gone. Whoever waits for its work hears of it too, and knows more: ``check`` tells it later."""
+        self.pending.pop(ref).gone = error
 
     def place(self, rank: int) -> str:
         """Where it ran, as far as it is known: behind its name."""
