@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import yaml
 from opd_ray import roles
 from opd_ray.actors.recorded import recordings
 from opd_ray.algorithms import Algorithm, make_algorithm
-from opd_ray.config import Config, Placement, RolePlacement
+from opd_ray.config import ClusterConfig, Config, Placement, RolePlacement
 from opd_ray.errors import PlacementError
 from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, RecordedSource, RolloutSource
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["build"]
 
+CLERK = "clerk"
 NONCE = ".nonce"
 """In the run folder, new with each attempt: workers that find it see the same folder."""
 STACK_AFTER = 0.75
@@ -125,6 +126,7 @@ class Pools:
     teachers: dict[str, Pool]
     reward: Pool | None
     reader: Pool | None
+    clerk: Pool | None
 
 
 def _wire(
@@ -144,12 +146,18 @@ def _wire(
     evaluated = bool(held_out) and config.evaluation.images_per_task > 0
     bases = Bases(share=config.cluster.share_base)
     pools = _pools(config, folder, dispatcher, algorithm, bases, rewards=algorithm.needs_rewards or evaluated)
-    learner = _start(config, folder, dispatcher, live, attempt, bases)
+    learner = _start(config, folder, dispatcher, live, attempt, bases, pools.clerk)
     evaluation = None
     if evaluated and pools.rollout is not None and pools.reward is not None:
         samples = folder / "samples"
         evaluation = Evaluation(
-            config, held_out, dispatcher, rollout=pools.rollout, reward=pools.reward, folder=samples
+            config,
+            held_out,
+            dispatcher,
+            rollout=pools.rollout,
+            reward=pools.reward,
+            folder=samples,
+            clerk=pools.clerk,
         )
         evaluation.prove()
     elif config.rewards and not algorithm.needs_rewards:
@@ -211,8 +219,8 @@ def _telemetry(config: Config, live: Live) -> "list[Telemetry]":
 def _scaler(config: Config, dispatcher: Dispatcher) -> Scaler:
     cluster = config.cluster
     local = cluster.runtime == "local"
-    limits = {}
-    for pool in dispatcher.pools:
+    limits, pools = {}, [pool for pool in dispatcher.pools if pool.spec.role != CLERK]
+    for pool in pools:
         role, _, teacher = pool.spec.role.partition(".")
         placement = {
             "rollout": cluster.rollout,
@@ -223,7 +231,7 @@ def _scaler(config: Config, dispatcher: Dispatcher) -> Scaler:
         if placement.autoscale is not None and not local:
             limits[pool.spec.role] = placement.autoscale
     fixed = "this run is in one process (runtime: local), so there is nothing to scale" if local else ""
-    return Scaler({pool.spec.role: pool for pool in dispatcher.pools}, limits, fixed=fixed)
+    return Scaler({pool.spec.role: pool for pool in pools}, limits, fixed=fixed)
 
 
 def _pools(
@@ -231,10 +239,12 @@ def _pools(
 ) -> Pools:
     cluster = config.cluster
 
-    def pool(role: str, placement: RolePlacement, factory: Any, teachers: tuple[str, ...] = ()) -> Pool:
+    def pool(
+        role: str, placement: RolePlacement, factory: Any, teachers: tuple[str, ...] = (), *, home: bool = False
+    ) -> Pool:
         made = Pool(
             dispatcher.backend,
-            _spec(role, placement, factory, folder, cluster.heartbeat_timeout_s),
+            replace(_spec(role, placement, factory, folder, cluster), home=home),
             placement.workers,
             clock=time.monotonic,
             start_timeout_s=cluster.start_timeout_s,
@@ -253,17 +263,20 @@ def _pools(
         if rewards
         else None,
         reader=pool("reader", cluster.rollout, roles.reader(recorded)) if recorded else None,
+        clerk=pool(CLERK, RolePlacement(resources={"cpu": 0}), roles.clerk, home=True)
+        if cluster.storage == "ship" and cluster.runtime == "ray"
+        else None,
     )
 
 
 def _start(
-    config: Config, folder: Path, dispatcher: Dispatcher, live: Live, attempt: int, bases: Bases
+    config: Config, folder: Path, dispatcher: Dispatcher, live: Live, attempt: int, bases: Bases, clerk: Pool | None
 ) -> LearnerGroup:
     """Start the learner and everything that is in the pools; wait until all of it is up."""
     placement, timeout = config.cluster.learner, config.cluster.start_timeout_s
-    beat = config.cluster.heartbeat_timeout_s
     ranks = [
-        _spec("learner", placement, roles.learner(config, rank, bases), folder, beat) for rank in range(placement.ranks)
+        _spec("learner", placement, roles.learner(config, rank, bases), folder, config.cluster)
+        for rank in range(placement.ranks)
     ]
     elastic = [pool.spec for pool in dispatcher.pools for _ in range(pool.size)]
     lack = dispatcher.backend.shortage([*ranks, *elastic])
@@ -279,8 +292,9 @@ def _start(
         ranks,
         attempt=attempt,
         start_timeout_s=timeout,
-        beat_timeout_s=beat,
+        beat_timeout_s=config.cluster.heartbeat_timeout_s,
         sharded=placement.backend != "ddp",
+        clerk=clerk,
     )
     dispatcher.wait_ready()
     learner.wait_ready()
@@ -318,7 +332,7 @@ def _teacher_pools(config: Config, pool: Any, bases: Bases) -> dict[str, Pool]:
     }
 
 
-def _spec(role: str, placement: Placement, factory: Any, folder: Path, beat_timeout_s: float) -> WorkerSpec:
+def _spec(role: str, placement: Placement, factory: Any, folder: Path, cluster: ClusterConfig) -> WorkerSpec:
     return WorkerSpec(
         role,
         factory,
@@ -326,7 +340,8 @@ def _spec(role: str, placement: Placement, factory: Any, folder: Path, beat_time
         dict(placement.resources),
         folder / "logs",
         nonce=(folder / NONCE, (folder / NONCE).read_text()),
-        stack_after_s=STACK_AFTER * beat_timeout_s,
+        ship=cluster.storage == "ship",
+        stack_after_s=STACK_AFTER * cluster.heartbeat_timeout_s,
     )
 
 

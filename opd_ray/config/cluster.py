@@ -111,6 +111,9 @@ class ClusterConfig(Frozen):
     """By teacher name; `default` serves the others, and all of them when they are shared."""
     rewards: dict[str, RolePlacement] = {"default": RolePlacement()}
     learner: LearnerPlacement = LearnerPlacement()
+    storage: Literal["shared", "ship"] = "shared"
+    """`shared`: every node sees the run folder at the driver's path. `ship`: the driver's node alone does; a worker
+    beside the driver writes what the others return, and their logs stay on their nodes."""
     start_timeout_s: float = Field(300, gt=0)
     """How long workers may take to start before the run says what is missing and stops."""
     call_timeout_s: float = Field(600, gt=0)

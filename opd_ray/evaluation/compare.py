@@ -69,8 +69,10 @@ class Evaluation:
         rollout: Pool,
         reward: Pool,
         folder: Path,
+        clerk: Pool | None = None,
     ) -> None:
         self.config, self.dispatcher, self.folder = config, dispatcher, folder
+        self._clerk, self._written = clerk, list[Job]()
         self.rollout, self.reward = rollout, reward
         self.prompts = held_out(prompts, config.evaluation.images_per_task, config.seed)
 
@@ -131,7 +133,8 @@ class Evaluation:
             for task, prompts in self.prompts.items():
                 for start in range(0, len(prompts), self.config.evaluation.batch):
                     jobs.append((model.label, task, self._job(model, task, prompts, start, weights, pictures)))
-        self.dispatcher.wait([job for _, _, job in jobs])
+        self.dispatcher.wait([*(job for _, _, job in jobs), *self._written])
+        self._written.clear()
         scores: dict[str, dict[str, list[float]]] = {model.label: {} for model in models}
         for label, task, job in jobs:
             assert job.result is not None
@@ -168,7 +171,8 @@ class Evaluation:
         shown = range(start, min(start + len(part), PICTURES_PER_TASK)) if pictures else ()
         files = [str(self.folder / self._file(model, task, index)) for index in shown]
         label = f"pictures of {model.label}"
-        draw = Job(self.rollout, "sample", (request, files), 1, label, weights=bound, books=books, alike=False)
+        own = files if self._clerk is None else []
+        draw = Job(self.rollout, "sample", (request, own), 1, label, weights=bound, books=books, alike=False)
         texts = [prompt.text for prompt in part]
         score = Job(
             self.reward,
@@ -180,6 +184,17 @@ class Evaluation:
             books=books,
         )
         self.dispatcher.submit(draw)
+        if self._clerk is not None and files:  # drawing workers do not see the folder
+            write = Job(
+                self._clerk,
+                "pictures",
+                lambda: (files, draw.result.value if draw.result else None, Output(draw, 0)),
+                0,
+                f"writing {label}",
+                after=(draw,),
+                books=PROBE,
+            )
+            self._written.append(self.dispatcher.submit(write))
         return self.dispatcher.submit(score)
 
     def _file(self, model: Contestant, task: str, index: int) -> str:

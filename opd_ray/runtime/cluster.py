@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -26,7 +27,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from opd_ray.errors import InputLostError, PlacementError, RunFolderError, UserError, WorkerLostError
 from opd_ray.runtime.handle import Beat, Call, Done, Handle, Ref, Store, WorkerSpec
@@ -52,10 +53,13 @@ class Process:
 
     def __init__(self, spec: WorkerSpec, name: str, home: str) -> None:
         self._elsewhere = ray.get_runtime_context().get_node_id() != home
-        self._astray = _astray(spec.nonce) if spec.nonce is not None else None
-        if spec.logs is not None and self._astray is None:
-            spec.logs.mkdir(parents=True, exist_ok=True)
-            log = os.open(spec.logs / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._astray = _astray(spec.nonce, 0.0 if spec.ship else NONCE_S) if spec.nonce is not None else None
+        logs = spec.logs
+        if self._astray is not None:
+            logs, self._astray = (elsewhere(logs), None) if spec.ship and logs is not None else (None, self._astray)
+        if logs is not None:
+            logs.mkdir(parents=True, exist_ok=True)
+            log = os.open(logs / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             sys.stdout.flush()
             sys.stderr.flush()
             os.dup2(log, 1)  # also what native code prints when it dies
@@ -98,10 +102,15 @@ class Process:
         return Done(Beat(ray.util.get_node_ip_address(), os.getpid(), _memory_mb(), _gpu_memory_mb()), 0.0, 0)
 
 
-def _astray(nonce: tuple[Path, str]) -> RunFolderError | None:
+def elsewhere(logs: Path) -> Path:
+    """Where logs lie on a node that does not see the run folder."""
+    return Path(tempfile.gettempdir()) / f"opd-ray-{logs.parent.name}" / logs.name
+
+
+def _astray(nonce: tuple[Path, str], patience_s: float) -> RunFolderError | None:
     """Why this worker must not use the run folder; None where it sees the driver's."""
     path, expected = nonce
-    deadline = time.monotonic() + NONCE_S
+    deadline = time.monotonic() + patience_s
     while True:
         with suppress(OSError):
             if path.read_text() == expected:
@@ -109,7 +118,7 @@ def _astray(nonce: tuple[Path, str]) -> RunFolderError | None:
         if time.monotonic() > deadline:
             return RunFolderError(
                 f"node {ray.util.get_node_ip_address()}: {path.parent} is not the run folder that the driver has; "
-                "mount the same storage at this path on every node, or give --out a path where it is"
+                "mount the same storage at this path on every node, or set cluster.storage: ship"
             )
         time.sleep(0.5)
 
@@ -340,6 +349,7 @@ class RayBackend:
             "max_restarts": 0,
             "max_task_retries": 0,
             "runtime_env": {"env_vars": environment},
+            **({"scheduling_strategy": NodeAffinitySchedulingStrategy(self._home, soft=False)} if spec.home else {}),
         }
 
 

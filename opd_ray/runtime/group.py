@@ -16,9 +16,10 @@ from opd_ray.errors import BadInputError, InputLostError, OutOfOrderError, Stopp
 from opd_ray.learners import UpdateReport
 from opd_ray.learners.engine import MEETING
 from opd_ray.runtime.dispatch import Dispatcher
-from opd_ray.runtime.handle import Call, Done, Handle, RankFacts, Weights, WorkerSpec
+from opd_ray.runtime.handle import Call, Done, Handle, RankFacts, Ref, Weights, WorkerSpec
 from opd_ray.runtime.hosts import Share
-from opd_ray.runtime.jobs import Job
+from opd_ray.runtime.jobs import PROBE, Job
+from opd_ray.runtime.pool import Pool
 from opd_ray.runtime.transport import ObjectStore, Transport
 from opd_ray.types import WeightVersion, WorkItem
 
@@ -70,11 +71,14 @@ class LearnerGroup:
         beat_timeout_s: float = 60.0,
         transport: Transport | None = None,
         sharded: bool = False,
+        clerk: Pool | None = None,
     ) -> None:
         self.dispatcher, self._specs = dispatcher, specs
         self._start_timeout, self._beat_timeout = start_timeout_s, beat_timeout_s
         self._sharded = sharded
         """Whether every rank has to take part where weights or moments are asked of the first."""
+        self._clerk = clerk
+        """Who reads and writes the run folder where the ranks do not see it."""
         self.version = WeightVersion(attempt, 0, -1)
         self.transport = transport or ObjectStore()
         self.facts = RankFacts("")
@@ -226,12 +230,21 @@ class LearnerGroup:
         return self.transport.published(calls[0], answers[: len(calls[0])])
 
     def save(self, run_dir: Path, round: int, driver: dict[str, Any], *, attempt: int, keep: int) -> str:
-        """A checkpoint, written by rank 0."""
+        """A checkpoint, written by rank 0 or through it."""
+        if self._clerk is not None:
+            flat = self._returned("serialise", "writing a checkpoint", round, driver)
+            return str(self._of_clerk("commit", (str(run_dir), round, attempt, keep, flat)).value)
         call = self._first("save", str(run_dir), round, driver, attempt, keep)
         return str(self._answer(0, call, "writing a checkpoint").value)
 
     def restore(self, run_dir: Path) -> tuple[int, dict[str, Any] | None, list[str]]:
         """The newest valid checkpoint on every rank: its round, the driver's state, notes about damaged ones."""
+        if self._clerk is not None:
+            job = self._job("newest", (str(run_dir),), bulk=1)
+            (round, notes), call = self._wait(job).value, job.call
+            assert call is not None
+            drivers = [done.value for done in self._all("take_back", call.bulk[0])]
+            return round, drivers[0], notes
         found = [done.value for done in self._all("restore", str(run_dir))]
         if any(one[0] != found[0][0] for one in found):
             raise Stopped(f"ranks loaded different checkpoints, rounds {[one[0] for one in found]}")
@@ -245,13 +258,36 @@ class LearnerGroup:
 
     def export(self, folder: Path) -> None:
         """Write the LoRA that users load."""
+        if self._clerk is not None:
+            flat = self._returned("exported", "writing the LoRA")
+            self._of_clerk("write", (str(folder), flat))
+            return
         self._answer(0, self._first("export", str(folder)), "writing the LoRA")
 
-    def _first(self, method: str, *args: Any) -> Call:
+    def _returned(self, method: str, what: str, *args: Any) -> Ref:
+        call = self._first(method, *args, bulk=1)
+        self._answer(0, call, what)
+        return call.bulk[0]
+
+    def _of_clerk(self, method: str, args: tuple[Any, ...]) -> Done:
+        return self._wait(self._job(method, args))
+
+    def _job(self, method: str, args: tuple[Any, ...], bulk: int = 0) -> Job:
+        assert self._clerk is not None
+        return self.dispatcher.submit(
+            Job(self._clerk, method, args, bulk, f"{method} of the run folder", alike=False, books=PROBE)
+        )
+
+    def _wait(self, job: Job) -> Done:
+        self.dispatcher.wait([job])
+        assert job.result is not None
+        return job.result
+
+    def _first(self, method: str, *args: Any, bulk: int = 0) -> Call:
         """The first rank does it; where each holds a part of the weights, the others with it."""
         if self._sharded:
-            self._unheard += [rank.call(method, *args, bulk=0) for rank in self.ranks[1:]]
-        return self.ranks[0].call(method, *args, bulk=0)
+            self._unheard += [rank.call(method, *args, bulk=bulk) for rank in self.ranks[1:]]
+        return self.ranks[0].call(method, *args, bulk=bulk)
 
     def _all(self, method: str, *args: Any) -> list[Done]:
         self._send_all(method, *args)

@@ -89,6 +89,10 @@ class WorkerSpec:
     environment: dict[str, str] = field(default_factory=dict)
     nonce: tuple[Path, str] | None = None
     """A file of the run folder and its content: a worker that does not find it sees another folder than the driver."""
+    ship: bool = False
+    """It may see another folder: then its log stays on its node, and nothing of the run's is written there."""
+    home: bool = False
+    """On the driver's node, and nowhere else."""
     stack_after_s: float = 0.0
     """So long after its last sign of life a wedged worker writes all its stacks into its log; 0: never."""
 

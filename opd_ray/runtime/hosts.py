@@ -4,6 +4,7 @@ Every method returns its bulk results as flat arrays and a small ``Done`` last. 
 """
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,10 +36,12 @@ from opd_ray.storage.packing import (
     manifest_of,
     pack,
     pack_answer,
+    pack_files,
     pack_trajectory,
     pack_whole,
     unpack,
     unpack_answer,
+    unpack_files,
     unpack_trajectory,
 )
 from opd_ray.types import Experience, TeacherAnswer, Trajectory, WeightVersion, WorkItem
@@ -294,6 +297,30 @@ class LearnerHost:
             return clock.done(None)
         saved = checkpoint.Checkpoint(round, state.tensors, {"learner": state.values, "driver": dict(driver)})
         return clock.done(str(checkpoint.save(Path(run_dir), saved, attempt=attempt, keep=keep)))
+
+    def serialise(self, round: int, driver: Mapping[str, Any]) -> tuple[Flat, Done]:
+        """What ``save`` writes, for a worker that sees the run folder. The first rank gives it."""
+        clock, state = _Clock(None), self.learner.state()
+        if self.learner.engine.rank > 0:
+            return pack_files({}), clock.done(None)
+        saved = checkpoint.Checkpoint(round, state.tensors, {"learner": state.values, "driver": dict(driver)})
+        return pack_files(checkpoint.serialise(saved)), clock.done(None)
+
+    def take_back(self, flat: Flat) -> Done:
+        """Load a checkpoint that ``serialise`` gave: the driver's state; None where there was none."""
+        contents = unpack_files(flat)
+        if not contents:
+            return Done(None, 0.0, 0)
+        saved = checkpoint.deserialise(contents)
+        self.learner.load_state(LearnerState(saved.tensors, saved.state["learner"]))
+        return Done(saved.state["driver"], 0.0, 0)
+
+    def exported(self) -> tuple[Flat, Done]:
+        """The files of ``export``. The first rank gives them."""
+        with tempfile.TemporaryDirectory() as scratch:
+            self.learner.export(Path(scratch))
+            files = {str(path.relative_to(scratch)): path for path in Path(scratch).rglob("*") if path.is_file()}
+            return pack_files({name: path.read_bytes() for name, path in sorted(files.items())}), Done(None, 0.0, 0)
 
     def restore(self, run_dir: str) -> Done:
         """Load the newest valid checkpoint; its round, the driver's state, and notes about damaged ones."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from opd_ray.errors import RunFolderError
 from opd_ray.storage import run_folder
 
-__all__ = ["Checkpoint", "newest", "save"]
+__all__ = ["Checkpoint", "commit", "deserialise", "newest", "save", "serialise"]
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -48,27 +48,31 @@ class _DamagedError(Exception):
 
 
 def save(run_dir: Path, checkpoint: Checkpoint, *, attempt: int, keep: int) -> Path:
-    """Write a checkpoint, then remove all but the newest ``keep``.
+    """Write a checkpoint, then remove all but the newest ``keep``: see ``commit``."""
+    return commit(run_dir, checkpoint.round, serialise(checkpoint), attempt=attempt, keep=keep)
+
+
+def commit(run_dir: Path, round: int, contents: Mapping[str, bytes], *, attempt: int, keep: int) -> Path:
+    """Write what ``serialise`` gave of a checkpoint, then remove all but the newest ``keep``.
 
     Whatever happens on the way, earlier checkpoints stay as they are. One of the same round is
     replaced.
 
     Args:
         run_dir: a folder that ``run_folder.claim`` took.
-        checkpoint: what to write.
+        round: of the checkpoint.
+        contents: by file name, the manifest last.
         attempt: the number that ``claim`` returned.
         keep: how many checkpoints stay, at least 1.
 
     Raises:
         RunFolderError: a newer attempt has claimed the folder, or it cannot be written.
-        ValueError: a group's name is no file name, or ``state`` is not plain JSON data.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, expected at least 1")
-    contents = _serialise(checkpoint)
     _refuse_older(run_dir, attempt)
     folder = run_dir / FOLDER
-    target = folder / f"step-{checkpoint.round:06d}"
+    target = folder / f"step-{round:06d}"
     temporary = folder / f".tmp-{attempt}-{target.name}"
     try:
         folder.mkdir(exist_ok=True)
@@ -109,8 +113,12 @@ def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, skipped
 
 
-def _serialise(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """File contents by name, the manifest last."""
+def serialise(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """File contents by name, the manifest last.
+
+    Raises:
+        ValueError: a group's name is no file name, or ``state`` is not plain JSON data.
+    """
     contents = {}
     names = {}
     for group, tensors in checkpoint.tensors.items():
@@ -134,6 +142,16 @@ def _serialise(checkpoint: Checkpoint) -> dict[str, bytes]:
     }
     contents["manifest.json"] = json.dumps(manifest, indent=1).encode()
     return contents
+
+
+def deserialise(contents: Mapping[str, bytes]) -> Checkpoint:
+    """The inverse of ``serialise``, for contents that are known to be whole."""
+    manifest = json.loads(contents["manifest.json"])
+    tensors = {}
+    for group, names in manifest["groups"].items():
+        loaded = safetensors.torch.load(contents[f"{group}.safetensors"])
+        tensors[group] = {name: loaded[name] for name in names}  # in the order of saving
+    return Checkpoint(manifest["round"], tensors, json.loads(contents["state.json"]))
 
 
 def _state(state: dict[str, Any]) -> bytes:
@@ -238,12 +256,8 @@ def _manifest(folder: Path, number: int) -> dict[str, Any]:
 def _load(folder: Path, number: int) -> Checkpoint:
     manifest = _manifest(folder, number)
     try:
-        tensors = {}
-        for group, names in manifest["groups"].items():
-            content = _read(folder, f"{group}.safetensors", manifest)
-            loaded = safetensors.torch.load(content)
-            tensors[group] = {name: loaded[name] for name in names}  # in the order of saving
-        state = json.loads(_read(folder, "state.json", manifest))
+        contents = {name: _read(folder, name, manifest) for name in manifest["files"]}
+        return deserialise(contents | {"manifest.json": json.dumps(manifest).encode()})
     except OSError as error:
         raise _DamagedError(f"cannot be read ({error.strerror})") from None
     except (
@@ -254,7 +268,6 @@ def _load(folder: Path, number: int) -> Checkpoint:
         safetensors.SafetensorError,
     ) as error:
         raise _DamagedError(f"manifest.json does not fit the files ({error!r})") from None
-    return Checkpoint(number, tensors, state)
 
 
 def _read(folder: Path, name: str, manifest: Mapping[str, Any]) -> bytes:

@@ -32,10 +32,12 @@ __all__ = [
     "manifest_of",
     "pack",
     "pack_answer",
+    "pack_files",
     "pack_trajectory",
     "pack_whole",
     "unpack",
     "unpack_answer",
+    "unpack_files",
     "unpack_trajectory",
     "unpack_whole",
 ]
@@ -195,6 +197,21 @@ def pack_whole(tensors: Mapping[str, Tensor]) -> Flat:
     _fill(flat, manifest, tensors)
     flat[manifest.nbytes :] = np.frombuffer(tail, dtype=np.uint8)
     return flat
+
+
+def pack_files(contents: Mapping[str, bytes]) -> Flat:
+    """Files by name as one array that says itself what it holds."""
+    return pack_whole(
+        {
+            name: torch.frombuffer(bytearray(content or b" "), dtype=torch.uint8)[: len(content)]
+            for name, content in contents.items()
+        }
+    )
+
+
+def unpack_files(flat: Flat) -> dict[str, bytes]:
+    """The inverse of ``pack_files``; raises as ``manifest_of`` does."""
+    return {entry.name: _part(flat, entry).tobytes() for entry in manifest_of(flat).entries}
 
 
 def manifest_of(flat: Flat) -> Manifest:
