@@ -10,11 +10,12 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 from opd_ray.config import OptimizerConfig
 from opd_ray.errors import RunFolderError
 
-__all__ = ["INSTALL", "MEETING", "MOMENTS", "Engine", "LossScale", "join", "split_key"]
+__all__ = ["INSTALL", "MEETING", "MOMENTS", "Engine", "LossScale", "join", "local", "split_key"]
 
 MEETING = "OPD_RAY_MEETING"
 """Environment variable: the file in which ranks of one node meet. Otherwise they meet at torch's MASTER_ADDR."""
@@ -131,7 +132,7 @@ class Engine(ABC):
         """Whole gradients by name, as they are before a step; collective."""
         found = {name: parameter.grad for name, parameter in self.trained.items()}
         return {
-            name: self.whole(self.trained[name], _local(gradient))
+            name: self.whole(self.trained[name], local(gradient))
             for name, gradient in found.items()
             if gradient is not None
         }
@@ -140,7 +141,7 @@ class Engine(ABC):
         """AdamW's state as ``name:slot`` (step, exp_avg, exp_avg_sq), each one whole; collective."""
         for name, parameter in self.trained.items():
             for slot, value in self.optimizer.state.get(parameter, {}).items():
-                yield f"{name}:{slot}", self.whole(parameter, _local(value)) if slot in MOMENTS else value
+                yield f"{name}:{slot}", self.whole(parameter, local(value)) if slot in MOMENTS else value
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         """Take back what ``moments`` gave, on any backend; without any, those of a first step."""
@@ -150,7 +151,7 @@ class Engine(ABC):
             parameter = self.trained[name]
             if slot in MOMENTS:
                 held = torch.zeros_like(parameter, requires_grad=False)
-                self.write(parameter, _local(held), value)
+                self.write(parameter, local(held), value)
             else:
                 held = value.clone()  # a step count, which stays on the CPU
             self.optimizer.state[parameter][slot] = held
@@ -203,7 +204,7 @@ def join(rank: int, ranks: int, device: str) -> None:
     if not dist.is_initialized():
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         if ranks == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         elif meeting := os.environ.get(MEETING):
             dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=ranks)
         else:
@@ -213,11 +214,12 @@ def join(rank: int, ranks: int, device: str) -> None:
         raise RuntimeError(f"asked for rank {rank} of {ranks}, this process is rank {got[0]} of {got[1]}")
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor that may be a DTensor."""
     from torch.distributed.tensor import DTensor
 
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    plain = tensor.detach()
+    return plain.to_local() if isinstance(plain, DTensor) else plain
 
 
 def split_key(key: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from opd_ray.config import OptimizerConfig
-from opd_ray.learners.engine import Engine, join
+from opd_ray.learners.engine import Engine, join, local
 
 __all__ = ["FsdpEngine"]
 
@@ -51,9 +51,7 @@ class FsdpEngine(Engine):
 
     def part(self, parameter: nn.Parameter) -> Tensor:
         """Rows of it."""
-        assert isinstance(parameter, DTensor)
-        part: Tensor = parameter.detach().to_local()
-        return part
+        return local(parameter)
 
     def whole(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
         """One gather."""
