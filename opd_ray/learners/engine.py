@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch._C._distributed_c10d import HashStore
 
 from opd_ray.config import OptimizerConfig
 from opd_ray.errors import RunFolderError
@@ -132,7 +132,7 @@ class Engine(ABC):
         """Whole gradients by name, as they are before a step; collective."""
         found = {name: parameter.grad for name, parameter in self.trained.items()}
         return {
-            name: self.whole(self.trained[name], local(gradient))
+            name: self.whole(self.trained[name], local(gradient)).clone()  # a step clips it in place
             for name, gradient in found.items()
             if gradient is not None
         }
@@ -218,7 +218,8 @@ def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor that may be a DTensor."""
     from torch.distributed.tensor import DTensor
 
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    plain = tensor.detach()
+    return plain.to_local() if isinstance(plain, DTensor) else plain
 
 
 def split_key(key: str) -> tuple[str, str]:

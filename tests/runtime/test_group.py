@@ -1,13 +1,14 @@
 """The learner group over a backend in memory: what a rank gets and when, and what happens where an input is gone."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from opd_ray.errors import BadInputError, OutOfOrderError, Stopped
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import MAX_TRIES, UNANSWERED, Collected, LearnerGroup
-from opd_ray.runtime.handle import Done, RankFacts, WorkerSpec
+from opd_ray.runtime.handle import Done, RankFacts, Weights, WorkerSpec
 from opd_ray.runtime.hosts import Share
 from opd_ray.runtime.jobs import Job, Output
 from opd_ray.runtime.pool import Pool
@@ -51,11 +52,23 @@ class Rank:
         self.log.append("update")
         return Done(f"rank {self.number}", 2.0, 0)
 
+    def publish(self, version, average, bucket):
+        self.log.append(("publish", average))
+        return f"flat {self.number}", Done(Weights(version, f"sha of {self.number}"), 0.0, 0)
+
+    def save(self, run_dir, round, driver, attempt, keep):
+        self.log.append(("save", round))
+        return Done(f"path of {self.number}", 0.0, 0)
+
+    def export(self, folder):
+        self.log.append(("export", folder))
+        return Done(None, 0.0, 0)
+
 
 class Desk:
     """Items that are drawn and marked, and ranks that take them."""
 
-    def __init__(self, ranks=1, items=4) -> None:
+    def __init__(self, ranks=1, items=4, *, sharded=False) -> None:
         self.backend = FakeBackend()
         self.dispatcher = Dispatcher(self.backend, call_timeout_s=60, clock=self.backend.clock)
         self.notes = []
@@ -63,7 +76,7 @@ class Desk:
         self.painters, self.critics = self.pool("rollout", Painter), self.pool("teacher", Critic)
         self.hosts = [Rank(number, ranks) for number in range(ranks)]
         specs = [WorkerSpec("learner", lambda host=host: host, 1, {}) for host in self.hosts]
-        self.group = LearnerGroup(self.dispatcher, specs, attempt=0, start_timeout_s=30)
+        self.group = LearnerGroup(self.dispatcher, specs, attempt=0, start_timeout_s=30, sharded=sharded)
         self.dispatcher.wait_ready()
         self.group.wait_ready()
         by = weights(self.backend, 0)
@@ -266,3 +279,16 @@ def test_errors_of_the_work_itself_are_not_tried_again() -> None:
     with pytest.raises(ZeroDivisionError):
         desk.round()
     assert not desk.notes
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_where_weights_are_sharded_every_rank_takes_part_in_what_the_first_gives(sharded) -> None:
+    desk = Desk(ranks=2, sharded=sharded)
+    published, average = desk.group.publish(), desk.group.average()
+    assert (published.sha256, average.sha256) == ("sha of 0", "sha of 0")
+    assert desk.group.save(Path("run"), 3, {}, attempt=0, keep=1) == "path of 0"
+    desk.group.export(Path("lora"))
+    desk.round()  # what was not waited for is heard of
+    asked = [("publish", False), ("publish", True), ("save", 3), ("export", "lora")]
+    assert desk.hosts[0].log[:4] == asked
+    assert desk.hosts[1].log[:4] == asked if sharded else desk.hosts[1].log[0] == "begin"

@@ -148,7 +148,10 @@ def test_an_evaluation_whose_reward_worker_is_killed_scores_as_local(
     assert len(list(Path("run/samples").glob("*/*.png"))) == 4 * 2 * 4, "models, tasks, pictures"
 
 
-def test_two_ranks_agree_with_one(make_config, ray_session, reference, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "backend", [{}, {"backend": "fsdp2"}, {"backend": "deepspeed", "zero_stage": 3}], ids=["ddp", "fsdp2", "zero3"]
+)
+def test_two_ranks_agree_with_one(make_config, ray_session, reference, tmp_path, backend) -> None:
     hashes, listening = [], []
 
     def watch(run, live) -> None:
@@ -160,7 +163,7 @@ def test_two_ranks_agree_with_one(make_config, ray_session, reference, tmp_path)
             ]
         )
 
-    config = make_config("ray", cluster=SHARED | {"learner": SMALL | {"ranks": 2}})
+    config = make_config("ray", cluster=SHARED | {"learner": SMALL | {"ranks": 2} | backend})
     done, alone = go(config, tmp_path / "run", watch=watch), reference(3)
     assert all(one == other for one, other in hashes), "both ranks hold the same weights"
     assert len({one["student_sha256"] for one, _ in hashes}) == 3
