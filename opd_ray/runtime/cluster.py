@@ -29,6 +29,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from opd_ray.errors import InputLostError, PlacementError, WorkerLostError
 from opd_ray.runtime.handle import Beat, Call, Done, Handle, Ref, Store, WorkerSpec
+from opd_ray.runtime.session import Session, apart
 
 __all__ = ["RayBackend", "classify"]
 
@@ -165,6 +166,7 @@ class RayBackend:
         self._mine = not ray.is_initialized()
         self._groups: dict[Handle, PlacementGroup] = {}
         self._handles: dict[RayHandle, None] = {}
+        self._session: Session | None = None
         if self._mine:
             self._connect(object_store_mb)
         self._spilled: int | None = None
@@ -186,13 +188,21 @@ class RayBackend:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False)
             return
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            object_store_memory=object_store_mb * 2**20,
-        )
+        session = Session()
+        try:
+            with apart():
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    object_store_memory=object_store_mb * 2**20,
+                    _temp_dir=str(session.folder),
+                )
+            self._session = session
+        finally:
+            if self._session is None:
+                session.remove()
 
     def start(self, spec: WorkerSpec, name: str) -> Handle:
         """Ask Ray for an actor; an actor that cannot be placed raises nothing, so its first call has a timeout."""
@@ -283,14 +293,19 @@ class RayBackend:
         return done
 
     def close(self) -> None:
-        """End our workers by handle, then our own Ray."""
-        for handle in list(self._handles):
-            handle.kill()
-        for group in set(self._groups.values()):
-            remove_placement_group(group)
-        self._groups = {}
-        if self._mine and ray.is_initialized():
-            ray.shutdown()
+        """End our workers by handle, then our own Ray, of which nothing stays."""
+        try:
+            for handle in list(self._handles):
+                handle.kill()
+            for group in set(self._groups.values()):
+                remove_placement_group(group)
+            self._groups = {}
+            if self._mine and ray.is_initialized():
+                ray.shutdown()
+        finally:
+            if self._session is not None:
+                self._session.remove()
+                self._session = None
 
     def _options(self, spec: WorkerSpec) -> dict[str, Any]:
         environment = ENVIRONMENT | {"OMP_NUM_THREADS": str(spec.threads)} | spec.environment
