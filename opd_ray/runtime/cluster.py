@@ -27,7 +27,7 @@ from ray.exceptions import (
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from opd_ray.errors import InputLostError, PlacementError, WorkerLostError
+from opd_ray.errors import InputLostError, PlacementError, Stopped, WorkerLostError
 from opd_ray.runtime.handle import Beat, Call, Done, Handle, Ref, Store, WorkerSpec
 from opd_ray.runtime.session import Session, apart
 
@@ -199,6 +199,7 @@ class RayBackend:
                     object_store_memory=object_store_mb * 2**20,
                     _temp_dir=str(session.folder),
                 )
+            session.watch()
             self._session = session
         finally:
             if self._session is None:
@@ -268,7 +269,13 @@ class RayBackend:
         )
 
     def wait(self, refs: Collection[Ref], timeout_s: float) -> list[Ref]:
-        """Sleep until one is done, then take all that are."""
+        """Sleep until one is done, then take all that are.
+
+        Raises:
+            Stopped: a Ray of our own has ended under us; Ray itself would try for a minute, then end this process.
+        """
+        if self._session is not None and (lost := self._session.lost()) is not None:
+            raise Stopped(f"Ray's {lost} has ended; --resume goes on from the last checkpoint")
         if not refs:
             time.sleep(timeout_s)
             return []

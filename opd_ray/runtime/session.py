@@ -21,6 +21,9 @@ from typing import IO
 
 __all__ = ["Session", "apart", "clean", "forsaken", "processes"]
 
+VITAL = (b"raylet", b"gcs_server")
+"""Without these two of its processes a Ray of one machine is no more."""
+
 PREFIX = "opd-ray-"
 MARK = "driver.json"
 LONGEST_BASE = 26
@@ -44,6 +47,25 @@ class Session:
         json.dump({"pid": os.getpid(), "time": time.time(), "command": " ".join(sys.argv)}, self._mark)
         self._mark.flush()
         hidden.rename(self.folder / MARK)  # nobody sees it before it is locked
+        self._vital: dict[int, str] = {}
+
+    def watch(self) -> None:
+        """From now on ``lost`` knows which processes Ray cannot do without."""
+        for pid in processes(self.folder):
+            program = os.path.basename(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0])
+            if program in VITAL:
+                self._vital[pid] = program.decode()
+
+    def lost(self) -> str | None:
+        """Which of those has ended."""
+        for pid, program in self._vital.items():
+            try:
+                ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+            except ChildProcessError:  # Ray itself asked before us
+                ended = True
+            if ended:
+                return f"{program} (process {pid})"
+        return None
 
     def remove(self) -> None:
         """End what is left of its processes, then remove it."""

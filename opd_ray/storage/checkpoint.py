@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from opd_ray.errors import RunFolderError
+from opd_ray.errors import RunFolderError, Stopped
 from opd_ray.storage import run_folder
 
 __all__ = ["Checkpoint", "newest", "save"]
@@ -61,6 +61,7 @@ def save(run_dir: Path, checkpoint: Checkpoint, *, attempt: int, keep: int) -> P
 
     Raises:
         RunFolderError: a newer attempt has claimed the folder, or it cannot be written.
+        Stopped: the disk is full.
         ValueError: a group's name is no file name, or ``state`` is not plain JSON data.
     """
     if keep < 1:
@@ -84,10 +85,21 @@ def save(run_dir: Path, checkpoint: Checkpoint, *, attempt: int, keep: int) -> P
         _prune(folder, keep)
     except OSError as error:
         _refuse_older(run_dir, attempt)  # a newer attempt removes our temporary folder: say that
+        if error.errno in run_folder.FULL:
+            shutil.rmtree(temporary, ignore_errors=True)  # the run's last words need room too
+            raise Stopped(_no_room(target, sum(map(len, contents.values())), error)) from None
         raise RunFolderError(f"{target}: cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _no_room(target: Path, needed: int, error: OSError) -> str:
+    free = shutil.disk_usage(target.parent.parent).free
+    return (
+        f"{target}: cannot be written ({error.strerror}): {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free; the "
+        "last good checkpoint stays. Free some room, then go on with --resume"
+    )
 
 
 def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -96,6 +108,9 @@ def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     Returns:
         The checkpoint, None where no usable one exists, and a line for each damaged one that was
         skipped: which, and why.
+
+    Raises:
+        RunFolderError: the newest one is of a format that only a later release reads.
     """
     skipped: list[str] = []
     for number, folder in _steps(run_dir / FOLDER):
@@ -193,7 +208,7 @@ def _prune(folder: Path, keep: int) -> None:
             continue
         try:
             _manifest(path, number)
-        except _DamagedError:
+        except (_DamagedError, RunFolderError):  # broken, or of a later release
             continue
         intact += 1
 
@@ -214,6 +229,11 @@ def _manifest(folder: Path, number: int) -> dict[str, Any]:
         raise _DamagedError("manifest.json is missing")
     try:
         manifest = json.loads(path.read_bytes())
+        if isinstance(manifest["format"], int) and manifest["format"] > FORMAT:
+            raise RunFolderError(
+                f"{folder} is of format {manifest['format']}, and this opd-ray reads up to format {FORMAT}; go on with "
+                "the opd-ray that wrote it, or move this checkpoint away to go on from the one before"
+            )
         if manifest["format"] != FORMAT or manifest["round"] != number:
             raise _DamagedError(f"manifest.json is not of format {FORMAT} and round {number}")
         for name, expected in manifest["files"].items():

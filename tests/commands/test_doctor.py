@@ -18,7 +18,7 @@ from opd_ray.runtime import trial
 
 Usage = namedtuple("Usage", "total used free")
 CHECKS = [
-    "Python", "packages", "tested set", "torch", "GPUs", "gloo", "Ray", "working folder", "model cache",
+    "Python", "packages", "tested set", "torch", "GPUs", "gloo", "Ray", "killed runs", "working folder", "model cache",
     "shared memory", "hub token", "hub", "built-in world",
 ]  # fmt: skip
 
