@@ -34,13 +34,17 @@ OF_RAY = re.compile(rb"/ray/(core|dashboard|_private|autoscaler)/")
 """In the first words of a command that runs a part of Ray, whichever environment it is installed in."""
 
 _is_apart = False
+_held: "set[Session]" = set()
+"""Locked until they are removed, or this process ends, even where nobody else keeps them."""
 
 
 class Session:
     """A folder for one Ray, marked as ours."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_base()))
+        base = _base()
+        base.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
         hidden = self.folder / f".{MARK}"
         self._mark = hidden.open("w")
         fcntl.flock(self._mark, fcntl.LOCK_EX)
@@ -48,6 +52,7 @@ class Session:
         self._mark.flush()
         hidden.rename(self.folder / MARK)  # nobody sees it before it is locked
         self._vital: dict[int, str] = {}
+        _held.add(self)
 
     def watch(self) -> None:
         """From now on ``lost`` knows which processes Ray cannot do without."""
@@ -71,6 +76,7 @@ class Session:
         """End what is left of its processes, then remove it."""
         with self._mark, suppress(OSError):  # what cannot be removed now is found by `clean`
             _remove(self.folder)
+        _held.discard(self)
 
 
 @contextmanager
@@ -158,8 +164,8 @@ def _opened_in(process: str, folder: Path) -> bool:
 def _base() -> Path:
     """Where Ray would put its own folder, unless that is too deep for the paths of its sockets."""
     linux = sys.platform.startswith("linux")
-    base = os.environ.get("RAY_TMPDIR") or (linux and os.environ.get("TMPDIR")) or "/tmp"
-    return Path(base if len(os.fsencode(base)) <= LONGEST_BASE else "/tmp").resolve()
+    base = Path(os.environ.get("RAY_TMPDIR") or (linux and os.environ.get("TMPDIR")) or "/tmp").resolve()
+    return base if len(os.fsencode(base)) <= LONGEST_BASE else Path("/tmp").resolve()
 
 
 def _ours() -> list[Path]:
@@ -186,7 +192,7 @@ def _seized(folder: Path) -> IO[str] | None:
 
 
 def _remove(folder: Path) -> set[int]:
-    """End its processes, which a SIGKILL cannot make say more than they did, and remove it; who was ended."""
+    """End its processes, by force since nobody is left whom they could tell anything, and remove it; who was ended."""
     ended, deadline = set[int](), time.monotonic() + PATIENCE_S
     while (left := processes(folder)) and time.monotonic() < deadline:
         for pid in left:
