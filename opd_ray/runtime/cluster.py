@@ -239,8 +239,13 @@ class RayBackend:
         for group in {self._groups.pop(handle) for handle in handles}:
             remove_placement_group(group)
 
+    def _require_ray(self) -> None:
+        if self._session is not None and (lost := self._session.lost()) is not None:
+            raise Stopped(f"Ray's {lost} has ended; --resume goes on from the last checkpoint")
+
     def object_store(self) -> Store:
         """As the raylets say."""
+        self._require_ray()
         stats = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
         nodes = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
         if self._spilled is None:
@@ -274,8 +279,7 @@ class RayBackend:
         Raises:
             Stopped: a Ray of our own has ended under us; Ray itself would try for a minute, then end this process.
         """
-        if self._session is not None and (lost := self._session.lost()) is not None:
-            raise Stopped(f"Ray's {lost} has ended; --resume goes on from the last checkpoint")
+        self._require_ray()
         if not refs:
             time.sleep(timeout_s)
             return []
@@ -301,10 +305,11 @@ class RayBackend:
 
     def close(self) -> None:
         """End our workers by handle, then our own Ray, of which nothing stays."""
+        lost = self._session is not None and self._session.lost() is not None
         try:
-            for handle in list(self._handles):
+            for handle in [] if lost else list(self._handles):  # whom one asks for it may be the one that is lost
                 handle.kill()
-            for group in set(self._groups.values()):
+            for group in set() if lost else set(self._groups.values()):
                 remove_placement_group(group)
             self._groups = {}
             if self._mine and ray.is_initialized():
