@@ -32,6 +32,7 @@ from opd_ray.runtime.handle import Backend, WorkerSpec
 from opd_ray.runtime.local import LocalBackend
 from opd_ray.runtime.pool import Pool
 from opd_ray.runtime.scaling import Scaler
+from opd_ray.runtime.session import clean
 from opd_ray.runtime.usage import Meter
 from opd_ray.startup import Startup
 from opd_ray.storage.run_folder import abandon, claim, read_json, write_json_atomic
@@ -86,6 +87,9 @@ def build(
         for text in overlaps(train, held_out):
             live.note(text)
         live.phase("starting Ray" if config.cluster.runtime == "ray" else "starting")
+        if config.cluster.runtime == "ray":
+            for text in clean():
+                live.note(text)
         backend = make_backend(config)
         if config.cluster.runtime == "ray":
             startup.mark("Ray")
@@ -149,14 +153,13 @@ def _wire(
     learner = _start(config, folder, dispatcher, live, attempt, bases, pools.clerk)
     evaluation = None
     if evaluated and pools.rollout is not None and pools.reward is not None:
-        samples = folder / "samples"
         evaluation = Evaluation(
             config,
             held_out,
             dispatcher,
             rollout=pools.rollout,
             reward=pools.reward,
-            folder=samples,
+            folder=folder / "samples",
             clerk=pools.clerk,
         )
         evaluation.prove()

@@ -30,7 +30,7 @@ from opd_ray.runtime.jobs import Job
 from opd_ray.runtime.scaling import Scaler
 from opd_ray.runtime.usage import Meter
 from opd_ray.storage.control import serve
-from opd_ray.storage.run_folder import locked, newest_attempt, read_json, write_json_atomic
+from opd_ray.storage.run_folder import locked, newest_attempt, overwrite_json, read_json, write_json_atomic
 
 __all__ = ["Run"]
 
@@ -289,9 +289,13 @@ class Run:
 
     def stop(self, why: str, status: str = "stopped") -> None:
         """Note an early end, unless a newer attempt has the folder; the last checkpoint stays."""
-        if newest_attempt(self.folder) == self.attempt:
-            write_json_atomic(self.folder / "result.json", self.outcome(status) | {"why": why})
+        if newest_attempt(self.folder) != self.attempt:
+            return
+        try:
             self.status(status)
+            write_json_atomic(self.folder / "result.json", self.outcome(status) | {"why": why})
+        except OSError as error:
+            self.live.note(f"{error.filename}: its end cannot be written ({error.strerror})")
 
     def tick(self) -> None:
         """What is due once a second while workers are at work.
@@ -328,7 +332,12 @@ class Run:
         if (paused := self.dispatcher.paused()) is not None and paused[1] >= 1:
             role, seconds, why = paused
             beat["waiting"] = {"for": role, "since": time.time() - seconds, "why": why}
-        write_json_atomic(self.folder / "status.json", beat)
+        try:
+            write_json_atomic(self.folder / "status.json", beat)
+        except OSError:
+            if status == "running":  # the next one comes in a second
+                raise
+            overwrite_json(self.folder / "status.json", beat)
 
     def _require_newest(self) -> None:
         if (newest := newest_attempt(self.folder)) != self.attempt:

@@ -1,6 +1,9 @@
 """What tests share: one tiny model with two teachers, and at most one Ray."""
 
 import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -43,6 +46,41 @@ def tiny_teachers(tiny, tmp_path_factory):
         folders[name] = tmp_path_factory.mktemp("teachers") / name
         family.save_lora("student", folders[name])
     return folders
+
+
+@dataclass
+class SmallDisk:
+    """A mounted file system that is soon full."""
+
+    folder: Path
+
+    def enlarge(self, size: int) -> None:
+        """Make room."""
+        subprocess.run(["mount", "-o", f"remount,size={size}", self.folder], check=True)
+
+    def fill(self, left: int) -> None:
+        """Leave so many bytes, in whole pages."""
+        disk = os.statvfs(self.folder)
+        with (self.folder / ".ballast").open("wb") as file:
+            file.write(bytes(disk.f_bavail * disk.f_frsize - left))
+
+
+@pytest.fixture
+def small_disk():
+    """Mount a file system of a few bytes on a folder, whose writes really fail; skips where that is not allowed."""
+    mounted = []
+
+    def mount(folder: Path, size: int) -> SmallDisk:
+        folder.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("needs the right to mount a file system")
+        mounted.append(folder)
+        return SmallDisk(folder)
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,10 @@ STYLES = {"ok": None, "warning": "yellow", "problem": "bold red"}
 def doctor(
     config: Annotated[str, typer.Argument(help="The recipe whose object store has to find room.")] = "demo",
     override: Override = None,
+    clean: Annotated[
+        bool,
+        typer.Option("--clean", help="Only end and remove what runs left that were killed: Ray's processes, folders."),
+    ] = False,
     ray: Annotated[bool, typer.Option("--ray", help="Also start Ray with one worker, and end it: 10 to 30 s.")] = False,
     manifests: Annotated[
         Path | None,
@@ -26,6 +30,9 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Say in a line a check what was found and what to do; exit code 2 if there is a problem."""
+    if clean:
+        _clean(as_json=json)
+        return
     from opd_ray.planning.doctor import findings
 
     records = []
@@ -39,3 +46,14 @@ def doctor(
         console.print_json(data=records)
     if any(record["status"] == "problem" for record in records):
         raise typer.Exit(2)
+
+
+def _clean(*, as_json: bool) -> None:
+    from opd_ray.runtime.session import clean
+
+    told = clean()
+    if as_json:
+        console.print_json(data=told)
+        return
+    for line in told or ["nothing is left of runs that were killed"]:
+        console.print(line, soft_wrap=True)

@@ -19,6 +19,7 @@ from opd_ray.console import console, errors
 from opd_ray.errors import ConfigError, RunFolderError, Stopped
 from opd_ray.recipes import load
 from opd_ray.startup import Startup
+from opd_ray.storage.run_folder import stopping_when_full
 
 if TYPE_CHECKING:
     from opd_ray.report.live import Live
@@ -30,6 +31,8 @@ JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the driver of a job, and there alone."""
 RAY_COPY = "working_dir_files"
 """The folder in which Ray unpacks a job's `--working-dir`."""
+ONE_REQUEST_S = 0.5
+"""SIGTERMs within it are one request: `timeout` sends it to its child, and to the child's whole group."""
 ENDING_S = 2.5
 """So long before Ray's SIGKILL a job gives up its round: signals are seen every half second, deadlines every second."""
 
@@ -81,6 +84,7 @@ def run_training(config: Config, folder: Path, *, resume: bool, force: bool = Fa
         # Stdout is the result's: Ray, for one, tells there of a worker that died.
         with (
             redirect_stdout(sys.stderr),
+            stopping_when_full(folder),
             _signals(_interrupt),
             build(config, folder, live, resume=resume, force=force, startup=startup) as run,
         ):
@@ -95,11 +99,14 @@ def _drive(run: "Run", live: "Live") -> dict[str, Any]:
 
     live.begin(run.round)
     try:
-        with _signals(_asking(run, live)):
-            loop(run)
-        if run.stopping:
-            raise Stopped(f"stopped after the last of {run.rounds} rounds; --resume evaluates and writes the result")
-        return run.finish()
+        with stopping_when_full(run.folder):
+            with _signals(_asking(run, live)):
+                loop(run)
+            if run.stopping:
+                raise Stopped(
+                    f"stopped after the last of {run.rounds} rounds; --resume evaluates and writes the result"
+                )
+            return run.finish()
     finally:
         match sys.exception():
             case Stopped() | KeyboardInterrupt() as error:
@@ -117,11 +124,15 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _asking(run: "Run", live: "Live") -> Handler:
     """The first signal asks the loop to stop after this round; the second stops at once."""
+    asked = 0.0
 
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if run.stopping and number == signal.SIGTERM and time.monotonic() - asked < ONE_REQUEST_S:
+            return
         if run.stopping:
             raise KeyboardInterrupt
-        run.stopping = True
+        run.stopping, asked = True, time.monotonic()
         if number == signal.SIGTERM:
             run.stop_by = time.monotonic() + _patience_s()
         live.note("stopping after this round, with a checkpoint; once more stops at once")

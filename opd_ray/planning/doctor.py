@@ -51,6 +51,7 @@ def findings(config: Config, *, start_ray: bool, manifests: Path | None = None) 
         "GPUs": gpus,
         "gloo": gloo,
         "Ray": partial(try_ray, object_store_mb) if start_ray else installed_ray,
+        "killed runs": killed_runs,
         "working folder": working_folder,
         "model cache": model_cache,
         "shared memory": partial(shared_memory, object_store_mb),
@@ -162,6 +163,16 @@ def try_ray(object_store_mb: int) -> Finding:
     except (PlacementError, WorkerLostError) as error:
         where = "see that the Ray of RAY_ADDRESS is up" if os.environ.get("RAY_ADDRESS") else "read Ray's logs"
         return Finding("problem", f"{_version('ray')}, {error}", f"{where}; cluster.runtime=local works without")
+
+
+def killed_runs() -> Finding:
+    """What they left of Rays that they had started."""
+    from opd_ray.runtime.session import forsaken
+
+    left = [str(folder) for folder in forsaken()]
+    if not left:
+        return Finding("ok", "nothing of Ray is left of them")
+    return Finding("warning", f"left of Ray: {_first(left)}", "opd-ray doctor --clean, or the next run, removes it")
 
 
 def working_folder() -> Finding:

@@ -29,8 +29,9 @@ from ray.exceptions import (
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from opd_ray.errors import InputLostError, PlacementError, RunFolderError, UserError, WorkerLostError
+from opd_ray.errors import InputLostError, PlacementError, RunFolderError, Stopped, UserError, WorkerLostError
 from opd_ray.runtime.handle import Beat, Call, Done, Handle, Ref, Store, WorkerSpec
+from opd_ray.runtime.session import Session, apart
 
 __all__ = ["RayBackend", "classify"]
 
@@ -210,6 +211,7 @@ class RayBackend:
         self._mine = not ray.is_initialized()
         self._groups: dict[Handle, PlacementGroup] = {}
         self._handles: dict[RayHandle, None] = {}
+        self._session: Session | None = None
         if self._mine:
             self._connect(object_store_mb)
         self._home = ray.get_runtime_context().get_node_id()
@@ -232,13 +234,22 @@ class RayBackend:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False)
             return
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            object_store_memory=object_store_mb * 2**20,
-        )
+        session = Session()
+        try:
+            with apart():
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    object_store_memory=object_store_mb * 2**20,
+                    _temp_dir=str(session.folder),
+                )
+            session.watch()
+            self._session = session
+        finally:
+            if self._session is None:
+                session.remove()
 
     def start(self, spec: WorkerSpec, name: str) -> Handle:
         """Ask Ray for an actor; an actor that cannot be placed raises nothing, so its first call has a timeout."""
@@ -274,8 +285,13 @@ class RayBackend:
         for group in {self._groups.pop(handle) for handle in handles}:
             remove_placement_group(group)
 
+    def _require_ray(self) -> None:
+        if self._session is not None and (lost := self._session.lost()) is not None:
+            raise Stopped(f"Ray's {lost} has ended; --resume goes on from the last checkpoint")
+
     def object_store(self) -> Store:
         """As the raylets say."""
+        self._require_ray()
         stats = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
         nodes = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
         if self._spilled is None:
@@ -304,7 +320,12 @@ class RayBackend:
         )
 
     def wait(self, refs: Collection[Ref], timeout_s: float) -> list[Ref]:
-        """Sleep until one is done, then take all that are."""
+        """Sleep until one is done, then take all that are.
+
+        Raises:
+            Stopped: a Ray of our own has ended under us; Ray itself would try for a minute, then end this process.
+        """
+        self._require_ray()
         if not refs:
             time.sleep(timeout_s)
             return []
@@ -329,14 +350,20 @@ class RayBackend:
         return done
 
     def close(self) -> None:
-        """End our workers by handle, then our own Ray."""
-        for handle in list(self._handles):
-            handle.kill()
-        for group in set(self._groups.values()):
-            remove_placement_group(group)
-        self._groups = {}
-        if self._mine and ray.is_initialized():
-            ray.shutdown()
+        """End our workers by handle, then our own Ray, of which nothing stays."""
+        lost = self._session is not None and self._session.lost() is not None
+        try:
+            for handle in [] if lost else list(self._handles):  # whom one asks for it may be the one that is lost
+                handle.kill()
+            for group in set() if lost else set(self._groups.values()):
+                remove_placement_group(group)
+            self._groups = {}
+            if self._mine and ray.is_initialized():
+                ray.shutdown()
+        finally:
+            if self._session is not None:
+                self._session.remove()
+                self._session = None
 
     def _options(self, spec: WorkerSpec) -> dict[str, Any]:
         environment = ENVIRONMENT | {"OMP_NUM_THREADS": str(spec.threads)} | spec.environment

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from opd_ray.errors import RunFolderError
+from opd_ray.errors import RunFolderError, Stopped
 from opd_ray.storage import run_folder
 
 __all__ = ["Checkpoint", "commit", "deserialise", "newest", "save", "serialise"]
@@ -67,6 +67,7 @@ def commit(run_dir: Path, round: int, contents: Mapping[str, bytes], *, attempt:
 
     Raises:
         RunFolderError: a newer attempt has claimed the folder, or it cannot be written.
+        Stopped: the disk is full.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, expected at least 1")
@@ -88,10 +89,21 @@ def commit(run_dir: Path, round: int, contents: Mapping[str, bytes], *, attempt:
         _prune(folder, keep)
     except OSError as error:
         _refuse_older(run_dir, attempt)  # a newer attempt removes our temporary folder: say that
+        if error.errno in run_folder.FULL:
+            shutil.rmtree(temporary, ignore_errors=True)  # the run's last words need room too
+            raise Stopped(_no_room(target, sum(map(len, contents.values())), error)) from None
         raise RunFolderError(f"{target}: cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _no_room(target: Path, needed: int, error: OSError) -> str:
+    free = shutil.disk_usage(target.parent.parent).free
+    return (
+        f"{target}: cannot be written ({error.strerror}): {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free; the "
+        "last good checkpoint stays. Free some room, then go on with --resume"
+    )
 
 
 def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -102,7 +114,7 @@ def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
         skipped: which, and why.
 
     Raises:
-        RunFolderError: one is of a newer format; an older one must not take its place.
+        RunFolderError: the newest one is of a format that only a later release reads.
     """
     skipped: list[str] = []
     for number, folder in _steps(run_dir / FOLDER):
@@ -214,7 +226,7 @@ def _prune(folder: Path, keep: int) -> None:
             continue
         try:
             _manifest(path, number)
-        except _DamagedError:
+        except (_DamagedError, RunFolderError):  # broken, or of a later release
             continue
         intact += 1
 
@@ -237,8 +249,8 @@ def _manifest(folder: Path, number: int) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
         if isinstance(manifest["format"], int) and manifest["format"] > FORMAT:
             raise RunFolderError(
-                f"{folder} is of format {manifest['format']}, written by a newer opd-ray; this one reads up to "
-                f"{FORMAT}. Upgrade it, or give another folder"
+                f"{folder} is of format {manifest['format']}, and this opd-ray reads up to format {FORMAT}; go on with "
+                "the opd-ray that wrote it, or move this checkpoint away to go on from the one before"
             )
         if manifest["format"] != FORMAT or manifest["round"] != number:
             raise _DamagedError(f"manifest.json is not of format {FORMAT} and round {number}")

@@ -1,6 +1,7 @@
 """The run folder: whose it is, which attempt is the newest, and files that are whole or absent."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -11,21 +12,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd_ray.errors import RunFolderError
+from opd_ray.errors import RunFolderError, Stopped
 
 __all__ = [
+    "FULL",
     "abandon",
     "claim",
     "differences",
     "locked",
     "newest_attempt",
+    "overwrite_json",
     "read_json",
+    "stopping_when_full",
     "sync",
     "write_atomic",
     "write_json_atomic",
 ]
 
 LOCK_TIMEOUT_S = 30.0
+FULL = {errno.ENOSPC, errno.EDQUOT}
+"""What the system says where there is no room, or none for this user."""
 
 
 def claim(run_dir: Path, identity: Mapping[str, Any], *, resume: bool = False, may_differ: Sequence[str] = ()) -> int:
@@ -147,9 +153,41 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a write that fails does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def overwrite_json(path: Path, data: Any) -> None:
+    """Write JSON over what is there, in the room that it has: for the last word of a run whose disk is full.
+
+    Raises:
+        OSError: the file is not there, or needs more room than there is.
+    """
+    with path.open("r+b") as file:
+        file.write((json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+        file.truncate()
+
+
+@contextlib.contextmanager
+def stopping_when_full(folder: Path) -> Iterator[None]:
+    """A full disk stops what is done here, resumably.
+
+    Raises:
+        Stopped: there was no room for a file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise Stopped(
+            f"{error.filename or folder}: cannot be written ({os.strerror(error.errno)}); the last good checkpoint "
+            "stays. Free some room, then go on with --resume"
+        ) from None
 
 
 def read_json(path: Path) -> Any:

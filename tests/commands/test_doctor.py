@@ -20,7 +20,7 @@ from tests.deploy.kustomize import KUBERAY
 
 Usage = namedtuple("Usage", "total used free")
 CHECKS = [
-    "Python", "packages", "tested set", "torch", "GPUs", "gloo", "Ray", "working folder", "model cache",
+    "Python", "packages", "tested set", "torch", "GPUs", "gloo", "Ray", "killed runs", "working folder", "model cache",
     "shared memory", "hub token", "hub", "built-in world",
 ]  # fmt: skip
 

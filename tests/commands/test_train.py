@@ -252,6 +252,39 @@ def test_a_damaged_checkpoint_is_skipped_with_a_note(run, whole, tmp_path):
     assert same(again, whole)
 
 
+@pytest.mark.parametrize("left", [0, 20_000])
+def test_a_full_disk_stops_the_run_resumably(run, whole, small_disk, monkeypatch, tmp_path, left):
+    """Nothing at all can be written any more, or all but a checkpoint."""
+    disk = small_disk(tmp_path / "small", 8 * 2**20)
+    in_round(monkeypatch, 3, lambda: disk.fill(left))
+    done = run()
+    assert done.code == 3 and "Traceback" not in done.err
+    last = done.err.splitlines()[-1]
+    assert last.startswith(f"stopped: {tmp_path}/small/") and last.endswith("then go on with --resume")
+    assert " cannot be written (No space left on device)" in last
+    assert ("checkpoints/step-000004: " in last and " MB needed, 0.0 MB free; the last good" in last) or not left
+    assert told(tmp_path, "status.json")["status"] == "stopped"
+    assert sorted(path.name for path in (tmp_path / "small" / "checkpoints").iterdir()) == ["step-000002"]
+    monkeypatch.undo()
+    again = run("--resume")
+    assert again.code == 3 and again.err.splitlines()[-1].startswith("stopped: "), "it is as full as before"
+    disk.enlarge(16 * 2**20)
+    again = run("--resume")
+    assert same(again, whole) and f"going on after round 2 of {ROUNDS}" in again.err
+
+
+def test_a_checkpoint_of_a_later_release_is_not_skipped(run, tmp_path):
+    assert run().code == 0
+    path = tmp_path / "small" / "checkpoints" / "step-000004"
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 7'))
+    again = run("--resume")
+    assert again.code == 2 and "Traceback" not in again.err
+    assert again.err.splitlines()[-1].startswith(
+        f"error: {path} is of format 7, and this opd-ray reads up to format 1; "
+    )
+
+
 def test_resume_where_nothing_is_yet(run, whole):
     done = run("--resume")
     assert same(done, whole) and "no checkpoint to resume from: starting at round 0" in done.err

@@ -31,6 +31,9 @@ PASSED_ON = {
         "runtime/scaling.py:restore",
         "runtime/scaling.py:_aim",
     ],
+    ("storage/checkpoint.py", "_no_room(target, sum(map(len, contents.values())), error)"): [
+        "storage/checkpoint.py:_no_room"
+    ],
     ("run.py", "note"): ["storage/checkpoint.py:newest"],
     ("run.py", "sentence"): [
         "planning/advice.py:advice",

@@ -49,7 +49,7 @@ def test_who_handled_sigterm_before_ray_handles_it_after(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(ray, "init", partial(init, asked=False))
-    RayBackend(object_store_mb=100)
+    RayBackend(object_store_mb=100).close()
     assert signal.getsignal(signal.SIGTERM) is before
     monkeypatch.setattr(ray, "init", partial(init, asked=True))
     with pytest.raises(KeyboardInterrupt):

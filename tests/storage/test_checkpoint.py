@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_ray.errors import RunFolderError
+from opd_ray.errors import RunFolderError, Stopped
 from opd_ray.storage import checkpoint, run_folder
 from opd_ray.storage.checkpoint import Checkpoint, newest, save
 
@@ -171,12 +171,29 @@ def test_a_folder_under_another_name_is_no_other_round(run):
     assert found.round == 10 and "round 30" in notes[0]
 
 
-def test_a_newer_format_is_refused_and_no_older_checkpoint_takes_its_place(run):
-    save(run, example(10), attempt=0, keep=2)
-    path = save(run, example(20), attempt=0, keep=2) / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(RunFolderError, match=r"step-000020 is of format 2, .* newer opd-ray; this one reads up to 1"):
+def of_format(path, number):
+    path.write_text(path.read_text().replace('"format": 1', f'"format": {number}'))
+
+
+def test_a_format_of_the_future_is_refused_by_name(run):
+    """It is whole, so that to skip it would lose what it holds without a word."""
+    save(run, example(10), attempt=0, keep=3)
+    path = save(run, example(20), attempt=0, keep=3)
+    of_format(path / "manifest.json", 2)
+    text = f"{path} is of format 2, and this opd-ray reads up to format 1; go on with the opd-ray that wrote it, or "
+    with pytest.raises(RunFolderError, match=re.escape(text)):
         newest(run)
+    path.rename(run / "kept")
+    assert same(newest(run)[0], example(10))
+    of_format(run / "checkpoints" / "step-000010" / "manifest.json", 0)
+    found, notes = newest(run)
+    assert found is None and "is not of format 1" in notes[0]
+
+
+def test_one_of_the_future_is_not_counted_among_those_that_stay(run):
+    of_format(save(run, example(20), attempt=0, keep=1) / "manifest.json", 2)
+    save(run, example(10), attempt=0, keep=1)
+    assert folders(run) == ["step-000010", "step-000020"]
 
 
 class Crash(BaseException):
@@ -272,9 +289,27 @@ def test_a_full_disk_leaves_the_previous_one_and_no_rubbish(run, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_write", full)
-    with pytest.raises(RunFolderError, match=r"step-000020: cannot be written \(No space left on device\)"):
+    with pytest.raises(Stopped, match=r"step-000020: cannot be written \(No space left on device\)"):
         save(run, example(20), attempt=0, keep=1)
     assert folders(run) == ["step-000010"] and same(newest(run)[0], example(10))
+
+
+def test_a_disk_that_is_really_full_is_told_in_numbers(run, small_disk):
+    disk = small_disk(run, 200_000)
+    run_folder.claim(run, {"seed": 0})
+    save(run, example(10), attempt=0, keep=1)
+    large = Checkpoint(20, {"student": {"w": torch.zeros(75_000)}})
+    with pytest.raises(Stopped) as caught:
+        save(run, large, attempt=0, keep=1)
+    assert re.fullmatch(
+        rf"{run}/checkpoints/step-000020: cannot be written \(No space left on device\): 0\.3 MB needed, "
+        r"0\.[12] MB free; the last good checkpoint stays\. Free some room, then go on with --resume",
+        str(caught.value),
+    )
+    assert folders(run) == ["step-000010"] and same(newest(run)[0], example(10))
+    disk.enlarge(2**20)
+    save(run, large, attempt=0, keep=1)
+    assert folders(run) == ["step-000020"]
 
 
 def test_damaged_ones_do_not_push_intact_ones_out(run):
