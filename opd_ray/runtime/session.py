@@ -154,9 +154,9 @@ def processes(folder: Path) -> list[int]:
 
 
 def _opened_in(process: str, folder: Path) -> bool:
-    for link in os.scandir(f"{process}/fd"):
+    for number in os.listdir(f"{process}/fd"):
         with suppress(OSError):
-            if os.readlink(link.path).startswith(f"{folder}/"):
+            if os.readlink(f"{process}/fd/{number}").startswith(f"{folder}/"):
                 return True
     return False
 
