@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,13 @@ def tensors_in(value: Any) -> list[str]:
 
 
 def listeners(pid: int) -> list[str]:
-    """Addresses on which a process listens for TCP."""
+    """Addresses on which a process listens for TCP; none where it has ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return _listeners(pid)
+    return []
+
+
+def _listeners(pid: int) -> list[str]:
     sockets = {}
     for table in ("tcp", "tcp6"):
         with open(f"/proc/{pid}/net/{table}") as file:
