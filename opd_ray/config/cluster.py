@@ -34,7 +34,9 @@ class Autoscale(Frozen):
     """How far a role's workers may follow its load."""
 
     min: int = Field(1, ge=1)
+    """Fewest workers."""
     max: int = Field(ge=1)
+    """Most workers."""
     target: float = Field(0.1, gt=0, lt=1)
     """Share of wall time in which work of this role may find no free worker: more of it starts another worker, less
     than a quarter of it ends one whose work fits into the others."""
@@ -63,7 +65,9 @@ class LearnerPlacement(Placement):
     """The learner group."""
 
     backend: Literal["ddp"] = "ddp"
+    """How ranks share the work: `ddp` has a copy of the model on each, and averages gradients."""
     ranks: int = Field(1, ge=1)
+    """Processes that learn together, each with its own part of a round's work items; fixed for a run."""
 
 
 class ClusterConfig(Frozen):
@@ -86,10 +90,13 @@ class ClusterConfig(Frozen):
     gpu_memory_gb: float | None = Field(None, gt=0)
     """Of each card; where given, roles whose estimate does not fit are refused before anything is loaded."""
     rollout: RolePlacement = RolePlacement()
+    """Workers that draw with the student."""
     teachers: dict[str, RolePlacement] = {"default": RolePlacement()}
     """By teacher name; `default` serves the others, and all of them when they are shared."""
     rewards: dict[str, RolePlacement] = {"default": RolePlacement()}
+    """Only `default`: each worker scores every reward."""
     learner: LearnerPlacement = LearnerPlacement()
+    """The ranks that train the student."""
     start_timeout_s: float = Field(300, gt=0)
     """How long workers may take to start before the run says what is missing and stops."""
     call_timeout_s: float = Field(600, gt=0)
