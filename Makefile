@@ -5,7 +5,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format verify clean install
+.PHONY: help demo test check format verify docs clean install
 
 # One thread per process, and none that spins: Ray's workers share the cores.
 test verify: export OMP_NUM_THREADS = 1
@@ -34,8 +34,12 @@ format: install  ## format, and fix what can be fixed
 verify: install  ## the long evidence, which CI does not run
 	$(BIN)/python -m pytest -m verify --timeout=3600 $(ARGS)
 
+docs: install  ## write the page of configuration keys anew, and the documentation's site into site/
+	$(BIN)/python scripts/config_page.py
+	$(BIN)/mkdocs build --strict
+
 clean:  ## remove caches and build outputs (not the environment, not runs/)
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path '*/.venv*' -prune -exec rm -rf {} +
 
 install:

@@ -1,9 +1,11 @@
 """The command line. Exit codes: 0 done, 2 the user's error, 3 stopped and resumable, 1 failed."""
 
 import sys
+from typing import Annotated
 
 import typer
 
+from opd_ray import __version__
 from opd_ray.commands.config import config
 from opd_ray.commands.demo import demo
 from opd_ray.commands.doctor import doctor
@@ -14,7 +16,7 @@ from opd_ray.commands.sample import sample
 from opd_ray.commands.scale import scale
 from opd_ray.commands.status import status
 from opd_ray.commands.train import train
-from opd_ray.console import errors
+from opd_ray.console import console, errors
 from opd_ray.errors import OpdRayError
 
 __all__ = ["app", "main"]
@@ -25,6 +27,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _show(wanted: bool) -> None:
+    if wanted:
+        console.print(f"opd-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 for verb in (demo, train, sample, evaluate, scale, status, config, plan, report, doctor):
     app.command()(verb)
 

@@ -45,6 +45,7 @@ def test_every_constraint_is_one_exact_release_of_the_standard_builds() -> None:
         ("runs", False),
         ("build", False),
         ("dist", False),
+        ("site", False),
         ("opd_ray/__pycache__", False),
         ("configs/demo.yaml", True),
         ("opd_ray/build.py", True),

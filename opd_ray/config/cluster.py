@@ -34,7 +34,9 @@ class Autoscale(Frozen):
     """How far a role's workers may follow its load."""
 
     min: int = Field(1, ge=1)
+    """Fewest workers."""
     max: int = Field(ge=1)
+    """Most workers."""
     target: float = Field(0.1, gt=0, lt=1)
     """Share of wall time in which work of this role may find no free worker: more of it starts another worker, less
     than a quarter of it ends one whose work fits into the others."""
@@ -66,6 +68,7 @@ class LearnerPlacement(Placement):
     """ddp: each rank holds everything. fsdp2: each holds a part of every weight, for a base that does not fit one card.
     deepspeed: ZeRO (the extra opd-ray[deepspeed])."""
     ranks: int = Field(1, ge=1)
+    """Processes that learn together, each with its own part of a round's work items; fixed for a run."""
     zero_stage: Literal[1, 2, 3] | None = None
     """DeepSpeed's: parts of the moments (1), of the gradients too (2, where not given), of the weights too (3)."""
     cpu_offload: bool = False
@@ -107,10 +110,13 @@ class ClusterConfig(Frozen):
     gpu_memory_gb: float | None = Field(None, gt=0)
     """Of each card; where given, roles whose estimate does not fit are refused before anything is loaded."""
     rollout: RolePlacement = RolePlacement()
+    """Workers that draw with the student."""
     teachers: dict[str, RolePlacement] = {"default": RolePlacement()}
     """By teacher name; `default` serves the others, and all of them when they are shared."""
     rewards: dict[str, RolePlacement] = {"default": RolePlacement()}
+    """Only `default`: each worker scores every reward."""
     learner: LearnerPlacement = LearnerPlacement()
+    """The ranks that train the student."""
     storage: Literal["shared", "ship"] = "shared"
     """`shared`: every node sees the run folder at the driver's path. `ship`: the driver's node alone does; a worker
     beside the driver writes what the others return, and their logs stay on their nodes."""

@@ -46,7 +46,9 @@ class ModelConfig(Frozen):
     path: str
     """A diffusers folder, a hub id, or `world` for the built-in tiny model."""
     revision: str | None = None
+    """Branch, tag or commit of a hub repository; its newest where not given."""
     subfolder: str | None = None
+    """Of the folder or repository, where the pipeline is not at its root."""
     resolution: int | None = Field(None, ge=8)
     """Height and width of the pictures in pixels; the model's own where not given."""
     max_sequence_length: int = Field(128, ge=1, le=512)
@@ -57,6 +59,7 @@ class PrecisionConfig(Frozen):
     """What each role's denoiser computes in. Latents, step arithmetic, adapters and the VAE are float32 always."""
 
     rollout: Precision = "auto"
+    """`auto`: fp32 on the CPU; on a card bf16 where it has it, else fp16."""
     teacher: Precision = "auto"
     """A teacher may have its own."""
     learner: Precision = "auto"
@@ -67,7 +70,9 @@ class LoraConfig(Frozen):
     """The student's adapter. Defaults are the paper's."""
 
     rank: int = Field(32, ge=1)
+    """Of each pair of matrices A and B."""
     alpha: float = Field(64, gt=0)
+    """The adapter's strength: its update B A is multiplied by alpha / rank."""
     targets: tuple[str, ...] = ATTENTION
     """Module name endings that get an adapter."""
 
@@ -76,6 +81,7 @@ class StudentConfig(Frozen):
     """What is trained."""
 
     lora: LoraConfig = LoraConfig()
+    """The adapter over the frozen base model; nothing else of the student is trained."""
     guidance: float = Field(4.5, ge=0)
     """Classifier-free guidance of the student: one value for rollout, training and evaluation."""
     gradient_checkpointing: bool = False
@@ -93,6 +99,7 @@ class OpdConfig(Frozen):
     """On-policy distillation (arXiv 2605.15055)."""
 
     name: Literal["opd"] = "opd"
+    """`opd`; your own algorithm as package.module:Class, with `args` in place of the other keys."""
     objective: Literal["mean", "kl"] = "mean"
     """`mean`: 1/2 |mu_S - mu_T|^2 (Eq. 12, default). `kl`: divided by the kernel's variance (Eq. 11), needs noise."""
     loss_target: Literal["xt", "v", "x0"] = "xt"
@@ -113,7 +120,9 @@ class PluginAlgorithmConfig(Frozen):
     """Your own algorithm: name is package.module:Class, args are its keyword arguments."""
 
     name: str = Field(pattern=r"^[\w.]+:\w+$")
+    """package.module:Class, importable on every node."""
     args: dict[str, Any] = {}
+    """Keyword arguments of the class."""
 
 
 def _algorithm_tag(value: Any) -> str:
@@ -138,19 +147,24 @@ class OptimizerConfig(Frozen):
     """AdamW. Defaults are the reference's."""
 
     lr: float = Field(3e-4, gt=0)
+    """Learning rate."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay of the moving averages of the gradient and of its square."""
     eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second average, against division by zero."""
     weight_decay: float = Field(1e-4, ge=0)
+    """Decoupled; each step takes lr * weight_decay of every weight."""
     clip: float = Field(1.0, gt=0)
-    """Largest gradient norm."""
+    """Largest gradient norm; a larger gradient is scaled down to it."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """`cosine` decays to zero over the run's rounds."""
+    """Of the learning rate; `cosine` decays to zero over the run's rounds."""
 
 
 class EmaConfig(Frozen):
     """Exponential moving average of the trained weights: what is saved, sampled and scored when it is on."""
 
     decay: float = Field(0.9, gt=0, lt=1)
+    """average <- decay * average + (1 - decay) * weights. Less at first: at most (1 + n) / (10 + n) at step n."""
     every: int = Field(8, ge=1)
     """Optimizer steps between two averages."""
 
@@ -161,7 +175,9 @@ class BatchConfig(Frozen):
     images_per_task: int = Field(24, ge=1)
     """Images of each task in a round (paper: 24)."""
     item_size: int = Field(8, ge=1)
+    """Images of one work item; divides images_per_task."""
     images_per_prompt: int = Field(1, ge=1)
+    """Images of one prompt, all in one work item; divides item_size."""
 
 
 class TeacherConfig(Frozen):
@@ -172,10 +188,13 @@ class TeacherConfig(Frozen):
     model: str | None = None
     """Instead of a LoRA: a full checkpoint with the student's latent space and schedule (folder or hub id)."""
     revision: str | None = None
+    """Branch, tag or commit of a hub repository; its newest where not given."""
     subfolder: str | None = None
+    """Of the folder or repository."""
     alpha: float | None = Field(None, gt=0)
     """Of a LoRA whose file does not say it."""
     guidance: float = Field(4.5, ge=0)
+    """Classifier-free guidance of its own velocity; 1 is without. What it was trained for."""
     tasks: tuple[str, ...] = ()
     """The tasks it teaches; its own name when empty."""
     precision: Precision | None = None
@@ -199,6 +218,7 @@ class PromptsConfig(Frozen):
     """Prompt files: one file whose rows name their task, or one file a task."""
 
     train: str | dict[str, str]
+    """Each file .txt, .csv, .jsonl or .parquet, or `world/<task>/train`."""
     eval: str | dict[str, str] | None = None
     """Held-out prompts; tasks without a teacher are allowed here and are only scored."""
 
@@ -207,9 +227,11 @@ class EvaluationConfig(Frozen):
     """Scores of base, teachers and student on the same prompts and seeds."""
 
     images_per_task: int = Field(64, ge=0)
-    """0: no evaluation."""
+    """Pictures of each held-out task, a prompt each; 0: no evaluation."""
     steps: int = Field(40, ge=1)
+    """Denoising steps of a scored picture (paper: 40)."""
     batch: int = Field(32, ge=1)
+    """Pictures in one forward."""
     every: int = Field(0, ge=0)
     """Rounds between two evaluations of the student; 0: only at the end."""
     rewards: dict[str, tuple[str, ...]] = {}
@@ -220,14 +242,16 @@ class CheckpointConfig(Frozen):
     """When a resumable state is written."""
 
     every: int = Field(10, ge=1)
-    """Rounds."""
+    """Rounds between two checkpoints; the last round writes one too."""
     keep: int = Field(3, ge=1)
+    """Checkpoints that stay; older ones are removed."""
 
 
 class WandbConfig(Frozen):
     """A run of Weights & Biases; who you are is its own business (`wandb login`)."""
 
     project: str
+    """Name of the project there."""
     entity: str | None = None
     """A team or user; the account's own default where not given."""
 
@@ -236,3 +260,4 @@ class LoggingConfig(Frozen):
     """Where the rows of metrics.jsonl are shown too; TensorBoard always, where its package is installed."""
 
     wandb: WandbConfig | None = None
+    """Off where null; needs the package (`opd-ray[wandb]`)."""

@@ -42,26 +42,41 @@ class Config(Frozen):
     name: str = Field(pattern=NAME)
     """The run folder is runs/<name>."""
     seed: int = Field(0, ge=0)
+    """All of a run's noise, and the order of its prompts, come from this one number."""
     rounds: int = Field(ge=1)
+    """Batches of experience; each is one optimizer step in on-policy distillation."""
     model: ModelConfig
+    """The base model."""
     precision: PrecisionConfig = PrecisionConfig()
     """One of auto, fp32, bf16, fp16 for all roles, or a section with one for each."""
     student: StudentConfig = StudentConfig()
+    """The model that is trained."""
     sampling: SamplingConfig = SamplingConfig()
+    """How the student draws."""
     algorithm: AlgorithmConfig = OpdConfig()
+    """What it learns from the drawings."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """How weights follow gradients."""
     ema: EmaConfig | None = EmaConfig()
+    """Moving average of the student; off where null."""
     batch: BatchConfig = BatchConfig()
+    """The size of a round and of its work items."""
     teachers: dict[str, TeacherConfig] = {}
+    """By a name of your choice, which is also the task where `tasks` is empty."""
     rewards: dict[str, dict[str, Any]] = {}
     """By built-in name or package.module:attr; the value holds its keyword arguments."""
     prompts: PromptsConfig | None = None
+    """What rollouts draw; null where experience is recorded."""
     recorded: str | None = None
     """Folder of recorded experience (<task>/<name>.safetensors), for algorithms that need no rollouts."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """How base, teachers and student are compared."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """How often the run can be resumed from."""
     logging: LoggingConfig = LoggingConfig()
+    """Where its numbers are shown too."""
     cluster: ClusterConfig = ClusterConfig()
+    """Where it runs: in a recipe also the name or path of a file that says it (configs/cluster)."""
 
     @field_validator("precision", mode="before")
     @classmethod
