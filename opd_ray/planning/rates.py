@@ -53,6 +53,7 @@ class Rates(Frozen):
     transfer: dict[str, float] = Field(default_factory=dict)
     """Role -> seconds of one item in which its worker holds the request and does not work: transport, loading."""
     learner: LearnerRate
+    """Of a round, for the whole group."""
     publish: float = Field(0.0, ge=0)
     """From the last step of a round until its weights can be asked for. The learner does nothing else meanwhile."""
     bind: float = Field(0.0, ge=0)
