@@ -191,6 +191,6 @@ def test_a_loss_that_is_not_finite_changes_no_weight(tiny, family, value):
     with pytest.raises(NotFiniteError, match=r"first in round 0 a\[1\] step 1, prompt 'a red cat'; no weight was ch"):
         one.update(0)
     assert torch.equal(flat(one.student), before)
-    assert one.updates == 0 and not one.optimizer.state
+    assert one.updates == 0 and not one.engine.optimizer.state
     stage(one, [random_experience(family, item())])
     assert one.update(0).loss > 0  # the broken gradient is gone

@@ -41,7 +41,7 @@ class Following(Opd):
 
 
 def make(tiny: Path, engine: Engine, **changes) -> Learner:
-    options = {"ema": EmaConfig(decay=0.5, every=2), "optimizer": OptimizerConfig(lr=1e-3, weight_decay=0.1, clip=2e-4)}
+    options = {"ema": EmaConfig(decay=0.5, every=2), "optimizer": OptimizerConfig(lr=1e-3, weight_decay=0.1, clip=1e-4)}
     filled = changes.pop("filled", True)
     one = learner(tiny, Following(OpdConfig()), engine=engine, **(options | changes))
     if filled:
@@ -65,7 +65,9 @@ def train(one: Learner, rounds, family) -> list[dict]:
     seen, step = [], one.engine.step
 
     def recording(scale):
-        seen.append(one.engine.gradients())
+        seen.append(
+            {name: gradient.clone() for name, gradient in one.engine.gradients().items()}
+        )  # clipping is in place
         return step(scale)
 
     one.engine.step, reports = recording, []

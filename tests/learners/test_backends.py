@@ -83,8 +83,8 @@ def same(found, expected, tolerance=TOLERANCE):
 
 def test_the_rounds_that_are_compared_clip_and_differ(alone):
     rounds, _ = alone
-    assert all(one["norm"] > 2e-4 for one in rounds), "clipped, see ranks.make"
-    assert len({round(one["loss"], 6) for one in rounds}) == ROUNDS
+    assert all(one["norm"] > 1e-4 for one in rounds), "clipped, see ranks.make"
+    assert len({round(one["loss"], 5) for one in rounds}) == ROUNDS
 
 
 @pytest.mark.parametrize("name", [*BACKENDS, *OFFLOADED])

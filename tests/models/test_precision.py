@@ -104,11 +104,11 @@ def test_a_teacher_that_is_the_student_teaches_exactly_nothing_in_half_precision
 def test_an_overflow_skips_the_step_and_halves_the_scale(tiny):
     one = learner(tiny, "fp16")
     before = flat(one.student).clone()
-    one.scaler.load_state_dict(one.scaler.state_dict() | {"scale": 2.0**40})
+    one.scale.load_state_dict(one.scale.state_dict() | {"scale": 2.0**40})
     report = round_of(one)
     assert report.skipped and one.updates == 1 and torch.equal(flat(one.student), before)
-    assert one.scaler.get_scale() == 2.0**39
-    one.scaler.load_state_dict(one.scaler.state_dict() | {"scale": 2.0**4})
+    assert one.scale.value == 2.0**39
+    one.scale.load_state_dict(one.scale.state_dict() | {"scale": 2.0**4})
     assert not round_of(one).skipped and not torch.equal(flat(one.student), before)
 
 
@@ -116,7 +116,7 @@ def test_an_average_that_is_due_at_a_skipped_step_is_taken(tiny):
     one = learner(tiny, "fp16", ema=EmaConfig(decay=0.5, every=2))
     round_of(one, 0)
     trained = flat(one.student).clone()
-    one.scaler.load_state_dict(one.scaler.state_dict() | {"scale": 2.0**40})
+    one.scale.load_state_dict(one.scale.state_dict() | {"scale": 2.0**40})
     assert round_of(one, 1).skipped
     assert torch.equal(flat(one.student), trained)
     average = flat(one.weights(average=True))
@@ -134,10 +134,10 @@ def test_a_loss_that_is_not_finite_is_no_overflow(tiny):
 
 def test_the_scale_goes_into_the_checkpoint(tiny):
     one, other = learner(tiny, "fp16"), learner(tiny, "fp16")
-    one.scaler.load_state_dict(one.scaler.state_dict() | {"scale": 2.0**40})
+    one.scale.load_state_dict(one.scale.state_dict() | {"scale": 2.0**40})
     round_of(one)
     other.load_state(one.state())
-    assert other.scaler.state_dict() == one.scaler.state_dict()
+    assert other.scale.state_dict() == one.scale.state_dict()
     assert (round_of(one, 1).loss, flat(one.student).tolist()) == (
         round_of(other, 1).loss,
         flat(other.student).tolist(),
