@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,6 @@ class RayBackend:
         self._session: Session | None = None
         if self._mine:
             self._connect(object_store_mb)
-        self._home = ray.get_runtime_context().get_node_id()
         self._spilled: int | None = None
         """Bytes that were spilled before this backend looked for the first time."""
         self._actor = ray.remote(concurrency_groups={"control": 1})(Process)
@@ -250,6 +250,11 @@ class RayBackend:
         finally:
             if self._session is None:
                 session.remove()
+
+    @cached_property
+    def _home(self) -> str:
+        """The driver's node."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def start(self, spec: WorkerSpec, name: str) -> Handle:
         """Ask Ray for an actor; an actor that cannot be placed raises nothing, so its first call has a timeout."""

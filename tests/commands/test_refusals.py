@@ -53,7 +53,7 @@ def test_a_tool_that_is_not_installed(refused, monkeypatch):
         ("rounds", ["-o rounds: expected key=value, for instance -o rounds=6"]),
         ("name.first=x", ["-o name.first=x: name is a value, not a section"]),
         ("rounds=[", ["-o rounds=[: '[' is not a YAML value"]),
-        ("cluster=nowhere", ["no cluster file 'nowhere'; known: 8gpu, local"]),
+        ("cluster=nowhere", ["no cluster file 'nowhere'; known: 8gpu, kuberay, local"]),
         (
             "teachers.c.lora=x",
             ["teacher 'c' serves task 'c', which has no training prompts", "has a, b. Add prompts or"],
