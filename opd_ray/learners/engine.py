@@ -132,7 +132,7 @@ class Engine(ABC):
         """Whole gradients by name, as they are before a step; collective."""
         found = {name: parameter.grad for name, parameter in self.trained.items()}
         return {
-            name: self.whole(self.trained[name], local(gradient))
+            name: self.whole(self.trained[name], local(gradient)).clone()  # a step clips it in place
             for name, gradient in found.items()
             if gradient is not None
         }
