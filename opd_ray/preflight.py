@@ -53,6 +53,7 @@ def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
         rounds_that_fit(parts, config.cluster.object_store_mb * 2**20, config.cluster.plasma_fraction)
     check_complete(config.model)
     check_adapters(config.model, config.student.lora, config.teachers)
+    check_whole(config, algorithm)
     for name, teacher in config.teachers.items():
         if teacher.model is not None:
             model = teacher_model(config.model, teacher)
@@ -60,6 +61,20 @@ def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
             check_complete(model)
     check_teacher_memory(config)
     return train, held_out
+
+
+def check_whole(config: Config, algorithm: Algorithm) -> None:
+    """Refuse an algorithm that needs more than one copy of the weights where all of them are trained.
+
+    Raises:
+        ConfigError: names what it asks for.
+    """
+    asked = [*algorithm.adapters, *(name for name in algorithm.velocities if name == "reference")]
+    if config.student.lora is None and asked:
+        raise ConfigError(
+            f"student.lora null trains the denoiser itself, of which there is one copy, and algorithm "
+            f"{config.algorithm.name} also needs {', '.join(asked)}; train a LoRA"
+        )
 
 
 def check_cards(cluster: ClusterConfig) -> None:

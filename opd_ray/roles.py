@@ -150,10 +150,12 @@ def learner(config: Config, rank: int, bases: Bases) -> Made:
 
 
 def make_learner(config: Config, rank: int, bases: Bases | None = None) -> Learner:
-    """The denoiser alone, with the student's adapter over it."""
+    """The denoiser alone, with the student's adapter over it or itself to be trained."""
     device = config.cluster.learner.device
     dtype = dtype_of(config.precision.learner, device)
-    family = (bases or Bases()).load(config.model, device, dtype)
+    # Weights that are trained are not rounded to what they compute in.
+    family = (bases or Bases()).load(config.model, device, torch.float32 if config.student.lora is None else dtype)
+    family.dtype = dtype
     training = Training(
         lora=config.student.lora,
         guidance=config.student.guidance,

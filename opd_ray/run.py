@@ -258,14 +258,15 @@ class Run:
         self._seconds["checkpoint"] = time.perf_counter() - start
 
     def finish(self) -> dict[str, Any]:
-        """The LoRA, the scores, the result and the report."""
+        """What was trained, the scores, the result and the report."""
         ema, updates = self.config.ema, self.rounds * self.algorithm.updates_per_round
+        trained = self.config.student.folder
         if ema is not None and updates < ema.every:
             self.live.note(
-                f"no average was taken in {updates} optimizer steps, since ema.every is {ema.every}: lora/ holds the "
-                "last weights"
+                f"no average was taken in {updates} optimizer steps, since ema.every is {ema.every}: {trained}/ holds "
+                "the last weights"
             )
-        self.learner.export(self.folder / "lora")
+        self.learner.export(self.folder / trained)
         result = self.result("done")
         if self.evaluation is not None:
             self.live.phase("evaluating base, teachers and student")

@@ -35,7 +35,8 @@ class Ack:
 class Policy:
     """How this run's student draws."""
 
-    lora: LoraConfig
+    lora: LoraConfig | None
+    """None binds the network's own weights."""
     adapter: str
     guidance: float
     kernel: str
@@ -105,7 +106,7 @@ class RolloutActor:
         own = family.sigmas(len(sigmas) - 1)
         if not torch.equal(own, sigmas):
             raise ModelError(f"the model's sigma schedule {own.tolist()} is not the run's {sigmas.tolist()}")
-        family.add_lora(policy.adapter, policy.lora, fold(policy.seed, "lora"))
+        family.add_student(policy.adapter, policy.lora, fold(policy.seed, "lora"))
         family.use(policy.adapter)
         self.bound: Ack | None = None
         self._other: Family | None = None
@@ -217,33 +218,36 @@ class RolloutActor:
         """
         if request.model == "student":
             self._require_bound("a picture of the student", request.weights)
-        if request.checkpoint is None:
-            self._other = None  # as large as the student's own model
-        else:
-            return self._of_checkpoint(request, request.checkpoint)
-        with self.family.adapter(self._adapter_of(request)):
+        model = request.checkpoint
+        if model is None and self.policy.lora is None and request.model != "student":
+            model = self.family.model  # a student that is the network itself has taken the base's place
+        if model is not None:
+            return self._of_another(request, model)
+        self._other = None  # as large as the student's own model
+        with self.family.adapter(self._adapter_of(request, self.family)):
             return draw_pictures(self.family, request)
 
-    def _of_checkpoint(self, request: SampleRequest, model: ModelConfig) -> Tensor:
+    def _of_another(self, request: SampleRequest, model: ModelConfig) -> Tensor:
         """Pictures of another whole model. One at a time is held, since it may be as large as the student's."""
         own = self.family
         if self._other is None or self._other.model != model:
             self._other = None
             self._other = load_family(model, text=True, image=True, device=own.device, dtype=own.dtype)
         before = self._other.forwards
-        pictures = draw_pictures(self._other, request)
+        with self._other.adapter(self._adapter_of(request, self._other)):
+            pictures = draw_pictures(self._other, request)
         own.forwards += self._other.forwards - before
         return pictures
 
-    def _adapter_of(self, request: SampleRequest) -> str | None:
-        if request.model == "base":
+    def _adapter_of(self, request: SampleRequest, family: Family) -> str | None:
+        if request.model == "base" or request.checkpoint is not None:
             return None
         if request.model == "student":
             return self.policy.adapter
         name = f"teacher:{request.model}"  # no teacher can be called so
-        if request.lora is not None and name not in self.family.adapters:
+        if request.lora is not None and name not in family.adapters:
             path, revision, subfolder, alpha = request.lora
-            self.family.load_lora(name, path, revision=revision, subfolder=subfolder, alpha=alpha)
+            family.load_lora(name, path, revision=revision, subfolder=subfolder, alpha=alpha)
         return name
 
     def _noise(self, seeds: Sequence[int]) -> Tensor:

@@ -80,12 +80,17 @@ class LoraConfig(Frozen):
 class StudentConfig(Frozen):
     """What is trained."""
 
-    lora: LoraConfig = LoraConfig()
-    """The adapter over the frozen base model; nothing else of the student is trained."""
+    lora: LoraConfig | None = LoraConfig()
+    """The adapter that is trained; null trains the denoiser itself, every weight of it in float32."""
     guidance: float = Field(4.5, ge=0)
     """Classifier-free guidance of the student: one value for rollout, training and evaluation."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
+
+    @property
+    def folder(self) -> str:
+        """The folder of the run that gets what was trained."""
+        return "transformer" if self.lora is None else "lora"
 
 
 class SamplingConfig(Frozen):

@@ -140,6 +140,11 @@ class Config(Frozen):
                 f"cluster.share_base: backend {self.cluster.learner.backend} spreads the base over ranks, and other "
                 "roles use it whole; set cluster.learner.backend: ddp"
             )
+        if self.student.lora is None:
+            raise ValueError(
+                "cluster.share_base: student.lora null trains the base itself, and other roles use it as it was; set "
+                "share_base: false, or train a LoRA"
+            )
         cluster, teachers = self.cluster, self.cluster.teachers.values()
         if max(p.workers for p in (cluster.rollout, *teachers)) > 1:
             raise ValueError("cluster.share_base: all roles are in one process; set the workers of each to 1")

@@ -22,18 +22,22 @@ class Found:
     label: str
     model: ModelConfig
     lora: str | None = None
+    denoiser: str | None = None
+    """The folder of a fully trained one, in the place of the model's."""
     guidance: float | None = None
     """The run's own where MODEL is a run, and the demo's where it is of the built-in world."""
     steps: int | None = None
 
     def load(self) -> Family:
-        """With text encoders, VAE and the LoRA, if there is one, in use.
+        """With text encoders, VAE and what was trained, if there is anything, in use.
 
         Raises:
             UserError: some of its weights do not load.
         """
         device = "cuda" if torch.cuda.is_available() else "cpu"
         family = load_family(self.model, text=True, image=True, device=device, dtype=dtype_of("auto", device))
+        if self.denoiser is not None:
+            family.load_own(Path(self.denoiser))
         if self.lora is not None:
             family.load_lora("lora", self.lora)
             family.use("lora")
@@ -59,7 +63,8 @@ def _world(name: str) -> Found:
     demo = load("demo")
     teachers = {teacher.lora: teacher.guidance for teacher in demo.teachers.values()}
     guidance = teachers.get(name, demo.student.guidance)
-    return Found(name, ModelConfig(path="world"), name if "/" in name else None, guidance, demo.evaluation.steps)
+    lora = name if "/" in name else None
+    return Found(name, ModelConfig(path="world"), lora, guidance=guidance, steps=demo.evaluation.steps)
 
 
 def _other(path: Path) -> Found:
@@ -78,8 +83,10 @@ def _other(path: Path) -> Found:
 
 
 def _run(folder: Path) -> Found:
-    lora = folder / "lora" / "pytorch_lora_weights.safetensors"
-    if not lora.is_file():
-        raise RunFolderError(f"{folder} has no {lora.relative_to(folder)} yet; let the run end, or --resume it")
+    files = [folder / "lora" / "pytorch_lora_weights.safetensors", folder / "transformer" / "config.json"]
+    if not any(file.is_file() for file in files):
+        either = " or ".join(str(file.relative_to(folder)) for file in files)
+        raise RunFolderError(f"{folder} has no {either} yet; let the run end, or --resume it")
+    lora, denoiser = (str(file.parent) if file.is_file() else None for file in files)
     config = read(folder / "config.yaml")
-    return Found(str(folder), config.model, str(lora.parent), config.student.guidance, config.evaluation.steps)
+    return Found(str(folder), config.model, lora, denoiser, config.student.guidance, config.evaluation.steps)

@@ -36,13 +36,12 @@ class FsdpEngine(Engine):
         whole = [name for name, parameter in network.named_parameters() if not isinstance(parameter, DTensor)]
         if whole or not isinstance(network, FSDPModule):
             raise RuntimeError(f"asked torch for fsdp2, and {len(whole)} weights are not sharded: {whole[:1]}")
-        self._network, self.trained = network, trained()
+        self.trained = trained()
         self.optimizer = self._adamw(chosen)
         return network
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
-        """Until the update's last backward, each rank adds up whole gradients of what is trained."""
-        self._network.set_requires_gradient_sync(last)
+        """Each backward reduces at once: whole gradients, kept until the last, could be as large as what is sharded."""
         return nullcontext()
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:

@@ -32,7 +32,8 @@ Held = tuple[nn.Parameter, Tensor]
 class Training:
     """What a learner has to know of the configuration."""
 
-    lora: LoraConfig
+    lora: LoraConfig | None
+    """None trains the network itself."""
     guidance: float
     optimizer: OptimizerConfig
     ema: EmaConfig | None
@@ -96,12 +97,12 @@ class LearnerState:
 
 
 class Learner:
-    """Owns the student's adapter, the algorithm's extra adapters, the optimizer and the moving average."""
+    """Owns what the student trains, the algorithm's extra adapters, the optimizer and the moving average."""
 
     def __init__(self, family: Family, algorithm: Algorithm, training: Training, engine: Engine) -> None:
         self.family, self.algorithm, self.training, self.engine = family, algorithm, training, engine
         for name in ("student", *algorithm.adapters):  # one seed: extra adapters start as copies
-            family.add_lora(name, training.lora, fold(training.seed, "lora"))
+            family.add_student(name, training.lora, fold(training.seed, "lora"))
         family.use("student")
         family.train_adapter("student")
         if training.gradient_checkpointing:
@@ -285,9 +286,11 @@ class Learner:
         return {"student_sha256": digest(self._whole(self._parts(self.student))), "ema_sha256": average}
 
     def export(self, folder: Path) -> None:
-        """Write the LoRA that users load, on the first rank: the moving average where it is on."""
+        """Write what users load, on the first rank: the moving average where it is on."""
         weights = self.weights(average=True)
-        if self.engine.rank == 0:
+        if self.engine.rank == 0 and self.training.lora is None:
+            self.family.save_own(folder, weights)
+        elif self.engine.rank == 0:
             self.family.save_lora("student", folder, weights=weights)
 
     def state(self) -> LearnerState:

@@ -1,4 +1,4 @@
-"""LoRA adapters on one network, always unmerged, through PEFT as diffusers hosts it.
+"""LoRA adapters on one network, always unmerged, through PEFT as diffusers hosts it; or its own weights, to train.
 
 PEFT turns requires_grad on for whatever adapter it activates. Here activation and trainability are
 two things: only ``train_adapter`` changes what is trainable.
@@ -33,6 +33,8 @@ class Adapters:
         self.network = network
         self._slots: dict[str, str] = {}
         """Name -> PEFT's name for it. PEFT allows no dots and no name of an nn.Module attribute."""
+        self._own: str | None = None
+        """The name that stands for the network's own weights."""
         self._num_made = 0
         self._active: str | None = None
 
@@ -82,6 +84,20 @@ class Adapters:
                 if key.endswith(".lora_A.weight"):
                     noise = torch.randn(parameter.shape, generator=generator(seed, "lora", key))
                     parameter.copy_(noise / lora.rank)
+
+    def add_own(self, name: str) -> None:
+        """Let a name stand for the network's own weights, in float32, as ``add_lora`` does for an adapter.
+
+        There is one copy of them: no adapter goes over them any more, and the base is what they are now.
+
+        Raises:
+            ModelError: there is an adapter, or another such name, already.
+        """
+        if self._slots or self._own:
+            taken = ", ".join([*self._slots, *filter(None, [self._own])])
+            raise ModelError(f"{name!r}: all weights of the network cannot be trained beside {taken}")
+        self._own = name
+        self._in_float32(name)
 
     def load_lora(
         self,
@@ -171,6 +187,8 @@ class Adapters:
         A canonical name has neither the adapter's nor a backend's name in it:
         ``transformer_blocks.0.attn.to_q.lora_A.weight``.
         """
+        if name == self._own:
+            return dict(sorted(self.network.named_parameters()))
         part = f".{self._slot(name)}."
         found = {key.replace(part, "."): parameter for key, parameter in self.network.named_parameters() if part in key}
         return dict(sorted(found.items()))
@@ -213,6 +231,8 @@ class Adapters:
         """A name for PEFT to fill. Afterwards the new adapter is frozen and not in use."""
         if name in self._slots:
             raise ModelError(f"LoRA {name!r}: there is an adapter of that name already")
+        if self._own is not None:
+            raise ModelError(f"LoRA {name!r}: this network's own weights are {self._own}'s, so nothing goes over them")
         slot = f"slot{self._num_made:04d}"
         self._num_made += 1
         self._slots[name] = slot
@@ -244,7 +264,7 @@ class Adapters:
                 parameter.requires_grad_(requires_grad)
 
     def _activate(self, name: str | None) -> None:
-        slot = None if name is None else self._slot(name)
+        slot = None if name is None or name == self._own else self._slot(name)
         with self._keeping_trainability():
             if slot is not None:
                 self.network.set_adapter(slot)

@@ -7,9 +7,11 @@ A family writes ``load``, ``encode``, ``predict``, ``decode``, ``random_conditio
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from opd_ray import plugins
@@ -17,7 +19,7 @@ from opd_ray.config import LoraConfig, ModelConfig, TeacherConfig
 from opd_ray.diffusion import flow_sigmas, guide
 from opd_ray.errors import ConfigError, ModelError
 from opd_ray.models.adapters import Adapters
-from opd_ray.models.checkpoint import read_config, resolve
+from opd_ray.models.checkpoint import read_config, refusing, resolve, weight_files
 from opd_ray.models.lora import check_fits, read_lora
 from opd_ray.types import Conditioning
 
@@ -201,6 +203,51 @@ class Family(Adapters, ABC):
         """Recompute activations in the backward pass instead of keeping them (gradient checkpointing)."""
         self.network.enable_gradient_checkpointing()
 
+    def add_student(self, name: str, lora: LoraConfig | None, seed: int) -> None:
+        """What a run trains, under a name: a fresh LoRA, or the network's own weights where there is none."""
+        if lora is None:
+            self.add_own(name)
+        else:
+            self.add_lora(name, lora, seed)
+
+    def save_own(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the denoiser as diffusers' ``from_pretrained`` reads it, in float32.
+
+        Args:
+            folder: gets config.json and safetensors files.
+            weights: all of its parameters, by name.
+
+        Raises:
+            ValueError: ``weights`` are not this network's, by name or shape.
+        """
+        whole: Any = self.skeleton(self.model)
+        expected = {name: parameter.shape for name, parameter in whole.named_parameters()}
+        wrong = expected.keys() ^ weights.keys() or {n for n, shape in expected.items() if shape != weights[n].shape}
+        if wrong:
+            raise ValueError(f"weights of the denoiser differ in name or shape: {min(wrong)}")
+        have = {**dict(self.network.named_buffers()), **weights}
+        whole.load_state_dict({name: have[name] for name in whole.state_dict()}, assign=True)
+        whole.save_pretrained(folder)
+
+    @torch.no_grad()
+    def load_own(self, folder: Path) -> None:
+        """Take the denoiser's weights from what ``save_own`` wrote, in whatever format they are computed in.
+
+        Raises:
+            ModelError: files are missing or not whole, or are not this network's, by name or shape.
+        """
+        what = f"the denoiser in {folder}"
+        with refusing(what):
+            found = {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
+        own = dict(self.network.named_parameters())
+        wrong = own.keys() - found.keys() or {name for name in own if own[name].shape != found[name].shape}
+        if wrong:
+            raise ModelError(
+                f"{what} does not fit model {self.model.path!r}: {min(wrong)} is missing or of another shape"
+            )
+        for name, parameter in own.items():
+            parameter.copy_(found[name])
+
     def sigmas(self, num_steps: int) -> Tensor:
         """[num_steps + 1] float32 on the CPU, from 1 (noise) down to 0 (image)."""
         return flow_sigmas(num_steps, self.shift)
@@ -279,7 +326,7 @@ def read_shift(model: ModelConfig) -> float:
     return family_class(model.family).read_shift(model)
 
 
-def check_adapters(model: ModelConfig, student: LoraConfig, teachers: Mapping[str, TeacherConfig]) -> None:
+def check_adapters(model: ModelConfig, student: LoraConfig | None, teachers: Mapping[str, TeacherConfig]) -> None:
     """Whether the student's targets exist and every teacher's LoRA fits, before anything is loaded.
 
     Raises:
@@ -293,7 +340,8 @@ def check_adapters(model: ModelConfig, student: LoraConfig, teachers: Mapping[st
             name, teacher.lora, revision=teacher.revision, subfolder=teacher.subfolder, alpha=teacher.alpha
         )
         check_fits(file, network)
-    Adapters(network).add_lora("student", student, 0)
+    if student is not None:
+        Adapters(network).add_lora("student", student, 0)
 
 
 def check_lora(model: ModelConfig, path: str) -> None:

@@ -7,6 +7,9 @@ tokens in ``width`` channels at ``b`` bytes a number, with attention that keeps 
     kept for the backward pass     17 rows tokens width b     a block
     with gradient checkpointing       rows tokens width b     a block, and one block at work
 
+What the learner trains is float32: the weight, its gradient, two moments, and a moving average where there is one. Of
+these DeepSpeed steps a copy of the weight; ``fsdp2`` and ZeRO spread over the ranks what is theirs to spread.
+
 A guided forward has two rows a picture. The VAE decodes in float32 at 512 channels of full resolution. Each process
 that computes on a card holds about 0.6 GB of its runtime. Real numbers differ by tens of percent.
 """
@@ -17,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from opd_ray.config import Config, ModelConfig, Placement, Precision, RolePlacement
+from opd_ray.config import Config, LearnerPlacement, LoraConfig, ModelConfig, Placement, Precision, RolePlacement
 from opd_ray.errors import PlacementError
 from opd_ray.models.base import Shape, family_class, resolve
 from opd_ray.models.precision import is_full
@@ -30,8 +33,8 @@ GB = 1e9
 RUNTIME_GB = 0.6
 BLOCK = 17.0
 VAE_CHANNELS = 512
-ADAM_COPIES = 4
-"""Of each trained number in float32: weight, gradient and two moments. A moving average is one more."""
+MOMENTS = 2
+"""Of AdamW, for each trained number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,12 @@ def check_memory(config: Config, found: Sequence[Need]) -> None:
                 f"role {need.role} needs about {need.total:.1f} GB ({need.weights:.1f} weights, {need.trained:.1f} "
                 f"trained, {need.working:.1f} at work) and has {share:.1f} GB of a card of {card:g} GB; lower "
                 "batch.item_size, set student.gradient_checkpointing, use bf16, or give it more of a card"
+                + (", or spread the learner: cluster.learner.backend fsdp2" if _whole(config, need) else "")
             )
+
+
+def _whole(config: Config, need: Need) -> bool:
+    return need.role == "learner" and config.cluster.learner.backend == "ddp"
 
 
 def check_teacher_memory(config: Config) -> None:
@@ -135,7 +143,14 @@ def _rows(guidance: float, pictures: int) -> int:
 
 def _adapter(config: Config, shape: Shape) -> float:
     """GB of a float32 adapter: each target is taken for a square layer of the block's width."""
-    return 2 * config.student.lora.rank * shape.width * len(config.student.lora.targets) * shape.layers * 4 / GB
+    lora = config.student.lora or LoraConfig()  # a teacher's, where the student has none
+    return 2 * lora.rank * shape.width * len(lora.targets) * shape.layers * 4 / GB
+
+
+def _student(config: Config, shape: Shape, size: int) -> tuple[float, float]:
+    """GB of the frozen denoiser at ``size`` bytes a number, and of one float32 copy of what is trained."""
+    numbers = shape.parameters["denoiser"] / GB
+    return (0.0, 4 * numbers) if config.student.lora is None else (numbers * size, _adapter(config, shape))
 
 
 def _rollout(config: Config, shape: Shape) -> Need:
@@ -143,11 +158,15 @@ def _rollout(config: Config, shape: Shape) -> Need:
     size = _bytes(config.precision.rollout, placement.device)
     pictures = max(config.batch.item_size, config.evaluation.batch if config.evaluation.images_per_task else 0)
     whole = ((parts["denoiser"] + parts["text"]) * size + parts["vae"] * 4) / GB
-    # A teacher that is a full checkpoint is drawn with at the end, one such at a time.
-    evaluated = config.evaluation.images_per_task > 0 and any(t.model for t in config.teachers.values())
+    frozen, trained = _student(config, shape, size)
+    base = frozen + (parts["text"] * size + parts["vae"] * 4) / GB
+    # A teacher that is a full checkpoint is drawn with at the end, one such at a time; so is the base, where it is not
+    # under the student.
+    others = config.student.lora is None or any(teacher.model for teacher in config.teachers.values())
+    evaluated = config.evaluation.images_per_task > 0 and others
     decoding = pictures * shape.pixels**2 * VAE_CHANNELS * 4 / GB if config.evaluation.images_per_task else 0.0
     working = max(_block(shape, _rows(config.student.guidance, pictures), size), decoding)
-    return _need("rollout", placement, whole, _adapter(config, shape), working, own=whole if evaluated else 0.0)
+    return _need("rollout", placement, base, trained, working, own=whole if evaluated else 0.0)
 
 
 def _teachers(config: Config, shape: Shape) -> list[Need]:
@@ -185,9 +204,26 @@ def _learner(config: Config, shape: Shape) -> Need:
     rows = _rows(config.student.guidance, config.batch.item_size)
     block = _block(shape, rows, size)
     kept = block / BLOCK if config.student.gradient_checkpointing else block
-    trained = _adapter(config, shape) * (ADAM_COPIES + (config.ema is not None))
-    weights = shape.parameters["denoiser"] * size / GB
-    return _need("learner", placement, weights, trained, shape.layers * kept + block, workers=placement.ranks)
+    frozen, one = _student(config, shape, size)
+    weights, trained = _shares(placement, ema=config.ema is not None)
+    # What is sharded is gathered block by block.
+    gathered = (frozen + one) / shape.layers * (1 - weights)
+    working = shape.layers * kept + block + gathered
+    return _need("learner", placement, frozen * weights, one * trained, working, workers=placement.ranks)
+
+
+def _shares(placement: LearnerPlacement, *, ema: bool) -> tuple[float, float]:
+    """Of one rank: the part of the weights that it holds, and how many copies of what is trained, on its card."""
+    part = 1 / placement.ranks
+    if placement.backend == "ddp":
+        return 1.0, 2 + MOMENTS + ema
+    if placement.backend == "fsdp2":
+        return part, (2 + MOMENTS + ema) * part
+    stage = placement.stage
+    held = part if stage == 3 else 1.0
+    stepped = 0.0 if placement.cpu_offload else (1 + MOMENTS) * part  # a copy of the weight, and the moments
+    gradient = 1.0 if stage == 1 else 0.0 if placement.cpu_offload else part
+    return held, held * (1 + ema) + gradient + stepped
 
 
 def _need(

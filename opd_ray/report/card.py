@@ -1,4 +1,4 @@
-"""The model card beside a LoRA: what a hub shows of it, and what whoever loads it has to know.
+"""The model card beside what was trained: what a hub shows of it, and what whoever loads it has to know.
 
 Names, tasks and paths are other people's text: each passes through ``_text`` on its way into Markdown,
 and through YAML's or Python's own quoting elsewhere. Folders of this machine go in by their last name
@@ -21,20 +21,20 @@ from opd_ray.report.wording import MISSING, Write, count, model_title, percent, 
 
 __all__ = ["write_card"]
 
-TAGS = ["lora", "text-to-image", "diffusers", "opd-ray"]
+TAGS = ["text-to-image", "diffusers", "opd-ray"]
 LICENSE = "# license: yours to choose, within those of the base and of the teachers"
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~&$:@])")
 """What Markdown, tables, HTML or a hub's autolinks could take for their own."""
 
 
 def write_card(run_dir: Path) -> Path:
-    """Write ``run_dir/lora/README.md`` from the run's configuration, facts and result.
+    """Write README.md beside the LoRA, or the transformer, from the run's configuration, facts and result.
 
     Raises:
         RunFolderError: there is no such folder.
     """
     run = RunFolder.read(run_dir)
-    target = run_dir / "lora" / "README.md"
+    target = run_dir / ("transformer" if _whole(run.config) else "lora") / "README.md"
     draft = target.with_name(".README.md.tmp")
     draft.write_text(card(run), encoding="utf-8")
     os.replace(draft, target)
@@ -44,9 +44,9 @@ def write_card(run_dir: Path) -> Path:
 def card(run: RunFolder) -> str:
     """The whole card."""
     parts = [
-        _front_matter(mapping(run.config.get("model"))),
+        _front_matter(mapping(run.config.get("model")), whole=_whole(run.config)),
         f"# {_text(run.name)}",
-        f"A LoRA for text-to-image diffusion, {_made(run)} by opd-ray.",
+        f"A {'transformer' if _whole(run.config) else 'LoRA'} for text-to-image diffusion, {_made(run)} by opd-ray.",
         "## Use",
         _usage(run.config),
         "## Teachers",
@@ -57,6 +57,12 @@ def card(run: RunFolder) -> str:
         "\n".join(f"- {name}: {value}" for name, value in _settings(run)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _whole(config: Mapping[str, Any]) -> bool:
+    """Whether the denoiser itself was trained; what is not known is taken for a LoRA."""
+    student = mapping(config.get("student"))
+    return "lora" in student and student["lora"] is None
 
 
 def _made(run: RunFolder) -> str:
@@ -78,11 +84,13 @@ def _published(path: str) -> bool:
     return not (Path(path).is_absolute() or path.startswith((".", "~")))
 
 
-def _front_matter(model: Mapping[str, Any]) -> str:
+def _front_matter(model: Mapping[str, Any], *, whole: bool) -> str:
     base = str(model.get("path", ""))
-    known = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": TAGS}
+    tags = TAGS if whole else ["lora", *TAGS]
+    known = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     if base.partition("/")[0] != "world" and _published(base):
-        head = yaml.safe_dump({"base_model": base, "base_model_relation": "adapter"}, sort_keys=False)
+        relation = "finetune" if whole else "adapter"
+        head = yaml.safe_dump({"base_model": base, "base_model_relation": relation}, sort_keys=False)
     else:
         head = f"# base_model: the hub id of the base, which was {json.dumps(_public(base))} here\n"
     return f"---\n{head}{yaml.safe_dump(known, sort_keys=False)}{LICENSE}\n---"
@@ -106,10 +114,15 @@ def _usage(config: Mapping[str, Any]) -> str:
         "height": model.get("resolution"),
         "width": model.get("resolution"),
     }
+    if _whole(config):
+        kinds, given, after = "SD3Transformer2DModel, StableDiffusion3Pipeline", ", transformer=transformer", ""
+        before = 'transformer = SD3Transformer2DModel.from_pretrained("path/to/transformer")  # this folder\n'
+    else:
+        kinds, given, before = "StableDiffusion3Pipeline", "", ""
+        after = 'pipe.load_lora_weights("path/to/lora")  # this folder, or its hub id\n'
     return (
-        f"```python\n{start}from diffusers import StableDiffusion3Pipeline\n\n"
-        f"pipe = StableDiffusion3Pipeline.from_pretrained({source}{_arguments(options)})\n"
-        'pipe.load_lora_weights("path/to/lora")  # this folder, or its hub id\n'
+        f"```python\n{start}from diffusers import {kinds}\n\n{before}"
+        f"pipe = StableDiffusion3Pipeline.from_pretrained({source}{given}{_arguments(options)})\n{after}"
         f'image = pipe("a prompt"{_arguments(call)}).images[0]\n```'
     )
 

@@ -335,7 +335,7 @@ class LearnerHost:
         return Done(self.learner.hashes(), 0.0, 0)
 
     def export(self, folder: str) -> Done:
-        """Write the LoRA that users load."""
+        """Write what users load."""
         self.learner.export(Path(folder))
         return Done(None, 0.0, 0)
 

@@ -15,7 +15,7 @@ from opd_ray.algorithms.opd import Opd
 from opd_ray.config import EmaConfig, LearnerPlacement, OpdConfig, OptimizerConfig
 from opd_ray.learners import Engine, Learner, LearnerState, make_engine
 from opd_ray.storage import checkpoint, run_folder
-from tests.algorithms.parts import fill, item, learner, load, random_experience
+from tests.algorithms.parts import LORA, fill, item, learner, load, random_experience
 
 BACKENDS = {
     "ddp": {"backend": "ddp"},
@@ -26,6 +26,11 @@ BACKENDS = {
 }
 OFFLOADED = {f"{name}-offload": BACKENDS[name] | {"cpu_offload": True} for name in ("zero1", "zero2", "zero3")}
 ROUNDS, SAVED = 5, 3
+FULL = "full-"
+"""Before the name of a backend that trains every weight of the network."""
+IN_FULL = tuple(FULL + name for name in (*BACKENDS, "zero2-offload"))
+NEXT = dict(zip(BACKENDS, [*list(BACKENDS)[1:], "ddp"], strict=True))
+"""Each backend goes on once from another one's full weights, and another once from its."""
 ORDER = (("a", 0), ("a", 1), ("b", 0))
 """Three items a round, so that of two ranks one has less to do."""
 
@@ -43,6 +48,8 @@ class Following(Opd):
 def make(tiny: Path, engine: Engine, **changes) -> Learner:
     options = {"ema": EmaConfig(decay=0.5, every=2), "optimizer": OptimizerConfig(lr=1e-3, weight_decay=0.1, clip=1e-4)}
     filled = changes.pop("filled", True)
+    if changes.get("lora", LORA) is None:
+        return learner(tiny, Opd(OpdConfig()), engine=engine, **(options | changes))
     one = learner(tiny, Following(OpdConfig()), engine=engine, **(options | changes))
     if filled:
         start(one, tiny)
@@ -115,10 +122,11 @@ def main(folder: Path, tiny: Path, rank: int) -> None:
         placement = LearnerPlacement(ranks=2, **(BACKENDS | OFFLOADED)[name])
         return make_engine(placement, rank)
 
-    for name in (*BACKENDS, *OFFLOADED):
-        one = make(tiny, engine(name))
+    for name in (*BACKENDS, *OFFLOADED, *IN_FULL):
+        of_all, backend = {"lora": None} if name.startswith(FULL) else {}, name.removeprefix(FULL)
+        one = make(tiny, engine(backend), **of_all)
         rounds = train(one, range(SAVED), family)
-        if name in BACKENDS:
+        if backend in BACKENDS:
             save(one, folder / f"saved-{name}")
         rounds += train(one, range(SAVED, ROUNDS), family)
         write(folder, f"{name}-{rank}", rounds)
@@ -130,11 +138,19 @@ def main(folder: Path, tiny: Path, rank: int) -> None:
             one = make(tiny, engine(target), filled=False, seed=99)
             restore(one, folder / f"saved-{source}")
             write(folder, f"{source}-{target}-{rank}", train(one, range(SAVED, ROUNDS), family))
+    for source, target in NEXT.items():
+        one = make(tiny, engine(target), lora=None)
+        restore(one, folder / f"saved-{FULL}{source}")
+        write(folder, f"{FULL}{source}-{target}-{rank}", train(one, range(SAVED, ROUNDS), family))
+        one.export(folder / f"{FULL}{source}-{target}")
     for name in BACKENDS:
         for form in ("bfloat16", "float16"):
             one = make(tiny, engine(name), dtype=getattr(torch, form), gradient_checkpointing=True)
             write(folder, f"{name}-{form}-{rank}", train(one, range(2), family))
             assert one.family.network.transformer_blocks[0].attn.to_q.base_layer.weight.dtype == one.family.dtype
+        one = make(tiny, engine(name), lora=None, gradient_checkpointing=True)
+        one.family.dtype = torch.bfloat16
+        write(folder, f"{FULL}{name}-bfloat16-{rank}", train(one, range(2), family))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
 from opd_ray.config import ClusterConfig, LearnerPlacement
@@ -17,7 +18,7 @@ from opd_ray.learners import DdpEngine, make_engine
 from opd_ray.learners.engine import MEETING, LossScale
 from opd_ray.preflight import check_backend
 from tests.algorithms.parts import load
-from tests.learners.ranks import BACKENDS, OFFLOADED, ROUNDS, SAVED, make, train
+from tests.learners.ranks import BACKENDS, FULL, IN_FULL, NEXT, OFFLOADED, ROUNDS, SAVED, make, train
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
@@ -50,8 +51,18 @@ def seen(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tiny):
-    """The same rounds on a single rank."""
-    one = make(tiny, DdpEngine(0, 1))
+    """The same rounds on a single rank, of a LoRA."""
+    return by_itself(tiny)
+
+
+@pytest.fixture(scope="module")
+def alone_in_full(tiny):
+    """The same of all weights."""
+    return by_itself(tiny, lora=None)
+
+
+def by_itself(tiny, **changes):
+    one = make(tiny, DdpEngine(0, 1), **changes)
     rounds = train(one, range(ROUNDS), load(tiny))
     proof = {"probe": one.probe(), "mean": one.probe(average=True), **one.weights(average=True)}
     return rounds, proof
@@ -87,9 +98,9 @@ def test_the_rounds_that_are_compared_clip_and_differ(alone):
     assert len({round(one["loss"], 5) for one in rounds}) == ROUNDS
 
 
-@pytest.mark.parametrize("name", [*BACKENDS, *OFFLOADED])
-def test_two_ranks_of_each_backend_are_a_single_rank(seen, alone, name):
-    rounds, proof = alone
+@pytest.mark.parametrize("name", [*BACKENDS, *OFFLOADED, *IN_FULL])
+def test_two_ranks_of_each_backend_are_a_single_rank(seen, alone, alone_in_full, name):
+    rounds, proof = alone_in_full if name in IN_FULL else alone
     same(read(seen, name), rounds)
     for rank in range(2):
         for key, tensor in load_file(seen / f"proof-{name}-{rank}.safetensors").items():
@@ -103,6 +114,26 @@ def test_two_ranks_of_each_backend_are_a_single_rank(seen, alone, name):
 @pytest.mark.parametrize("source", BACKENDS)
 def test_what_one_backend_saved_another_resumes(seen, source, target):
     same(read(seen, f"{source}-{target}"), read(seen, source)[SAVED:])
+
+
+@pytest.mark.parametrize(("source", "target"), NEXT.items())
+def test_full_weights_of_one_backend_go_on_on_another_and_diffusers_loads_them(seen, tiny, source, target):
+    same(read(seen, f"{FULL}{source}-{target}"), read(seen, FULL + source)[SAVED:])
+    written = SD3Transformer2DModel.from_pretrained(seen / f"{FULL}{source}-{target}")
+    proof = load_file(seen / f"proof-{FULL}{source}-0.safetensors")
+    base = dict(load(tiny).network.named_parameters())
+    for name, parameter in written.named_parameters():
+        torch.testing.assert_close(parameter.data, proof[name], rtol=1e-3, atol=1e-5)
+        assert not torch.equal(parameter.data, base[name]), f"{name} was trained"
+    assert torch.equal(written.pos_embed.pos_embed, load(tiny).network.pos_embed.pos_embed)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_full_weights_stay_in_float32_where_half_is_computed_in(seen, alone_in_full, name):
+    found, first = read(seen, f"{FULL}{name}-bfloat16")[0], read(seen, f"{FULL}ddp-bfloat16")[0]
+    assert found["loss"] == pytest.approx(alone_in_full[0][0]["loss"], rel=2e-2)
+    assert found["loss"] == pytest.approx(first["loss"], rel=1e-3)
+    assert found["norm"] == pytest.approx(first["norm"], rel=1e-2)
 
 
 @pytest.mark.parametrize("form", ["bfloat16", "float16"])

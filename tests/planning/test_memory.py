@@ -101,3 +101,38 @@ def test_roles_of_one_process_lie_on_one_card_also_where_they_share_nothing(medi
     assert weights(medium, *alone) == pytest.approx((3 * 2.47 + 5.58) * 2 + 0.084 * 4, rel=0.01)
     with pytest.raises(PlacementError, match="role all roles together needs about"):
         check_memory(load("sd35_mopd", [medium, *alone]))
+
+
+FULL = "student.lora=null"
+
+
+def learner(medium, *overrides):
+    return needs(load("sd35_mopd", [medium, "cluster=8gpu", *overrides]))[-1]
+
+
+@pytest.mark.parametrize(
+    ("placement", "weights", "copies"),
+    [
+        ("{backend: ddp}", 1, 5),  # weight, gradient, two moments, average
+        ("{backend: fsdp2}", 1 / 4, 5 / 4),
+        ("{backend: deepspeed, zero_stage: 1}", 1, 1 + 1 + 1 + 3 / 4),  # weight, average, gradient; copy and moments
+        ("{backend: deepspeed, zero_stage: 2}", 1, 1 + 1 + 1 / 4 + 3 / 4),
+        ("{backend: deepspeed, zero_stage: 3}", 1 / 4, 6 / 4),
+        ("{backend: deepspeed, zero_stage: 2, cpu_offload: true}", 1, 1 + 1),
+    ],
+)
+def test_what_is_trained_is_spread_over_four_ranks(medium, placement, weights, copies):
+    inside = placement.strip("{}")
+    chosen = f"cluster.learner={{{inside}, ranks: 4, resources: {{cpu: 4, gpu: 1}}}}"
+    full = learner(medium, FULL, chosen)
+    assert (full.weights, full.trained) == (0, pytest.approx(2.47 * 4 * copies, rel=0.01))
+    adapter = 8 * 24 * 2 * 32 * 1536 * 4 / 1e9
+    lora = learner(medium, chosen)
+    assert lora.weights == pytest.approx(2.47 * 2 * weights, rel=0.01)
+    assert lora.trained == pytest.approx(adapter * copies)
+
+
+def test_a_full_student_that_does_not_fit_is_told_what_spreads_it(medium):
+    config = load("sd35_mopd", [medium, "cluster=8gpu", FULL, "cluster.gpu_memory_gb=48"])
+    with pytest.raises(PlacementError, match=r"role learner needs about .* cluster.learner.backend fsdp2"):
+        check_memory(config)
