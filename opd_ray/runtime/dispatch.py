@@ -174,7 +174,7 @@ class Dispatcher:
         return [results[call.done] for call in calls]
 
     def _named(self, rank: int) -> str:
-        return f"learner rank {rank}" + (self.ranks.place(rank) if self.ranks else "")
+        return self.ranks.name(rank) if self.ranks is not None else f"learner rank {rank}"
 
     def _last_words(self, rank: int) -> str:
         if self.ranks is not None:

@@ -102,7 +102,8 @@ class LearnerGroup:
         self.ranks: list[Handle] = self.dispatcher.backend.start_group(specs, self._start_timeout, self.dispatcher.tick)
         self._ready = [rank.call("ready", bulk=0) for rank in self.ranks]
         self._sent = [deque[_Sent]() for _ in self.ranks]
-        self._unheard: list[Call] = []
+        self._unheard: list[tuple[int, Call]] = []
+        """Rank and call of what was sent and not heard of."""
         self._scores: list[tuple[WorkItem, Mapping[str, Sequence[float]]]] = []
         self._free, self._idle = [0.0] * len(self.ranks), [0.0] * len(self.ranks)
 
@@ -286,7 +287,9 @@ class LearnerGroup:
     def _first(self, method: str, *args: Any, bulk: int = 0) -> Call:
         """The first rank does it; where each holds a part of the weights, the others with it."""
         if self._sharded:
-            self._unheard += [rank.call(method, *args, bulk=bulk) for rank in self.ranks[1:]]
+            self._unheard += [
+                (number, rank.call(method, *args, bulk=bulk)) for number, rank in enumerate(self.ranks[1:], start=1)
+            ]
         return self.ranks[0].call(method, *args, bulk=bulk)
 
     def _all(self, method: str, *args: Any) -> list[Done]:
@@ -298,17 +301,15 @@ class LearnerGroup:
 
         What needs no answer costs no way to the ranks and back, on which they would have nothing to do.
         """
-        self._unheard += [rank.call(method, *args, bulk=0) for rank in self.ranks]
+        self._unheard += [(number, rank.call(method, *args, bulk=0)) for number, rank in enumerate(self.ranks)]
 
     def _answer(self, rank: int, call: Call, what: str, *, reads: bool = False) -> Done:
         return self._heard(what, (rank, call), reads=reads)[-1]
 
     def _heard(self, what: str, *own: tuple[int, Call], reads: bool = False) -> list[Done]:
         """The answers to all that was not heard of, and to ``own``."""
-        before, self._unheard = self._unheard, []
-        ranks = [number % len(self.ranks) for number in range(len(before))]  # each is a call to all of them
-        calls = [*before, *(call for _, call in own)]
-        return self.dispatcher.results(calls, what, ranks=[*ranks, *(rank for rank, _ in own)], reads=reads)
+        sent, self._unheard = [*self._unheard, *own], []
+        return self.dispatcher.results([call for _, call in sent], what, ranks=[rank for rank, _ in sent], reads=reads)
 
 
 def _rendezvous(ranks: int) -> dict[str, str]:

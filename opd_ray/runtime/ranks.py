@@ -47,14 +47,11 @@ class Ranks:
         """
         now = self._clock()
         for rank in self._ranks:
+            name, number = self.name(rank.number), rank.number
             if rank.gone is not None:
-                name = f"learner rank {rank.number}{self.place(rank.number)}"
-                raise LearnerLostError(f"{name} was lost ({rank.gone}){self.last_signs(rank.number)}")
+                raise LearnerLostError(f"{name} was lost ({rank.gone}){self.last_signs(number)}")
             if rank.beat is not None and now - rank.beat_at > self._timeout:
-                raise LearnerLostError(
-                    f"learner rank {rank.number}{self.place(rank.number)} gave no sign of life in "
-                    f"{self._timeout:.0f} s{self.last_signs(rank.number)}"
-                )
+                raise LearnerLostError(f"{name} gave no sign of life in {self._timeout:.0f} s{self.last_signs(number)}")
             if rank.beat is None and now - rank.beat_at > self._timeout / BEATS:
                 rank.beat, rank.beat_at = rank.handle.beat(), now
                 if rank.beat is not None:
@@ -69,9 +66,9 @@ class Ranks:
         """The rank is gone. Whoever waits for its work hears of it too, and knows more: ``check`` tells it later."""
         self.pending.pop(ref).gone = error
 
-    def place(self, rank: int) -> str:
-        """Where it ran, as far as it is known: behind its name."""
-        return place(self._ranks[rank].pulse)
+    def name(self, rank: int) -> str:
+        """What it is called, and where it ran as far as that is known."""
+        return f"learner rank {rank}{place(self._ranks[rank].pulse)}"
 
     def last_signs(self, rank: int) -> str:
         """Its last sign of life and the end of its log, as the end of a sentence."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_ray.errors import BadInputError, OutOfOrderError, Stopped
+from opd_ray.errors import BadInputError, LearnerLostError, OutOfOrderError, Stopped
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import MAX_TRIES, UNANSWERED, Collected, LearnerGroup
 from opd_ray.runtime.handle import Done, RankFacts, Weights, WorkerSpec
@@ -279,6 +279,13 @@ def test_errors_of_the_work_itself_are_not_tried_again() -> None:
     with pytest.raises(ZeroDivisionError):
         desk.round()
     assert not desk.notes
+
+
+def test_the_rank_that_is_lost_while_another_answers_for_all_is_the_one_that_is_named() -> None:
+    desk = Desk(ranks=3, sharded=True)
+    desk.backend.hanging = {("learner-2", "save")}
+    with pytest.raises(LearnerLostError, match="writing a checkpoint: learner rank 2 did not answer"):
+        desk.group.save(Path("run"), 3, {}, attempt=0, keep=1)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
