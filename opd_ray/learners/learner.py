@@ -16,7 +16,7 @@ from opd_ray.algorithms.base import Algorithm, Forward, Loss
 from opd_ray.config import EmaConfig, LoraConfig, OptimizerConfig
 from opd_ray.digest import digest
 from opd_ray.errors import NotFiniteError, OutOfOrderError, RunFolderError
-from opd_ray.learners.engine import Engine, LossScale
+from opd_ray.learners.engine import Engine, LossScale, split_key
 from opd_ray.models.base import Family
 from opd_ray.seeds import fold
 from opd_ray.types import Experience, WorkItem
@@ -322,7 +322,7 @@ class Learner:
                 )
         shapes = {name: self.engine.shape(parameter) for name, parameter in self.student.items()}
         for key, value in moments.items():
-            name = key.rpartition(":")[0]
+            name, _ = split_key(key)
             if name not in shapes or tuple(value.shape) not in {(), shapes[name]}:
                 raise RunFolderError(f"the checkpoint's optimizer has {key}, which belongs to no trained parameter")
         for group, held in own.items():

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +237,7 @@ class LearnerHost:
 
     def ready(self) -> Done:
         """What it computes in, and in how many arrays it publishes."""
-        return Done(RankFacts(NAMES[self.learner.family.dtype], len(self._buckets())), 0.0, 0)
+        return Done(RankFacts(NAMES[self.learner.family.dtype], len(self._buckets)), 0.0, 0)
 
     def begin(self, items: Sequence[WorkItem]) -> Done:
         """A round of these items begins, or begins once more."""
@@ -272,7 +273,7 @@ class LearnerHost:
 
         Ranks other than the first take part in gathering them, and give nothing.
         """
-        clock, layout = _Clock(None), self._buckets()
+        clock, layout = _Clock(None), self._buckets
         first, last = bucket == 0, bucket == len(layout) - 1
         if first:
             self._identity = Digest(), Checksum(max(one.nbytes for part in layout for one in part.values()))
@@ -287,33 +288,36 @@ class LearnerHost:
         record = Weights(version, sha256.hex(), (), checksum.hex()) if last else None
         return pack_whole(tensors | probe), clock.done(record)
 
+    @cached_property
     def _buckets(self) -> list[dict[str, Tensor]]:
+        """The same all the run long."""
         return buckets(self.learner.layout(), self._bucket)
 
     def save(self, run_dir: str, round: int, driver: Mapping[str, Any], attempt: int, keep: int) -> Done:
         """Write a checkpoint of the learner's state and the driver's: its path. The first rank writes."""
-        clock, state = _Clock(None), self.learner.state()
-        if self.learner.engine.rank > 0:
+        clock, saved = _Clock(None), self._checkpoint(round, driver)
+        if saved is None:
             return clock.done(None)
-        saved = checkpoint.Checkpoint(round, state.tensors, {"learner": state.values, "driver": dict(driver)})
         return clock.done(str(checkpoint.save(Path(run_dir), saved, attempt=attempt, keep=keep)))
 
     def serialise(self, round: int, driver: Mapping[str, Any]) -> tuple[Flat, Done]:
         """What ``save`` writes, for a worker that sees the run folder. The first rank gives it."""
-        clock, state = _Clock(None), self.learner.state()
+        clock, saved = _Clock(None), self._checkpoint(round, driver)
+        return pack_files(checkpoint.serialise(saved) if saved is not None else {}), clock.done(None)
+
+    def _checkpoint(self, round: int, driver: Mapping[str, Any]) -> checkpoint.Checkpoint | None:
+        """Gathered by all ranks, for the first one."""
+        state = self.learner.state()
         if self.learner.engine.rank > 0:
-            return pack_files({}), clock.done(None)
-        saved = checkpoint.Checkpoint(round, state.tensors, {"learner": state.values, "driver": dict(driver)})
-        return pack_files(checkpoint.serialise(saved)), clock.done(None)
+            return None
+        return checkpoint.Checkpoint(round, state.tensors, {"learner": state.values, "driver": dict(driver)})
 
     def take_back(self, flat: Flat) -> Done:
         """Load a checkpoint that ``serialise`` gave: the driver's state; None where there was none."""
         contents = unpack_files(flat)
         if not contents:
             return Done(None, 0.0, 0)
-        saved = checkpoint.deserialise(contents)
-        self.learner.load_state(LearnerState(saved.tensors, saved.state["learner"]))
-        return Done(saved.state["driver"], 0.0, 0)
+        return Done(self._load(checkpoint.deserialise(contents)), 0.0, 0)
 
     def exported(self) -> tuple[Flat, Done]:
         """The files of ``export``. The first rank gives them."""
@@ -327,8 +331,12 @@ class LearnerHost:
         saved, notes = checkpoint.newest(Path(run_dir))
         if saved is None:
             return Done((0, None, notes), 0.0, 0)
+        return Done((saved.round, self._load(saved), notes), 0.0, 0)
+
+    def _load(self, saved: checkpoint.Checkpoint) -> Any:
+        """Go on from there; the driver's state."""
         self.learner.load_state(LearnerState(saved.tensors, saved.state["learner"]))
-        return Done((saved.round, saved.state["driver"], notes), 0.0, 0)
+        return saved.state["driver"]
 
     def hashes(self) -> Done:
         """Identity of the raw and the averaged student."""
