@@ -26,6 +26,7 @@ from opd_ray.report.live import Live
 from opd_ray.roles import Bases
 from opd_ray.rows import TimeBooks
 from opd_ray.run import Run
+from opd_ray.runtime.clerk import ClerkHost
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import LearnerGroup
 from opd_ray.runtime.handle import Backend, WorkerSpec
@@ -266,7 +267,7 @@ def _pools(
         if rewards
         else None,
         reader=pool("reader", cluster.rollout, roles.reader(recorded)) if recorded else None,
-        clerk=pool(CLERK, RolePlacement(resources={"cpu": 0}), roles.clerk, home=True)
+        clerk=pool(CLERK, RolePlacement(resources={"cpu": 0}), ClerkHost, home=True)
         if cluster.storage == "ship" and cluster.runtime == "ray"
         else None,
     )

@@ -20,7 +20,6 @@ from opd_ray.models.base import Family, load_family, sigmas_of
 from opd_ray.models.precision import dtype_of, is_full
 from opd_ray.models.teachers import Checkpoint, same_text, teacher_model
 from opd_ray.rewards.base import make_rewards
-from opd_ray.runtime.clerk import ClerkHost
 from opd_ray.runtime.hosts import LearnerHost, RecordedHost, RewardHost, RolloutHost, TeacherHost
 
 __all__ = [
@@ -137,11 +136,6 @@ def reward(config: Config) -> Made:
 def make_reward(config: Config) -> RewardActor:
     """Every reward of the run."""
     return RewardActor(make_rewards(config.rewards))
-
-
-def clerk() -> ClerkHost:
-    """The worker that has the run folder."""
-    return ClerkHost()
 
 
 def learner(config: Config, rank: int, bases: Bases) -> Made:

@@ -34,7 +34,7 @@ def sample(
 
     from opd_ray.actors.rollout import SampleRequest, draw_pictures, rows_of
     from opd_ray.evaluation.models import find_model
-    from opd_ray.runtime.hosts import write_png
+    from opd_ray.storage.pictures import write_png
     from opd_ray.types import Prompt
 
     if any(not text.strip() for text in prompt):

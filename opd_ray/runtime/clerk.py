@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opd_ray.runtime.handle import Done
-from opd_ray.runtime.hosts import write_png
 from opd_ray.storage import checkpoint
 from opd_ray.storage.packing import Flat, Manifest, pack_files, unpack, unpack_files
+from opd_ray.storage.pictures import write_png
 
 __all__ = ["ClerkHost"]
 

@@ -45,6 +45,7 @@ from opd_ray.storage.packing import (
     unpack_files,
     unpack_trajectory,
 )
+from opd_ray.storage.pictures import write_png
 from opd_ray.types import Experience, TeacherAnswer, Trajectory, WeightVersion, WorkItem
 
 __all__ = ["Drawn", "LearnerHost", "RecordedHost", "RewardHost", "RolloutHost", "Share", "TeacherHost"]
@@ -389,12 +390,3 @@ def _check(item: WorkItem, path: Sequence[Trajectory], marks: Sequence[TeacherAn
             raise BadInputError("answer", f"{mark.teacher} answered {item} with {seen}, expected {expected}", number)
         if not mark.velocity.isfinite().all():
             raise BadInputError("answer", f"NaN or infinity in what {mark.teacher} answered to {item}", number)
-
-
-def write_png(image: Tensor, path: Path) -> None:
-    """One picture [3, H, W] in [0, 1]."""
-    from PIL import Image  # a worker that writes no pictures does not import it
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(pixels).save(path)
