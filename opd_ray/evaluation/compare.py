@@ -173,29 +173,25 @@ class Evaluation:
         label = f"pictures of {model.label}"
         own = files if self._clerk is None else []
         draw = Job(self.rollout, "sample", (request, own), 1, label, weights=bound, books=books, alike=False)
-        texts = [prompt.text for prompt in part]
-        score = Job(
-            self.reward,
-            "score",
-            lambda: (texts, draw.result.value if draw.result else None, Output(draw, 0)),
-            0,
-            f"scores of {model.label}",
-            after=(draw,),
-            books=books,
-        )
         self.dispatcher.submit(draw)
-        if self._clerk is not None and files:  # drawing workers do not see the folder
-            write = Job(
-                self._clerk,
-                "pictures",
-                lambda: (files, draw.result.value if draw.result else None, Output(draw, 0)),
-                0,
-                f"writing {label}",
-                after=(draw,),
-                books=PROBE,
+
+        def reader(pool: Pool, method: str, first: list[str], what: str, books: str) -> Job:
+            """Is given the pictures, behind something of its own."""
+            return self.dispatcher.submit(
+                Job(
+                    pool,
+                    method,
+                    lambda: (first, draw.result.value if draw.result else None, Output(draw, 0)),
+                    0,
+                    what,
+                    after=(draw,),
+                    books=books,
+                )
             )
-            self._written.append(self.dispatcher.submit(write))
-        return self.dispatcher.submit(score)
+
+        if self._clerk is not None and files:  # drawing workers do not see the folder
+            self._written.append(reader(self._clerk, "pictures", files, f"writing {label}", PROBE))
+        return reader(self.reward, "score", [prompt.text for prompt in part], f"scores of {model.label}", books)
 
     def _file(self, model: Contestant, task: str, index: int) -> str:
         return f"{model.label.replace(':', '-')}/{quote(task, safe='')}-{index:03d}.png"  # a task may hold a slash
