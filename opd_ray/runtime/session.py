@@ -104,31 +104,23 @@ os.register_at_fork(after_in_child=_leave_group)  # `subprocess` offers this to 
 
 def forsaken() -> list[Path]:
     """The folders of those whose driver no longer lives."""
-    found = []
-    for folder in _ours():
-        if (mark := _seized(folder)) is not None:
-            mark.close()
-            found.append(folder)
-    return found
+    return [folder for folder, _ in _taken_over()]
 
 
 def clean() -> list[str]:
     """End and remove what drivers left that were killed; a line for each."""
     told = []
-    for folder in _ours():
-        if (mark := _seized(folder)) is None:
-            continue
-        with mark:
-            try:
-                about = json.load(mark)
-                whose = f"process {about['pid']} ({about['command']})"
-            except (ValueError, LookupError, TypeError):
-                whose = "a process"
-            try:
-                count = len(_remove(folder))
-                told.append(f"removed {folder}, the Ray of {whose}, which was killed; {count} processes of it ended")
-            except OSError as error:
-                told.append(f"{folder}, the Ray of {whose}, which was killed, cannot be removed ({error.strerror})")
+    for folder, mark in _taken_over():
+        try:
+            about = json.load(mark)
+            whose = f"process {about['pid']} ({about['command']})"
+        except (ValueError, LookupError, TypeError):
+            whose = "a process"
+        try:
+            count = len(_remove(folder))
+            told.append(f"removed {folder}, the Ray of {whose}, which was killed; {count} processes of it ended")
+        except OSError as error:
+            told.append(f"{folder}, the Ray of {whose}, which was killed, cannot be removed ({error.strerror})")
     return told
 
 
@@ -175,6 +167,14 @@ def _ours() -> list[Path]:
         for mark in sorted(_base().glob(f"{PREFIX}*/{MARK}"))
         if not mark.parent.is_symlink() and mark.parent.stat().st_uid == os.getuid()
     ]
+
+
+def _taken_over() -> Iterator[tuple[Path, IO[str]]]:
+    """Each folder whose driver no longer lives, with its mark, which we hold locked meanwhile."""
+    for folder in _ours():
+        if (mark := _seized(folder)) is not None:
+            with mark:
+                yield folder, mark
 
 
 def _seized(folder: Path) -> IO[str] | None:
