@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
-from opd_ray.config import Config, Placement, RolePlacement
+from opd_ray.config import Config, RolePlacement
 from opd_ray.errors import ConfigError
 from opd_ray.planning.rates import SHARED, teacher_role
+from opd_ray.runtime.resources import amounts, ray_resources
 
 __all__ = ["check_manifests"]
 
-RAY_NAMES = {"cpu": "CPU", "gpu": "GPU"}
 STANDARD = {"CPU", "GPU"}
 EPSILON = 1e-6
 MOST_NODES = 2**31 - 1
@@ -89,16 +89,18 @@ def check_manifests(config: Config, text: str, where: str) -> str:
 def _demands(config: Config) -> Iterator[Demand]:
     cluster = config.cluster
     ranks = cluster.learner.ranks  # on one node, since they meet there: ``RayBackend.start_group``
-    yield Demand("learner", {name: ranks * amount for name, amount in _asked(cluster.learner).items()}, 1)
+    yield Demand(
+        "learner", {name: ranks * amount for name, amount in ray_resources(cluster.learner.resources).items()}, 1
+    )
     teachers = {SHARED: "default"} if cluster.share_teachers else {teacher_role(name): name for name in config.teachers}
     elastic = {"rollout": cluster.rollout} | {role: cluster.of_teacher(name) for role, name in teachers.items()}
     elastic["reward"] = cluster.rewards.get("default", RolePlacement())
     for role, placement in elastic.items():
-        yield Demand(role, _asked(placement), placement.autoscale.max if placement.autoscale else placement.workers)
-
-
-def _asked(placement: Placement) -> dict[str, float]:
-    return {RAY_NAMES.get(name, name): amount for name, amount in placement.resources.items() if amount > 0}
+        yield Demand(
+            role,
+            ray_resources(placement.resources),
+            placement.autoscale.max if placement.autoscale else placement.workers,
+        )
 
 
 def _clusters(text: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -157,7 +159,7 @@ def _check_used(group: Group, demands: Sequence[Demand], where: str) -> None:
         )
     if not any(group.fits(demand.each) and set(demand.each) & (group.custom or STANDARD) for demand in demands):
         raise ConfigError(
-            f"{where}: no role uses group {group.name!r}: its nodes offer {_amounts(group.offers)}, too little for "
+            f"{where}: no role uses group {group.name!r}: its nodes offer {amounts(group.offers)}, too little for "
             "each of them. Remove the group, or enlarge its limits"
         )
 
@@ -167,9 +169,9 @@ def _check_offered(demand: Demand, groups: Sequence[Group], where: str) -> None:
         return
     offered = {name for group in groups for name in group.offers}
     lacking = ", ".join(sorted(set(demand.each) - offered))
-    offers = "; ".join(f"{group.name} {_amounts(group.offers)}" for group in groups)
+    offers = "; ".join(f"{group.name} {amounts(group.offers)}" for group in groups)
     raise ConfigError(
-        f"{where}: no group takes {demand.role}, which asks one node for {_amounts(demand.each)}: "
+        f"{where}: no group takes {demand.role}, which asks one node for {amounts(demand.each)}: "
         f"{f'nobody offers {lacking}' if lacking else 'no node has that much'} ({offers}). "
         "Add a group, or change the role's resources in the cluster file"
     )
@@ -190,7 +192,3 @@ def _check_room(demands: Sequence[Demand], groups: Sequence[Group], where: str) 
                 )
             for name, amount in demand.each.items():
                 room.offers[name] -= amount
-
-
-def _amounts(amounts: Mapping[str, float]) -> str:
-    return "{" + ", ".join(f"{name}: {amount:g}" for name, amount in sorted(amounts.items())) + "}"

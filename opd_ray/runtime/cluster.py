@@ -32,6 +32,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from opd_ray.errors import InputLostError, PlacementError, RunFolderError, Stopped, UserError, WorkerLostError
 from opd_ray.runtime.handle import Beat, Call, Done, Handle, Ref, Store, WorkerSpec
+from opd_ray.runtime.resources import amounts, ray_resources
 from opd_ray.runtime.session import Session, apart
 
 __all__ = ["RayBackend", "classify"]
@@ -55,10 +56,10 @@ class Process:
 
     def __init__(self, spec: WorkerSpec, name: str, home: str) -> None:
         self._elsewhere = ray.get_runtime_context().get_node_id() != home
-        self._astray = _astray(spec.nonce, 0.0 if spec.ship else NONCE_S) if spec.nonce is not None else None
-        logs = spec.logs
-        if self._astray is not None:
-            logs, self._astray = (elsewhere(logs), None) if spec.ship and logs is not None else (None, self._astray)
+        astray = _astray(spec.nonce, 0.0 if spec.ship else NONCE_S) if spec.nonce is not None else None
+        logs, self._astray = spec.logs, None if spec.ship else astray
+        if astray is not None:
+            logs = elsewhere(logs) if spec.ship and logs is not None else None
         if logs is not None:
             logs.mkdir(parents=True, exist_ok=True)
             log = os.open(logs / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -265,7 +266,7 @@ class RayBackend:
         self, specs: Sequence[WorkerSpec], timeout_s: float, idle: Callable[[], None] = lambda: None
     ) -> list[Handle]:
         """Learner ranks in one anonymous placement group on one node, since they meet on its loopback address."""
-        group = placement_group([_demand(spec) for spec in specs], strategy="STRICT_PACK")
+        group = placement_group([ray_resources(spec.resources) for spec in specs], strategy="STRICT_PACK")
         deadline = time.monotonic() + timeout_s
         while not (placed := group.wait(timeout_seconds=1)) and time.monotonic() < deadline:
             idle()
@@ -311,16 +312,16 @@ class RayBackend:
             nodes = list(available_resources_per_node().values())
         asked, missing, left = dict[str, float](), dict[str, float](), [dict(node) for node in nodes]
         for spec in specs:
-            demand = _demand(spec)
-            _add(asked, demand)
-            room = next((node for node in left if all(node.get(k, 0.0) >= v - 1e-6 for k, v in demand.items())), None)
-            _add(*((missing, demand) if room is None else (room, {name: -amount for name, amount in demand.items()})))
+            own = ray_resources(spec.resources)
+            _add(asked, own)
+            room = next((node for node in left if all(node.get(k, 0.0) >= v - 1e-6 for k, v in own.items())), None)
+            _add(*((missing, own) if room is None else (room, {name: -amount for name, amount in own.items()})))
         if not missing:
             return None
         seen = [{name: amount for name, amount in node.items() if name in asked} for node in nodes]
         return (
-            f"no room for {len(specs)} workers: asked {_amounts(asked)}; {'free' if free else 'there is'} per node "
-            f"{', '.join(_amounts(node) for node in seen)}; missing {_amounts(missing)}. "
+            f"no room for {len(specs)} workers: asked {amounts(asked)}; {'free' if free else 'there is'} per node "
+            f"{', '.join(amounts(node) for node in seen)}; missing {amounts(missing)}. "
             "Lower workers or their cpu, gpu, resources in the cluster file, or add nodes"
         )
 
@@ -385,15 +386,6 @@ class RayBackend:
         }
 
 
-def _demand(spec: WorkerSpec) -> dict[str, float]:
-    names = {"cpu": "CPU", "gpu": "GPU"}
-    return {names.get(name, name): amount for name, amount in spec.resources.items() if amount > 0}
-
-
-def _add(total: dict[str, float], amounts: dict[str, float]) -> None:
-    for name, amount in amounts.items():
+def _add(total: dict[str, float], more: dict[str, float]) -> None:
+    for name, amount in more.items():
         total[name] = total.get(name, 0.0) + amount
-
-
-def _amounts(amounts: dict[str, float]) -> str:
-    return "{" + ", ".join(f"{name}: {amount:g}" for name, amount in sorted(amounts.items())) + "}"
