@@ -27,13 +27,6 @@ PAGES = {"README.md": "extending.md", "CHANGELOG.md": "changelog.md"}
 STYLE = "body{margin:1rem;font:14px/1.5 system-ui}pre{line-height:1.4}:target{background:#fd6}td.linenos{color:#777}"
 
 
-def on_config(config: Any) -> None:
-    """A page that has no place in the navigation goes under the last of its groups but one."""
-    placed = {page for group in config.nav for page in _pages(group)}
-    group = next(iter(config.nav[-2].values()))
-    group += [page.name for page in sorted(Path(config.docs_dir).glob("*.md")) if page.name not in placed]
-
-
 def on_files(files: Files, config: Any) -> None:
     """Add what the pages link to, and the pages that lie elsewhere."""
     for name, text in {"extending.md": _guide(), "changelog.md": _read("CHANGELOG.md")}.items():
@@ -90,13 +83,6 @@ def _defined(node: ast.stmt) -> Iterator[str]:
         yield node.name
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     yield from (target.id for target in targets if isinstance(target, ast.Name))
-
-
-def _pages(entry: Any) -> Iterator[str]:
-    if isinstance(entry, str):
-        yield entry
-    for value in entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list) else ():
-        yield from _pages(value)
 
 
 def _source(path: str) -> Path | None:

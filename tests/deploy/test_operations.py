@@ -13,6 +13,7 @@ from opd_ray.runtime.health import State
 from opd_ray.runtime.telemetry import METRICS, PREFIX
 from opd_ray.runtime.telemetry import STATES as SHOWN
 from tests.deploy.kustomize import ROOT
+from tests.source import GAP, squeezed, template
 
 PACKAGE = ROOT / "opd_ray"
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
@@ -45,22 +46,15 @@ PASSED_ON = {
 }
 """Where words of others are passed on -> who says them. Reasons that stand inside such lines are below."""
 REASONS = ["runtime/pool.py:paused", "runtime/watch.py:fault"]
-GAP = "…"
 
 
-def template(node):
-    """A string expression with a gap for whatever is filled in; None for anything else."""
+def spoken(node):
+    """As ``template``, also of strings that are added up."""
     match node:
-        case ast.Constant(value=str(text)):
-            found = text
-        case ast.JoinedStr(values=parts):
-            found = "".join(part.value if isinstance(part, ast.Constant) else GAP for part in parts)
         case ast.BinOp(left=left, op=ast.Add(), right=right):
-            sides = [template(left), template(right)]
-            found = "".join(GAP if side is None else side for side in sides) if any(sides) else None
-        case _:
-            found = None
-    return None if found is None else re.sub(rf"{GAP}(\s*{GAP})*", GAP, " ".join(found.split()))
+            sides = [spoken(left), spoken(right)]
+            return squeezed("".join(GAP if side is None else side for side in sides)) if any(sides) else None
+    return template(node)
 
 
 def calls():
@@ -85,7 +79,7 @@ def sentences(node):
         return  # a docstring
     if isinstance(node, ast.Raise):
         return  # errors have their own page
-    found = template(node)
+    found = spoken(node)
     if found is not None:
         if len(re.findall(r"[\w.]*[a-z][\w.]*", found)) >= 3 or ": " in found:
             yield found.strip()
@@ -96,7 +90,7 @@ def sentences(node):
 
 def said():
     """Everything that can be said, as templates."""
-    direct = [template(argument) for _, argument in calls()]
+    direct = [spoken(argument) for _, argument in calls()]
     producers = [*(place for places in PASSED_ON.values() for place in places), *REASONS]
     passed = [text for place in producers for part in function(place).body for text in sentences(part)]
     return {text for text in [*direct, *passed] if text is not None}
@@ -110,7 +104,7 @@ def first_column(section):
 
 
 def test_nobody_passes_on_words_that_are_not_looked_at():
-    unread = {(file, ast.unparse(argument)) for file, argument in calls() if template(argument) is None}
+    unread = {(file, ast.unparse(argument)) for file, argument in calls() if spoken(argument) is None}
     assert unread == set(PASSED_ON)
 
 

@@ -15,6 +15,7 @@ from opd_ray.cli import app
 from opd_ray.config import Config
 from opd_ray.config.section import Frozen
 from opd_ray.planning.rates import Rates
+from tests.source import GAP, template
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]}
@@ -42,21 +43,6 @@ def test_the_page_of_all_keys_is_the_schemas() -> None:
     for name, section in recipes.schema()["$defs"].items():
         for key in section.get("properties", ()):
             assert f"| `{key}` |" in maker.page(), (name, key)
-
-
-GAP = "…"
-
-
-def template(node: ast.AST) -> str | None:
-    """A string of the code with a gap for whatever is filled in; None for anything else."""
-    match node:
-        case ast.Constant(value=str(text)):
-            found = text
-        case ast.JoinedStr(values=parts):
-            found = "".join(part.value if isinstance(part, ast.Constant) else GAP for part in parts)
-        case _:
-            return None
-    return re.sub(rf"{GAP}(\s*{GAP})*", GAP, " ".join(found.split()))
 
 
 def quoted() -> list[str]:

@@ -444,14 +444,20 @@ def test_a_lost_rank_is_named_although_its_peer_broke_off_first(studio) -> None:
         studio.dispatcher.results(calls, "a step")
 
 
-def test_a_rank_without_a_sign_of_life_is_lost_while_others_work(studio) -> None:
-    """It was stopped while nobody waited for it."""
+@pytest.fixture
+def watched(studio):
+    """Two ranks that gave signs of life, due every 12 s at the latest, while something was drawn."""
     handles = ranks(studio, Rank(), Rank())
     studio.backend.beats = True
     studio.dispatcher.results(step(handles), "starting")
     studio.dispatcher.watch(handles, 12.0)
     studio.backend.seconds["draw"] = 30.0
     studio.dispatcher.wait([studio.draw(0)])
+    return handles
+
+
+def test_a_rank_without_a_sign_of_life_is_lost_while_others_work(studio, watched) -> None:
+    """It was stopped while nobody waited for it."""
     studio.backend.frozen = {"learner-1"}
     frozen_at = studio.backend.clock()
     lost = r"learner rank 1 \(node here, pid 1\) gave no sign of life in 12 s; last heartbeat \d+ s before, with 100 MB"
@@ -460,14 +466,8 @@ def test_a_rank_without_a_sign_of_life_is_lost_while_others_work(studio) -> None
     assert studio.backend.clock() - frozen_at < 12 + 12 / BEATS + 3
 
 
-def test_a_rank_that_dies_while_nobody_waits_for_it_is_heard_of(studio) -> None:
-    handles = ranks(studio, Rank(), Rank())
-    studio.backend.beats = True
-    studio.dispatcher.results(step(handles), "starting")
-    studio.dispatcher.watch(handles, 12.0)
-    studio.backend.seconds["draw"] = 30.0
-    studio.dispatcher.wait([studio.draw(0)])
-    handles[0].die()
+def test_a_rank_that_dies_while_nobody_waits_for_it_is_heard_of(studio, watched) -> None:
+    watched[0].die()
     with pytest.raises(LearnerLostError, match=r"learner rank 0 \(node here, pid 1\) was lost .*; last heartbeat"):
         studio.dispatcher.wait([studio.draw(1)])
 
