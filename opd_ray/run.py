@@ -270,7 +270,9 @@ class Run:
         result = self.result("done")
         if self.evaluation is not None:
             self.live.phase("evaluating base, teachers and student")
-            result |= self.evaluation.final(self.learner.average())
+            average = self.learner.average()
+            self.learner.rest()
+            result |= self.evaluation.final(average)
             self._book()
         result["advice"] = self._advice()
         write_json_atomic(self.folder / "result.json", result)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -15,10 +16,12 @@ from torch._C._distributed_c10d import HashStore
 from opd_ray.config import OptimizerConfig
 from opd_ray.errors import RunFolderError
 
-__all__ = ["INSTALL", "MEETING", "MOMENTS", "Engine", "LossScale", "join", "local", "split_key"]
+__all__ = ["INSTALL", "LOOPBACK", "MEETING", "MOMENTS", "Engine", "LossScale", "join", "local", "split_key"]
 
 MEETING = "OPD_RAY_MEETING"
 """Environment variable: the file in which ranks of one node meet. Otherwise they meet at torch's MASTER_ADDR."""
+LOOPBACK = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo0" if sys.platform == "darwin" else "lo")
+"""Environment of ranks that are on one node: nobody else can connect to them."""
 INSTALL = "cluster.learner.backend deepspeed: not installed here; run DS_BUILD_OPS=0 pip install 'opd-ray[deepspeed]'"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -204,6 +207,7 @@ def join(rank: int, ranks: int, device: str) -> None:
     if not dist.is_initialized():
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         if ranks == 1:
+            os.environ.update(LOOPBACK)
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         elif meeting := os.environ.get(MEETING):
             dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=ranks)

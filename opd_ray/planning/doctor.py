@@ -134,6 +134,9 @@ def gloo() -> Finding:
     import torch
     from torch import distributed
 
+    from opd_ray.learners.engine import LOOPBACK
+
+    os.environ.update(LOOPBACK)
     try:
         with tempfile.TemporaryDirectory() as folder:
             meeting, limit = Path(folder, "meeting").as_uri(), datetime.timedelta(seconds=30)
@@ -144,7 +147,7 @@ def gloo() -> Finding:
         if total.tolist() != [1, 1]:
             raise ValueError(f"summed the ones of one process to {total.tolist()}")
     except (RuntimeError, OSError, ValueError, AttributeError) as error:  # the last: built without it
-        return Finding("problem", _line(error), "GLOO_SOCKET_IFNAME=lo if it is about an address, else reinstall torch")
+        return Finding("problem", _line(error), "see that the loopback interface is up, or reinstall torch")
     return Finding("ok", "a group of one process opened, summed and closed")
 
 

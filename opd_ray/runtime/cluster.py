@@ -4,6 +4,7 @@ import faulthandler
 import os
 import resource
 import signal
+import stat
 import sys
 import tempfile
 import threading
@@ -58,8 +59,10 @@ class Process:
         self._elsewhere = ray.get_runtime_context().get_node_id() != home
         astray = _astray(spec.nonce, 0.0 if spec.ship else NONCE_S) if spec.nonce is not None else None
         logs, self._astray = spec.logs, None if spec.ship else astray
+        self._away = ""
         if astray is not None:
-            logs = elsewhere(logs) if spec.ship and logs is not None else None
+            logs = elsewhere(spec) if spec.ship else None
+            self._away = str(logs or "")
         if logs is not None:
             logs.mkdir(parents=True, exist_ok=True)
             log = os.open(logs / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -102,12 +105,26 @@ class Process:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         if self._spec.stack_after_s:  # a watchdog without Python's lock, put off by each sign of life
             faulthandler.dump_traceback_later(self._spec.stack_after_s, file=sys.stderr)
-        return Done(Beat(ray.util.get_node_ip_address(), os.getpid(), _memory_mb(), _gpu_memory_mb()), 0.0, 0)
+        node, memory = ray.util.get_node_ip_address(), (_memory_mb(), _gpu_memory_mb())
+        return Done(Beat(node, os.getpid(), *memory, away=self._away), 0.0, 0)
 
 
-def elsewhere(logs: Path) -> Path:
-    """Where logs lie on a node that does not see the run folder."""
-    return Path(tempfile.gettempdir()) / f"opd-ray-{logs.parent.name}" / logs.name
+def elsewhere(spec: WorkerSpec) -> Path | None:
+    """Where logs lie on a node that does not see the run folder: this user's own, and of this attempt alone.
+
+    None where it cannot be made, or is another's: a worker goes without a log then.
+    """
+    if spec.logs is None or spec.nonce is None:
+        return None
+    name = f"opd-ray-{os.getuid()}-{spec.logs.parent.name}-{spec.nonce[1][:12]}"
+    folder = Path(tempfile.gettempdir()) / name
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        about = folder.lstat()
+    except OSError:
+        return None
+    mine = stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid()
+    return folder if mine else None
 
 
 def _astray(nonce: tuple[Path, str], patience_s: float) -> RunFolderError | None:

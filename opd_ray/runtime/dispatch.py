@@ -346,6 +346,9 @@ class Dispatcher:
             raise LearnerLostError(f"the published weights are gone ({error})")
         if job is None or job.dropped:
             return
+        if not job.after:
+            self._failed(job, LearnerLostError(f"what {job.label} was to take from the learner is gone ({error})"))
+            return
         self.note(f"an input of {job.label} is gone ({error}); the item that made it runs again")
         # Another reader may have had its producer run again by now.
         self.again([other for other, given in zip(job.after, job.given, strict=True) if other.call is given])

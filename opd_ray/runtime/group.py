@@ -1,6 +1,5 @@
 """The learner ranks: each is given its items as they come; no weight changes before all ranks have all of theirs."""
 
-import sys
 import tempfile
 import time
 import uuid
@@ -14,7 +13,7 @@ from typing import Any
 
 from opd_ray.errors import BadInputError, InputLostError, OutOfOrderError, Stopped
 from opd_ray.learners import UpdateReport
-from opd_ray.learners.engine import MEETING
+from opd_ray.learners.engine import LOOPBACK, MEETING
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import Call, Done, Handle, RankFacts, Ref, Weights, WorkerSpec
 from opd_ray.runtime.hosts import Share
@@ -241,16 +240,29 @@ class LearnerGroup:
     def restore(self, run_dir: Path) -> tuple[int, dict[str, Any] | None, list[str]]:
         """The newest valid checkpoint on every rank: its round, the driver's state, notes about damaged ones."""
         if self._clerk is not None:
-            job = self._job("newest", (str(run_dir),), bulk=1)
-            (round, notes), call = self._wait(job).value, job.call
-            assert call is not None
-            drivers = [done.value for done in self._all("take_back", call.bulk[0])]
-            return round, drivers[0], notes
+            return self._taken_back(run_dir)
         found = [done.value for done in self._all("restore", str(run_dir))]
         if any(one[0] != found[0][0] for one in found):
             raise Stopped(f"ranks loaded different checkpoints, rounds {[one[0] for one in found]}")
         round, driver, notes = found[0]
         return round, driver, notes
+
+    def _taken_back(self, run_dir: Path) -> tuple[int, dict[str, Any] | None, list[str]]:
+        """As ``restore``, through the clerk; once more where what it read was lost on the way to the ranks."""
+        for _ in range(MAX_TRIES):
+            job = self._job("newest", (str(run_dir),), bulk=1)
+            (round, notes), call = self._wait(job).value, job.call
+            assert call is not None
+            self._send_all("take_back", call.bulk[0])
+            try:
+                return round, self._heard("taking the checkpoint", reads=True)[-1].value, notes
+            except InputLostError as error:
+                self.dispatcher.note(f"the checkpoint was lost on its way to the learner ({error}); it is read again")
+        raise Stopped(f"the checkpoint was lost {MAX_TRIES} times on its way to the learner; --resume reads it again")
+
+    def rest(self) -> None:
+        """Nobody asks the ranks for anything any more: whether they live is nobody's business either."""
+        self.dispatcher.ranks = None
 
     def hashes(self) -> dict[str, str | None]:
         """Identity of the raw and the averaged student."""
@@ -318,11 +330,9 @@ def _rendezvous(ranks: int) -> dict[str, str]:
     They meet in a file, since torch's own store listens on every address, and talk over the loopback interface.
     """
     meeting = Path(tempfile.gettempdir()) / f"opd-ray-{uuid.uuid4().hex}"
-    loopback = "lo0" if sys.platform == "darwin" else "lo"
     return {
         MEETING: str(meeting),
-        "GLOO_SOCKET_IFNAME": loopback,
-        "NCCL_SOCKET_IFNAME": loopback,
+        **LOOPBACK,
         "MASTER_ADDR": "127.0.0.1",  # accelerate asks for one
         "WORLD_SIZE": str(ranks),
     }

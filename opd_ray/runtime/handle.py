@@ -37,6 +37,8 @@ class Beat:
     memory_mb: float
     """Resident memory of its process."""
     gpu_memory_mb: float = 0.0
+    away: str = ""
+    """Where on its node its log is, if not in the run folder."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,7 @@ class Pool:
         job.call = job.result = job.error = None
         if job.dropped:
             return
-        if why := job.exhausted(where(self.spec.logs, job.by)):
+        if why := job.exhausted(where(self.spec, job.by)):
             raise Stopped(why)
         self.put(job)
 

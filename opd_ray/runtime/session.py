@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -48,7 +49,8 @@ class Session:
         hidden = self.folder / f".{MARK}"
         self._mark = hidden.open("w")
         fcntl.flock(self._mark, fcntl.LOCK_EX)
-        json.dump({"pid": os.getpid(), "time": time.time(), "command": " ".join(sys.argv)}, self._mark)
+        mark = {"pid": os.getpid(), "time": time.time(), "command": " ".join(sys.argv), **_machine()}
+        json.dump(mark, self._mark)
         self._mark.flush()
         hidden.rename(self.folder / MARK)  # nobody sees it before it is locked
         self._vital: dict[int, str] = {}
@@ -57,9 +59,11 @@ class Session:
     def watch(self) -> None:
         """From now on ``lost`` knows which processes Ray cannot do without."""
         for pid in processes(self.folder):
-            program = os.path.basename(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0])
-            if program in VITAL:
-                self._vital[pid] = program.decode()
+            with suppress(OSError):  # it has ended meanwhile, or is no child of ours but one that raylet just forked
+                program = os.path.basename(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0])
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if program in VITAL:
+                    self._vital[pid] = program.decode()
 
     def lost(self) -> str | None:
         """Which of those has ended."""
@@ -174,7 +178,25 @@ def _taken_over() -> Iterator[tuple[Path, IO[str]]]:
     for folder in _ours():
         if (mark := _seized(folder)) is not None:
             with mark:
-                yield folder, mark
+                if _was_here(mark):
+                    yield folder, mark
+
+
+def _machine() -> dict[str, str]:
+    """Its name, and which of its starts this is where the system tells."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return {"host": socket.gethostname(), "boot": boot.read_text().strip() if boot.exists() else ""}
+
+
+def _was_here(mark: IO[str]) -> bool:
+    """Whether its lock says anything: a shared folder may keep those of each machine to itself."""
+    try:
+        about = json.load(mark)
+        return any(about.get(key) == value for key, value in _machine().items() if value)
+    except (ValueError, AttributeError):
+        return True  # it was killed before it could write
+    finally:
+        mark.seek(0)
 
 
 def _seized(folder: Path) -> IO[str] | None:

@@ -31,7 +31,8 @@ def lost_worker(spec: WorkerSpec, worker: Worker, state: State, jobs: Sequence[J
     held = f" while {jobs[0].label}" if jobs and jobs[0].label else ""
     phase = "" if jobs else f" while {_phase(worker, state)}"
     text = f"{name}{place(worker.pulse)} was lost{held or phase} ({why}); {len(jobs)} work items run again"
-    return text + last_signs(spec.logs, name, worker.pulse, worker.pulse_at, now)
+    logs = None if spec.ship and worker.pulse is None else spec.logs  # there may be an older attempt's
+    return text + last_signs(logs, name, worker.pulse, worker.pulse_at, now)
 
 
 def place(pulse: Beat | None) -> str:
@@ -46,7 +47,10 @@ def last_signs(logs: Path | None, name: str, pulse: Beat | None, pulse_at: float
         text += f"; last heartbeat {max(now - pulse_at, 0.0):.0f} s before, with {pulse.memory_mb:.0f} MB"
         if pulse.gpu_memory_mb:
             text += f" and {pulse.gpu_memory_mb:.0f} MB of its card"
-    if lines := last_lines(logs, name):
+    away = pulse.away if pulse is not None else ""
+    if away:
+        text += f"; its log is {away}/{name}.log there"
+    elif lines := last_lines(logs, name):
         text += f"; last in {name}.log: {' | '.join(lines)}"
     return text
 
@@ -58,9 +62,11 @@ def _phase(worker: Worker, state: State) -> str:
     return "idle" if state is State.HEALTHY else state.value
 
 
-def where(logs: Path | None, name: str) -> str:
+def where(spec: WorkerSpec, name: str) -> str:
     """Where its log is, as the end of a sentence."""
-    return f"; see {logs}/{name}.log" if logs is not None else ""
+    if spec.logs is None:
+        return ""
+    return f"; see {name}.log, in {spec.logs} or on its node" if spec.ship else f"; see {spec.logs}/{name}.log"
 
 
 def last_lines(logs: Path | None, name: str) -> list[str]:

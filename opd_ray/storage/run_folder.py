@@ -9,6 +9,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -165,11 +166,22 @@ def overwrite_json(path: Path, data: Any) -> None:
     """Write JSON over what is there, in the room that it has: for the last word of a run whose disk is full.
 
     Raises:
-        OSError: the file is not there, or needs more room than there is.
+        OSError: the file is not there, or needs more room than there is; then it is as it was.
     """
-    with path.open("r+b") as file:
-        file.write((json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
-        file.truncate()
+    with path.open("r+b", buffering=0) as file:
+        before = file.read()
+        try:
+            _rewrite(file, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+        except OSError as error:
+            _rewrite(file, before)  # it has room for this
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _rewrite(file: FileIO, content: bytes) -> None:
+    file.seek(0)
+    if file.write(content) < len(content):  # the rest found no room
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    file.truncate()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Every learner backend on two gloo ranks: as one rank, and each from what any other saved."""
 
+import ast
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from opd_ray.learners.engine import MEETING, LossScale
 from opd_ray.preflight import check_backend
 from tests.algorithms.parts import load
 from tests.learners.ranks import BACKENDS, FULL, IN_FULL, NEXT, OFFLOADED, ROUNDS, SAVED, make, train
+from tests.runtime.runs import LOOPBACK
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
@@ -191,3 +193,26 @@ def test_the_scale_of_an_fp16_loss_is_torchs():
 def test_the_tested_release_of_deepspeed_is_the_one_that_runs():
     pinned = (ROOT / "constraints.txt").read_text().split("deepspeed==")[1].split()[0]
     assert version("deepspeed") == pinned
+
+
+ALONE = """
+import os, sys
+import torch
+from opd_ray.learners.engine import join
+from opd_ray.planning.doctor import gloo
+from tests.runtime.runs import listeners
+
+torch.distributed.destroy_process_group = lambda: None
+join(0, 1, "cpu") if sys.argv[1] == "learner" else gloo()
+print(listeners(os.getpid()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+@pytest.mark.parametrize("who", ["learner", "doctor"])
+def test_a_rank_of_its_own_listens_on_no_address_that_others_reach(who) -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", ALONE, who], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    listening = ast.literal_eval(found.stdout)
+    assert listening and set(listening) == {LOOPBACK}

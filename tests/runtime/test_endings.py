@@ -1,5 +1,6 @@
 """What a Ray of our own leaves behind: nothing, however its driver ends; and after SIGKILL, until somebody cleans."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from opd_ray.planning import doctor
+from opd_ray.runtime import session
 from opd_ray.runtime.session import PREFIX, Session, clean, forsaken
 from opd_ray.storage import checkpoint
 from opd_ray.storage.run_folder import read_json
@@ -177,6 +179,20 @@ def test_after_a_sigkill_doctor_removes_what_is_left_and_nothing_else(place, mon
     foreign.parent.rmdir()
     (place.folder / f"{PREFIX}unmarked").rmdir()
     assert place.empty(segments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ours"),
+    [({}, True), ({"host": "another"}, True), ({"boot": "before"}, True), ({"host": "another", "boot": "its"}, False)],
+)
+def test_another_machines_ray_in_a_shared_folder_is_left_alone(tmp_path, monkeypatch, changes, ours) -> None:
+    """There a lock may be each machine's own, so that ours says nothing of it."""
+    monkeypatch.setattr(session, "_base", lambda: tmp_path)
+    mark = tmp_path / f"{PREFIX}x" / "driver.json"
+    mark.parent.mkdir()
+    mark.write_text(json.dumps({"pid": 1, "command": "train", **session._machine(), **changes}))
+    assert forsaken() == ([mark.parent] if ours else [])
+    assert len(clean()) == int(ours) and mark.exists() != ours
 
 
 @pytest.mark.verify

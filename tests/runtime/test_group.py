@@ -60,15 +60,36 @@ class Rank:
         self.log.append(("save", round))
         return Done(f"path of {self.number}", 0.0, 0)
 
+    def serialise(self, round, driver):
+        self.log.append(("serialise", round))
+        return f"state of {self.number}", Done(None, 0.0, 0)
+
+    def take_back(self, flat):
+        self.log.append(("take back", flat))
+        return Done({"of": flat}, 0.0, 0)
+
     def export(self, folder):
         self.log.append(("export", folder))
         return Done(None, 0.0, 0)
 
 
+class Clerk:
+    """Has the run folder."""
+
+    def ready(self):
+        return Done(None, 0.0, 0)
+
+    def commit(self, run_dir, round, attempt, keep, flat):
+        return Done(f"path of {flat}", 0.0, 0)
+
+    def newest(self, run_dir):
+        return "checkpoint", Done((3, ["a note"]), 0.0, 0)
+
+
 class Desk:
     """Items that are drawn and marked, and ranks that take them."""
 
-    def __init__(self, ranks=1, items=4, *, sharded=False) -> None:
+    def __init__(self, ranks=1, items=4, *, sharded=False, ship=False) -> None:
         self.backend = FakeBackend()
         self.dispatcher = Dispatcher(self.backend, call_timeout_s=60, clock=self.backend.clock)
         self.notes = []
@@ -76,7 +97,8 @@ class Desk:
         self.painters, self.critics = self.pool("rollout", Painter), self.pool("teacher", Critic)
         self.hosts = [Rank(number, ranks) for number in range(ranks)]
         specs = [WorkerSpec("learner", lambda host=host: host, 1, {}) for host in self.hosts]
-        self.group = LearnerGroup(self.dispatcher, specs, attempt=0, start_timeout_s=30, sharded=sharded)
+        clerk = self.pool("clerk", Clerk) if ship else None
+        self.group = LearnerGroup(self.dispatcher, specs, attempt=0, start_timeout_s=30, sharded=sharded, clerk=clerk)
         self.dispatcher.wait_ready()
         self.group.wait_ready()
         by = weights(self.backend, 0)
@@ -299,3 +321,46 @@ def test_where_weights_are_sharded_every_rank_takes_part_in_what_the_first_gives
     asked = [("publish", False), ("publish", True), ("save", 3), ("export", "lora")]
     assert desk.hosts[0].log[:4] == asked
     assert desk.hosts[1].log[:4] == asked if sharded else desk.hosts[1].log[0] == "begin"
+
+
+def losing(desk, method, times):
+    """What the next calls of a method returned is gone before anybody reads it."""
+    left = [times]
+
+    def before_wait() -> None:
+        for handle in desk.backend.handles.values():
+            for request in handle.requests:
+                if request.method == method and left[0] and request.args[-1] in desk.backend.store:
+                    left[0] -= 1
+                    desk.backend.lose(request.args[-1])
+
+    desk.backend.before_wait = before_wait
+
+
+def test_a_checkpoint_that_is_lost_on_its_way_to_the_clerk_is_a_lost_learner() -> None:
+    desk = Desk(ship=True)
+    assert desk.group.save(Path("run"), 3, {}, attempt=0, keep=1) == "path of state of 0"
+    losing(desk, "commit", 1)
+    with pytest.raises(LearnerLostError, match="what commit of the run folder was to take from the learner is gone"):
+        desk.group.save(Path("run"), 4, {}, attempt=0, keep=1)
+
+
+def test_a_checkpoint_that_is_lost_on_its_way_to_the_ranks_is_read_again() -> None:
+    desk = Desk(ranks=2, ship=True)
+    losing(desk, "take_back", 1)
+    assert desk.group.restore(Path("run")) == (3, {"of": "checkpoint"}, ["a note"])
+    assert len(desk.begun("newest")) == 2 and "is read again" in desk.notes[0]
+    losing(desk, "take_back", 1000)
+    with pytest.raises(Stopped, match=f"lost {MAX_TRIES} times"):
+        desk.group.restore(Path("run"))
+
+
+def test_ranks_that_rest_may_die() -> None:
+    desk = Desk()
+    desk.backend.beats = True
+    desk.round()
+    desk.group.rest()
+    desk.backend.handles["learner-0"].die()
+    for _ in range(200):
+        desk.dispatcher._pump([desk.group.ranks[0].call("update", 0, bulk=0).done])
+    assert not desk.notes

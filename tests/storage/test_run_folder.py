@@ -1,9 +1,11 @@
 """Who owns a run folder, and files that are whole or absent."""
 
+import io
 import json
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -139,3 +141,25 @@ def test_floats_survive_exactly(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(RunFolderError, match=r"x\.json: no such file"):
         read_json(tmp_path / "x.json")
+
+
+class Full(io.FileIO):
+    """A file on a disk that has room for so many bytes more."""
+
+    room = 0
+
+    def write(self, content):
+        return super().write(bytes(content)[: self.room])
+
+
+def test_the_last_word_on_a_full_disk_is_whole_or_what_was_there_stays(tmp_path, monkeypatch):
+    path = tmp_path / "status.json"
+    write_json_atomic(path, {"status": "running", "round": 1000})
+    Full.room = size = path.stat().st_size
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda file, mode, buffering: Full(file, "r+"))
+        with pytest.raises(OSError, match=r"No space left on device: '.*status\.json'"):
+            run_folder.overwrite_json(path, {"status": "stopped", "why": "x" * size})
+    assert read_json(path) == {"status": "running", "round": 1000}
+    run_folder.overwrite_json(path, {"status": "stopped"})
+    assert read_json(path) == {"status": "stopped"}
