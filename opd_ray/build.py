@@ -36,7 +36,7 @@ from opd_ray.runtime.scaling import Scaler
 from opd_ray.runtime.session import clean
 from opd_ray.runtime.usage import Meter
 from opd_ray.startup import Startup
-from opd_ray.storage.run_folder import abandon, claim, read_json, write_json_atomic
+from opd_ray.storage.run_folder import abandon, claim, read_json, write_atomic, write_json_atomic
 
 if TYPE_CHECKING:
     from opd_ray.runtime.telemetry import Telemetry
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 __all__ = ["build"]
 
 CLERK = "clerk"
-NONCE = ".nonce"
-"""In the run folder, new with each attempt: workers that find it see the same folder."""
+NONCE = ".nonce-"
+"""Beginning of the name of a file in the run folder, new with each start: workers that find it see the same folder."""
 STACK_AFTER = 0.75
 """Part of the heartbeat's timeout after which a wedged worker writes its stacks into its log."""
 
@@ -81,7 +81,7 @@ def build(
     startup.mark("checks")
     attempt = claim(folder, identity(config), resume=resume, may_differ=FORCED if force else ())
     config = anchored(config)
-    (folder / NONCE).write_text(uuid.uuid4().hex)
+    _new_nonce(folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     with ExitStack() as failed, live:
         failed.callback(abandon, folder)
@@ -106,6 +106,14 @@ def build(
                 yield run
         finally:
             backend.close()
+
+
+def _new_nonce(folder: Path) -> None:
+    """A file that no worker has looked for before, so that no cache can know that it is not there."""
+    for old in folder.glob(f"{NONCE}*"):
+        old.unlink(missing_ok=True)
+    name = uuid.uuid4().hex
+    write_atomic(folder / f"{NONCE}{name}", name.encode())
 
 
 def _started(run: Run, startup: Startup) -> None:
@@ -188,7 +196,7 @@ def _wire(
         facts=facts,
         scaler=_scaler(config, dispatcher),
         books=TimeBooks(dispatcher, learner),
-        meter=Meter({pool.spec.role: pool for pool in dispatcher.pools}),
+        meter=Meter({pool.spec.role: pool for pool in dispatcher.pools if pool.spec.role != CLERK}),
         watchers=[one.roles for one in telemetry],
         rounds_in_store=in_store,
     )
@@ -343,7 +351,7 @@ def _spec(role: str, placement: Placement, factory: Any, folder: Path, cluster: 
         placement.threads,
         dict(placement.resources),
         folder / "logs",
-        nonce=(folder / NONCE, (folder / NONCE).read_text()),
+        nonce=next((path, path.read_text()) for path in folder.glob(f"{NONCE}*")),
         ship=cluster.storage == "ship",
         stack_after_s=STACK_AFTER * cluster.heartbeat_timeout_s,
     )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,5 +33,13 @@ class RecordedActor:
         self.folder = Path(folder)
 
     def read(self, task: str, name: str) -> Mapping[str, Tensor]:
-        """The tensors of one recording; what they mean is between who recorded and the algorithm."""
-        return load_file(self.folder / task / name)
+        """The tensors of one recording; what they mean is between who recorded and the algorithm.
+
+        Raises:
+            PromptError: it cannot be read.
+        """
+        path = self.folder / task / name
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise PromptError(f"recorded experience {path} cannot be read ({error})") from None

@@ -29,15 +29,15 @@ def overrides(given: list[str] | None, seed: int | None) -> list[str]:
     return [*(given or []), *([] if seed is None else [f"seed={seed}"])]
 
 
-def require_local(path: Path) -> None:
-    """Refuse what is no path of a file system.
+def require_local(path: Path, what: str = "--out") -> None:
+    """Refuse what is no path of a file system; ``what`` begins the message.
 
     Raises:
         RunFolderError: it is an address, for instance ``s3://bucket/runs``.
     """
     if path.parts and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:", path.parts[0]):
         raise RunFolderError(
-            f"--out: {path.parts[0]}// is an address, and a run needs a folder that it can lock and rename in; mount "
+            f"{what}: {path.parts[0]}// is an address, and a run needs a folder that it can lock and rename in; mount "
             "it as a file system, or train into a local folder and copy it afterwards"
         )
 

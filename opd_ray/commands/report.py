@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from opd_ray.commands.options import require_local
 from opd_ray.console import console
 from opd_ray.errors import RunFolderError
 
@@ -19,6 +20,7 @@ def report(
     from opd_ray.report.grid import write_grid
     from opd_ray.report.html import write_report
 
+    require_local(run, "RUN")
     if not (run / "run.json").is_file():
         raise RunFolderError(f"{run}: not a run folder (no run.json); run folders are runs/<name>")
     try:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from opd_ray.commands.options import require_local
 from opd_ray.console import console
 from opd_ray.errors import ConfigError
 
@@ -26,6 +27,7 @@ def scale(
     """
     from opd_ray.storage.control import ask
 
+    require_local(run, "RUN")
     answer = ask(run, parse_targets(targets), timeout)
     if not answer.ok:
         raise ConfigError(answer.text)

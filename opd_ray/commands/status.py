@@ -19,7 +19,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from opd_ray.commands.options import Json
+from opd_ray.commands.options import Json, require_local
 from opd_ray.console import console
 from opd_ray.errors import RunFolderError
 
@@ -40,6 +40,7 @@ def status(
     ] = None,
 ) -> None:
     """Show how a run stands: its round and pace, and what the workers of each role do."""
+    require_local(run, "RUN")
     if json:
         console.print_json(data=Standing.read(run).data())
     elif console.is_terminal if watch is None else watch:

@@ -8,6 +8,8 @@ from opd_ray.models.base import family_class
 __all__ = ["round_bytes", "rounds_that_fit"]
 
 FLOAT = 4
+WEIGHTS = "weights"
+"""The part of a round that is the version it is drawn with."""
 
 
 def round_bytes(config: Config, algorithm: Algorithm, tasks: int) -> dict[str, int]:
@@ -28,6 +30,8 @@ def round_bytes(config: Config, algorithm: Algorithm, tasks: int) -> dict[str, i
     found = {
         "trajectories": pictures * (states * shape.latent + shape.conditioning) + items * shape.conditioning,
         "teachers' answers": pictures * marked * shape.latent if algorithm.needs_teachers else 0,
+        # A LoRA is not worth counting.
+        WEIGHTS: shape.parameters["denoiser"] if config.student.lora is None else 0,
         "pictures": pictures * 3 * shape.pixels**2 if algorithm.needs_rewards else 0,
     }
     return {part: count * FLOAT for part, count in found.items() if count}
@@ -46,13 +50,15 @@ def rounds_that_fit(parts: dict[str, int], capacity: int, fraction: float) -> in
     """
     if not parts:
         return None
-    total, room = sum(parts.values()), capacity * fraction
+    following = parts.get(WEIGHTS, 0)  # is published while the last round is not yet let go
+    total, room = sum(parts.values()), capacity * fraction - following
     if total > room:
         amounts = " + ".join(f"{part} {_mb(count)}" for part, count in parts.items())
+        amounts += f"; the version after it {_mb(following)}" if following else ""
         raise PlacementError(
-            f"a round needs {_mb(total)} MB of object store ({amounts}), and {fraction:g} of the smallest node's "
-            f"{_mb(capacity)} MB is {_mb(room)} MB; lower batch.images_per_task, or raise cluster.object_store_mb "
-            "(of a Ray that was there before: --object-store-memory of its nodes)"
+            f"a round needs {_mb(total + following)} MB of object store ({amounts}), and {fraction:g} of the smallest "
+            f"node's {_mb(capacity)} MB is {_mb(room + following)} MB; lower batch.images_per_task, or raise "
+            "cluster.object_store_mb (of a Ray that was there before: --object-store-memory of its nodes)"
         )
     return int(room // total)
 

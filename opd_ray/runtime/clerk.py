@@ -7,6 +7,7 @@ from opd_ray.runtime.handle import Done
 from opd_ray.storage import checkpoint
 from opd_ray.storage.packing import Flat, Manifest, pack_files, unpack, unpack_files
 from opd_ray.storage.pictures import write_png
+from opd_ray.storage.run_folder import write_atomic
 
 __all__ = ["ClerkHost"]
 
@@ -34,7 +35,7 @@ class ClerkHost:
         for name, content in unpack_files(flat).items():
             path = Path(folder) / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            write_atomic(path, content)
         return Done(None, 0.0, 0)
 
     def pictures(self, files: Sequence[str], manifest: Manifest, flat: Flat) -> Done:

@@ -22,7 +22,7 @@ CHARACTERS = 200
 READ_BYTES = 16384
 FRAMES = 4
 THREAD = re.compile(r"(Current thread|Thread) 0x\w+ .*\(most recent call first\):")
-AT_REST = re.compile(r"<no Python frame>|/threading\.py|/ray/_private/|/runtime/cluster\.py.* in beat$")
+AT_REST = re.compile(r"<no Python frame>|/threading\.py|/ray/_private/|/runtime/process\.py.* in beat$")
 
 
 def lost_worker(spec: WorkerSpec, worker: Worker, state: State, jobs: Sequence[Job], why: str, now: float) -> str:

@@ -4,6 +4,7 @@ import pytest
 
 from opd_ray.algorithms import make_algorithm
 from opd_ray.errors import PlacementError
+from opd_ray.models.base import family_class
 from opd_ray.planning import round_bytes, rounds_that_fit
 from opd_ray.preflight import preflight
 from opd_ray.recipes import load
@@ -56,3 +57,14 @@ def test_it_is_refused_before_ray_starts(monkeypatch) -> None:
 
 def test_a_family_that_does_not_say_its_shape_is_not_bounded() -> None:
     assert rounds_that_fit({}, 1, 0.7) is None
+
+
+def test_full_weights_count_once_a_round_and_once_more() -> None:
+    """A round is drawn with a version of its own, and the next one is published before the last is let go."""
+    config, algorithm = demo("student.lora=null")
+    parts = round_bytes(config, algorithm, 3)
+    assert parts["weights"] == 4 * sum(p.numel() for p in family_class("sd3").skeleton(config.model).parameters())
+    sizes = {"trajectories": 10 * MB, "weights": 20 * MB}
+    assert [rounds_that_fit(sizes, capacity * MB, 1.0) for capacity in (50, 79, 80)] == [1, 1, 2]
+    with pytest.raises(PlacementError, match=r"needs 50.0 MB .*weights 20.0; the version after it 20.0.* is 49.0 MB"):
+        rounds_that_fit(sizes, 49 * MB, 1.0)

@@ -144,11 +144,11 @@ Thread 0x00007f74099536c0 (most recent call first):
   File "/rewards.py", line 50 in score
   File "/opd_ray/actors/reward.py", line 31 in score
   File "/opd_ray/runtime/hosts.py", line 108 in score
-  File "/opd_ray/runtime/cluster.py", line 69 in call
+  File "/opd_ray/runtime/process.py", line 69 in call
   File "/ray/_private/function_manager.py", line 740 in actor_method_executor
 
 Current thread 0x00007f740a1546c0 (most recent call first):
-  File "/opd_ray/runtime/cluster.py", line 75 in beat
+  File "/opd_ray/runtime/process.py", line 75 in beat
   File "/ray/_private/function_manager.py", line 740 in actor_method_executor
 
 Thread 0x00007f740a1546c1 (most recent call first):
