@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -110,6 +111,11 @@ def test_every_option_that_is_mentioned_exists(page) -> None:
         verb, *words = inline.split()
         known = {name for option in GROUP.commands[verb].params for name in (*option.opts, *option.secondary_opts)}
         wrong += [inline for word in words if word.startswith("-") and word.split("=")[0] not in known]
+        recipe = next((word for word in words if word in recipes.recipes()), "demo")
+        given = [
+            word for before, word in itertools.pairwise(words) if before in {"-o", "--override"} and "..." not in word
+        ]
+        recipes.load(recipe, given)  # whatever recipe it is for, its keys are those of all
     assert not wrong
 
 
