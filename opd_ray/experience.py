@@ -134,7 +134,7 @@ class RolloutSource:
             parts = tuple(dict.fromkeys((draws[0], draws[-1]))) if draws else ()
             label = f"drawing {_named(item, states, runs)}"
             job = Job(self.rollout, "draw", _with_parts(args, parts), 2, label, after=parts, weights=weights)
-            job.check = drawn_for(item, weights.version, states)
+            job.check = drawn_for(item, weights.version, states, velocities=self.algorithm.needs_velocities)
             draws.append(self._submit(job))
         return tuple(draws)
 
@@ -153,7 +153,7 @@ class RolloutSource:
 
     def _score(self, item: WorkItem, draw: Job) -> Job:
         assert self.reward is not None
-        texts = [prompt.text for prompt in item.prompts]
+        texts = [prompt.text for prompt in item.prompts for _ in range(self.algorithm.pictures)]
         return self._submit(
             Job(
                 self.reward,

@@ -69,6 +69,8 @@ def rollout(config: Config, algorithm: Algorithm, bases: Bases) -> Made:
         seed=config.seed,
         probe_tolerance=_probe_tolerance(config),
         negatives=any(guidance != 1 for guidance in guidances),
+        velocities=algorithm.needs_velocities,
+        shared_noise=algorithm.shared_noise,
     )
     sigmas = tuple(sigmas_of(config.model, config.sampling.steps).tolist())
     return partial(RolloutHost, partial(make_rollout, config, policy, sigmas, bases))
@@ -88,7 +90,7 @@ def make_rollout(config: Config, policy: Policy, sigmas: tuple[float, ...], base
     device = config.cluster.rollout.device
     dtype = dtype_of(config.precision.rollout, device)
     family = (bases or Bases()).load(config.model, device, dtype, text=True, image=True)
-    return RolloutActor(family, policy, torch.tensor(sigmas))
+    return RolloutActor(family, policy, torch.tensor(sigmas), make_algorithm(config).pictured)
 
 
 def teacher(config: Config, names: tuple[str, ...], bases: Bases) -> Made:

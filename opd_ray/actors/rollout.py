@@ -46,6 +46,10 @@ class Policy:
     """How far its velocity at the probe may be from the learner's, relative to the largest: formats may differ."""
     negatives: bool
     """Whether embeddings of the empty prompt travel along: some participant's guidance is not 1."""
+    velocities: bool = False
+    """Whether its own velocities travel along."""
+    shared_noise: bool = False
+    """Whether all images of a prompt in a round begin with the same noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +103,17 @@ def draw_pictures(family: Family, request: SampleRequest, after_step: Callable[[
 class RolloutActor:
     """Draws what the learner trains on, and the pictures that people and rewards look at."""
 
-    def __init__(self, family: Family, policy: Policy, sigmas: Tensor) -> None:
+    def __init__(
+        self,
+        family: Family,
+        policy: Policy,
+        sigmas: Tensor,
+        pictured: Callable[[Trajectory], Tensor | None] = lambda trajectory: None,
+    ) -> None:
         self.family = family
         self.policy = policy
         self.sigmas = sigmas
+        self._pictured = pictured
         own = family.sigmas(len(sigmas) - 1)
         if not torch.equal(own, sigmas):
             raise ModelError(f"the model's sigma schedule {own.tolist()} is not the run's {sigmas.tolist()}")
@@ -175,7 +186,7 @@ class RolloutActor:
         rows = [(prompt.id, sample) for prompt, sample in zip(item.prompts, item.samples, strict=True)]
         seed, kernel = self.policy.seed, KERNELS[self.policy.kernel]
         begun = self._begin(item, version, rows) if before is None else before.to(self.family.device)
-        x, states = begun.state(begun.last).contiguous(), list[Tensor]()
+        x, states, velocities = begun.state(begun.last).contiguous(), list[Tensor](), list[Tensor]()
         for j in range(begun.last, len(self.sigmas) - 1 if last is None else last):
             t, t_next = float(self.sigmas[j]), float(self.sigmas[j + 1])
             velocity = self._velocity(x, t, begun.cond, begun.uncond, self.policy.guidance)
@@ -185,20 +196,23 @@ class RolloutActor:
                 seeds = [fold(seed, "step_noise", item.round, *row, j) for row in rows]
                 x = sample(step, self._noise(seeds))
             states.append(x)
+            velocities.append(velocity)
         if not x.isfinite().all():  # what is not finite stays so, and what reads it need not be blamed
             raise NotFiniteError(
                 f"the student of weights {version} drew NaN or infinity in {item}, first prompt "
                 f"{item.prompts[0].text!r}; lower optimizer.lr or use another precision, then go on with --resume"
             )
+        kept = torch.stack(velocities, dim=1) if self.policy.velocities and velocities else None
         if before is None:
-            return replace(begun, latents=torch.stack([begun.state(0), *states], dim=1))
-        return Trajectory(item, version, self.sigmas, torch.stack(states, dim=1), {}, {}, before.last + 1)
+            return replace(begun, latents=torch.stack([begun.state(0), *states], dim=1), velocities=kept)
+        return Trajectory(item, version, self.sigmas, torch.stack(states, dim=1), {}, {}, before.last + 1, kept)
 
     def _begin(self, item: WorkItem, version: WeightVersion, rows: Sequence[tuple[str, int]]) -> Trajectory:
         """The noise and the conditioning. Laid out as a copy that travelled would be, so that parts change no bit."""
         cond = self.family.encode([prompt.text for prompt in item.prompts])
         uncond = self.family.empty() if self.policy.negatives else {}
-        x = self._noise([fold(self.policy.seed, "init_noise", item.round, *row) for row in rows])
+        begins = [(name,) if self.policy.shared_noise else (name, sample) for name, sample in rows]
+        x = self._noise([fold(self.policy.seed, "init_noise", item.round, *names) for names in begins])
         cond, uncond = ({name: one.contiguous() for name, one in side.items()} for side in (cond, uncond))
         return Trajectory(item, version, self.sigmas, x.unsqueeze(1), cond, uncond)
 
@@ -207,8 +221,12 @@ class RolloutActor:
             raise StaleWeightsError(f"{what} asks for weights {asked and asked[0]}, bound is {self.bound}")
 
     def decode(self, trajectory: Trajectory) -> Tensor:
-        """The drawn pictures, [B, 3, H, W] in [0, 1]."""
-        return self.family.decode(trajectory.state(len(self.sigmas) - 1))
+        """The pictures that are scored, [B K, 3, H, W] in [0, 1], the K of an image after one another.
+
+        That of its last state alone, unless the algorithm asks for others.
+        """
+        latents = self._pictured(trajectory)
+        return self.family.decode(trajectory.state(len(self.sigmas) - 1) if latents is None else latents.flatten(0, 1))
 
     def sample(self, request: SampleRequest) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1] of any model of the run, at seeds that all models share.

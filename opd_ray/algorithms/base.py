@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opd_ray.diffusion import choose_steps
 from opd_ray.seeds import fold
-from opd_ray.types import Conditioning, Experience, WorkItem
+from opd_ray.types import Conditioning, Experience, Trajectory, WorkItem
 
 __all__ = ["Algorithm", "Forward", "Loss"]
 
@@ -23,9 +23,9 @@ class Forward:
     """One forward pass of the student and what its loss needs beside the velocity."""
 
     x: Tensor  # [B, C, H, W] float32
-    t: float
-    t_next: float
-    step: int
+    t: float | Tensor  # one for the batch, or [B]
+    t_next: float | Tensor
+    step: int  # for metrics: of the path, or the forward's place where rows are at different ones
     cond: Conditioning
     uncond: Conditioning
     inputs: Mapping[str, Tensor] = field(default_factory=dict)  # each [B, ...]
@@ -54,6 +54,12 @@ class Algorithm(ABC):
     """False: it reads no state behind the last trained step, so that a drawing without pictures stops there."""
     needs_teachers: ClassVar[bool] = False
     needs_rewards: ClassVar[bool] = False
+    needs_velocities: ClassVar[bool] = False
+    """The behaviour policy's velocities travel with its drawings (``Trajectory.velocities``)."""
+    shared_noise: bool = False
+    """All images of a prompt in a round begin with the same noise."""
+    pictures: int = 1
+    """How many pictures of each image are scored: those of ``pictured``."""
     streams: ClassVar[bool] = False
     """True: one update a round, over all its items, which needs neither scores nor other items: gradients accumulate
     while later items are still drawn and marked. ``observe`` comes after them then."""
@@ -81,6 +87,14 @@ class Algorithm(ABC):
         """The steps that the work item called ``names`` trains on."""
         seed = fold(seed, "steps", *names)
         return choose_steps(self.trained_steps(num_steps), self.steps_per_item, seed)
+
+    def pictured(self, trajectory: Trajectory) -> Tensor | None:
+        """What rewards are to see of a whole drawing.
+
+        Returns:
+            Latents [B, ``pictures``, C, H, W] float32; None for its last state alone.
+        """
+        return None
 
     def select(self, items: Sequence[WorkItem], update: int) -> Sequence[WorkItem]:
         """The items of a round that its update number ``update`` trains on; all of them unless overridden."""

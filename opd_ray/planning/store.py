@@ -27,12 +27,13 @@ def round_bytes(config: Config, algorithm: Algorithm, tasks: int) -> dict[str, i
     states = config.sampling.steps + 1 if whole else max(trained, default=0) + 1
     items = tasks * (config.batch.images_per_task // config.batch.item_size)
     pictures = items * config.batch.item_size
+    drawn = states - 1 if algorithm.needs_velocities else 0
     found = {
-        "trajectories": pictures * (states * shape.latent + shape.conditioning) + items * shape.conditioning,
+        "trajectories": pictures * ((states + drawn) * shape.latent + shape.conditioning) + items * shape.conditioning,
         "teachers' answers": pictures * marked * shape.latent if algorithm.needs_teachers else 0,
         # A LoRA is not worth counting.
         WEIGHTS: shape.parameters["denoiser"] if config.student.lora is None else 0,
-        "pictures": pictures * 3 * shape.pixels**2 if algorithm.needs_rewards else 0,
+        "pictures": pictures * algorithm.pictures * 3 * shape.pixels**2 if algorithm.needs_rewards else 0,
     }
     return {part: count * FLOAT for part, count in found.items() if count}
 

@@ -223,9 +223,15 @@ class Share:
             self.item,
             join_trajectories(path) if path else None,
             join_answers(marks) if marks else None,
-            {name: torch.tensor(score) for name, score in (self.scores or {}).items()},
+            scores_of(self.item, self.scores or {}),
             unpack(flats.pop(0), self.recorded) if self.recorded else {},
         )
+
+
+def scores_of(item: WorkItem, scores: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
+    """Reward -> [B], or [B, K] where K pictures of each image were scored."""
+    found = {name: torch.tensor(score).reshape(len(item.prompts), -1) for name, score in scores.items()}
+    return {name: one.squeeze(1) if one.shape[1] == 1 else one for name, one in found.items()}
 
 
 class LearnerHost:
@@ -253,9 +259,7 @@ class LearnerHost:
 
     def observe(self, scores: Sequence[tuple[WorkItem, Mapping[str, Sequence[float]]]]) -> Done:
         """Every item's scores, once a round."""
-        self.learner.observe(
-            [(item, {name: torch.tensor(score) for name, score in of_item.items()}) for item, of_item in scores]
-        )
+        self.learner.observe([(item, scores_of(item, of_item)) for item, of_item in scores])
         return Done(None, 0.0, 0)
 
     def update(self, update: int) -> Done:
