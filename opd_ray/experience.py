@@ -117,7 +117,9 @@ class RolloutSource:
     def _item(self, item: WorkItem, weights: Weights) -> Collected:
         whole = self.algorithm.whole_paths or self.reward is not None
         last = self.config.sampling.steps if whole else max(item.steps)
-        runs = cut_states(item.steps, last, self.config.cluster.step_chunks if self.teachers else 1)
+        # Whoever looks at a whole drawing gets it whole.
+        chunks = self.config.cluster.step_chunks if self.teachers and not self.algorithm.needs_velocities else 1
+        runs = cut_states(item.steps, last, chunks)
         draws = self._draw(item, runs, weights)
         marks = self._mark(item, runs, draws) if self.teachers else ()
         score = self._score(item, draws[-1]) if self.reward else None
@@ -207,6 +209,7 @@ def _share(item: WorkItem, draws: Sequence[Job], marks: Sequence[Job], score: Jo
         trajectory=_trajectories(draws),
         answer=tuple(_value(mark) for mark in marks),
         scores=_value(score) if score else None,
+        remarks=_value(draws[-1]).remarks,
     )
 
 

@@ -90,7 +90,8 @@ def make_rollout(config: Config, policy: Policy, sigmas: tuple[float, ...], base
     device = config.cluster.rollout.device
     dtype = dtype_of(config.precision.rollout, device)
     family = (bases or Bases()).load(config.model, device, dtype, text=True, image=True)
-    return RolloutActor(family, policy, torch.tensor(sigmas), make_algorithm(config).pictured)
+    algorithm = make_algorithm(config)
+    return RolloutActor(family, policy, torch.tensor(sigmas), algorithm.pictured, algorithm.remarks)
 
 
 def teacher(config: Config, names: tuple[str, ...], bases: Bases) -> Made:

@@ -1,6 +1,7 @@
 """The rollout actor: encodes prompts, draws along the behaviour policy's own denoising path, decodes pictures."""
 
 import itertools
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -109,11 +110,13 @@ class RolloutActor:
         policy: Policy,
         sigmas: Tensor,
         pictured: Callable[[Trajectory], Tensor | None] = lambda trajectory: None,
+        remarks: Callable[[Trajectory], Mapping[str, "array[float]"]] = lambda trajectory: {},
     ) -> None:
         self.family = family
         self.policy = policy
         self.sigmas = sigmas
         self._pictured = pictured
+        self.remarks = remarks
         own = family.sigmas(len(sigmas) - 1)
         if not torch.equal(own, sigmas):
             raise ModelError(f"the model's sigma schedule {own.tolist()} is not the run's {sigmas.tolist()}")

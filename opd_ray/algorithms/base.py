@@ -5,6 +5,7 @@ experience, runs the forwards it asks for, and gives it the velocities.
 """
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from opd_ray.diffusion import choose_steps
 from opd_ray.seeds import fold
 from opd_ray.types import Conditioning, Experience, Trajectory, WorkItem
 
-__all__ = ["Algorithm", "Forward", "Loss"]
+__all__ = ["Algorithm", "Facts", "Forward", "Loss"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,18 @@ class Loss:
 
     value: Tensor  # []
     metrics: Mapping[str, Tensor] = field(default_factory=dict)  # each []
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What an algorithm may want to know of its run."""
+
+    seed: int = 0
+    num_steps: int = 10
+    """Denoising steps of a drawing."""
+    images_per_prompt: int = 1
+    """Neighbouring rows of a work item."""
+    max_staleness: int = 0
 
 
 class Algorithm(ABC):
@@ -68,6 +81,8 @@ class Algorithm(ABC):
     noise_level: float = 0.0
     steps_per_item: int | None = None
     task_weights: Mapping[str, float] = {}
+    facts: Facts = Facts()
+    """Of the run; ``make_algorithm`` gives them before anything is asked."""
 
     def check(self, sigmas: Tensor) -> None:  # noqa: B027  (most algorithms have nothing to refuse)
         """Refuse a schedule that this algorithm cannot train on, before anything starts.
@@ -96,12 +111,24 @@ class Algorithm(ABC):
         """
         return None
 
+    def remarks(self, trajectory: Trajectory) -> Mapping[str, "array[float]"]:
+        """Numbers about a whole drawing, a few a row: ``observe`` gets those of every item, on every rank.
+
+        Returns:
+            Name -> [B * n] in the order of rows. They travel through the driver, so they have to be few.
+        """
+        return {}
+
     def select(self, items: Sequence[WorkItem], update: int) -> Sequence[WorkItem]:
         """The items of a round that its update number ``update`` trains on; all of them unless overridden."""
         return items
 
     def observe(self, scores: Sequence[tuple[WorkItem, Mapping[str, Tensor]]]) -> None:  # noqa: B027
-        """See every item's scores once a round, in item order and alike on every rank: update own state here."""
+        """See every item's scores once a round, in item order and alike on every rank: update own state here.
+
+        Args:
+            scores: by reward [B] or [B, K]; and what ``remarks`` told, by its name [B, n].
+        """
 
     @abstractmethod
     def forwards(self, experience: Experience, update: int) -> Iterator[Forward]:

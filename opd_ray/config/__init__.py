@@ -4,6 +4,7 @@ Unknown keys are errors, so a typo never becomes a default. An algorithm is a na
 vetted run. ``recipes.load`` turns a recipe's name or a YAML file into one ``Config``.
 """
 
+from opd_ray.config.alignment import DdpoConfig, PsoConfig, SdpoConfig, StepwiseConfig
 from opd_ray.config.cluster import Autoscale, ClusterConfig, LearnerPlacement, Placement, RolePlacement
 from opd_ray.config.method import (
     ATTENTION,
@@ -32,6 +33,7 @@ __all__ = [
     "BatchConfig",
     "ClusterConfig",
     "Config",
+    "DdpoConfig",
     "EmaConfig",
     "EvaluationConfig",
     "LearnerPlacement",
@@ -44,8 +46,11 @@ __all__ = [
     "PluginAlgorithmConfig",
     "Precision",
     "PrecisionConfig",
+    "PsoConfig",
     "RolePlacement",
     "SamplingConfig",
+    "SdpoConfig",
+    "StepwiseConfig",
     "TeacherConfig",
     "WandbConfig",
     "parse",

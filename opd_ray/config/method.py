@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from opd_ray.config.alignment import DdpoConfig, PsoConfig, SdpoConfig
 from opd_ray.config.section import Frozen
 
 __all__ = [
@@ -130,22 +131,29 @@ class PluginAlgorithmConfig(Frozen):
     """Keyword arguments of the class."""
 
 
+ALGORITHMS = ("opd", "ddpo", "sdpo_stepwise", "pso_pairwise")
+
+
 def _algorithm_tag(value: Any) -> str:
-    if isinstance(value, dict):
-        name = value.get("name", "opd")
-    else:  # `algorithm: opd` is text, not a section
-        name = value.name if isinstance(value, OpdConfig | PluginAlgorithmConfig) else ""
+    # `algorithm: opd` is text, not a section.
+    name = value.get("name", "opd") if isinstance(value, dict) else getattr(value, "name", "")
     return "plugin" if ":" in str(name) else str(name)
 
 
 AlgorithmConfig = Annotated[
-    Annotated[OpdConfig, Tag("opd")] | Annotated[PluginAlgorithmConfig, Tag("plugin")],
+    Annotated[OpdConfig, Tag("opd")]
+    | Annotated[DdpoConfig, Tag("ddpo")]
+    | Annotated[SdpoConfig, Tag("sdpo_stepwise")]
+    | Annotated[PsoConfig, Tag("pso_pairwise")]
+    | Annotated[PluginAlgorithmConfig, Tag("plugin")],
     Discriminator(
         _algorithm_tag,
         custom_error_type="unknown_algorithm",
-        custom_error_message="unknown algorithm; known: opd. For your own use package.module:Class",
+        custom_error_message=f"unknown algorithm; known: {', '.join(ALGORITHMS)}. "
+        "For your own use package.module:Class",
     ),
 ]
+"""By its name."""
 
 
 class OptimizerConfig(Frozen):

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from opd_ray.config.cluster import ClusterConfig
 from opd_ray.config.method import (
+    ALGORITHMS,
     AlgorithmConfig,
     BatchConfig,
     CheckpointConfig,
@@ -220,7 +221,7 @@ def parse(data: dict[str, Any], where: str) -> Config:
 
 
 def _problem(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"] if part not in {"opd", "plugin"})
+    where = ".".join(str(part) for part in item["loc"] if part not in {*ALGORITHMS, "plugin"})
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "missing":
         return f"{where} is missing"

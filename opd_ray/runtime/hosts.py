@@ -6,8 +6,9 @@ Every method returns its bulk results as flat arrays and a small ``Done`` last. 
 import os
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class Drawn:
 
     trajectory: TrajectoryRecord
     images: Manifest | None
+    remarks: Mapping[str, "array[float]"] = field(default_factory=dict)
 
 
 class RolloutHost:
@@ -123,7 +125,8 @@ class RolloutHost:
         trajectory = self.actor.draw(item, version, sha256, last=last, before=begun)
         flat, record = pack_trajectory(trajectory)
         pictures, manifest = pack({"images": self.actor.decode(trajectory)} if images else {})
-        return flat, pictures, clock.done(Drawn(record, manifest if images else None))
+        remarks = self.actor.remarks(trajectory) if images else {}
+        return flat, pictures, clock.done(Drawn(record, manifest if images else None, remarks))
 
     def sample(self, request: SampleRequest, files: Sequence[str]) -> tuple[Flat, Done]:
         """Pictures of any model of the run; the first of them are also written to PNG files."""
@@ -208,6 +211,7 @@ class Share:
     """Of each part that has trained steps."""
     recorded: Manifest | None = None
     scores: Mapping[str, Sequence[float]] | None = None
+    remarks: Mapping[str, "array[float]"] = field(default_factory=dict)
 
     def unpack(self, flats: list[Flat], reader: Family | None = None) -> Experience:
         """Experience from the next arrays of ``flats``, which are removed.
