@@ -52,7 +52,7 @@ def kernel_distance(features: Tensor, true: Tensor, *, seed: int = 0) -> Gauge:
         rows = torch.from_numpy(rng.permutation(len(ours))[: max(2, len(ours) // 2)])
         found.append(float(_without_diagonal(within[rows][:, rows]) + constant - 2 * across[rows].mean()))
     value = float(_without_diagonal(within) + constant - 2 * across.mean())
-    # Halves of these pictures vary around all of them by as much as all of them around the truth (delete-half jackknife).
+    # Halves vary around the whole by as much as the whole around the truth (delete-half jackknife).
     low, high = value + (np.percentile(found, LEVEL) - np.mean(found))
     return Gauge(value, float(low), float(high))
 
