@@ -5,6 +5,7 @@ run in a debugger.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -162,4 +163,6 @@ def make_learner(config: Config, rank: int, bases: Bases | None = None) -> Learn
         rounds=config.rounds,
         gradient_checkpointing=config.student.gradient_checkpointing,
     )
-    return Learner(family, make_algorithm(config), training, make_engine(config.cluster.learner, rank))
+    algorithm = make_algorithm(config)
+    algorithm.facts = replace(algorithm.facts, sigmas=tuple(family.sigmas(config.sampling.steps).tolist()))
+    return Learner(family, algorithm, training, make_engine(config.cluster.learner, rank))

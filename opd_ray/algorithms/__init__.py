@@ -15,6 +15,8 @@ ALGORITHMS = {
     "ddpo": "opd_ray.algorithms.ddpo:Ddpo",
     "sdpo_stepwise": "opd_ray.algorithms.sdpo:Sdpo",
     "pso_pairwise": "opd_ray.algorithms.pso:Pso",
+    "pso_offline": "opd_ray.algorithms.pso_offline:PsoOffline",
+    "diffusion_dpo": "opd_ray.algorithms.dpo:DiffusionDpo",
 }
 
 

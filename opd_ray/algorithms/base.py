@@ -50,6 +50,10 @@ class Facts:
     images_per_prompt: int = 1
     """Neighbouring rows of a work item."""
     max_staleness: int = 0
+    sigmas: tuple[float, ...] = ()
+    """Of a drawing, where the model is at hand."""
+    times: tuple[float, ...] = ()
+    """That the model was trained at, where these are a table and it is at hand."""
 
 
 class Algorithm(ABC):
@@ -57,23 +61,25 @@ class Algorithm(ABC):
 
     behaviour: ClassVar[str] = "student"
     """The adapter that rollouts draw with."""
-    velocities: ClassVar[tuple[str, ...]] = ()
+    velocities: tuple[str, ...] = ()
     """Policies whose velocities the loss needs beside the student's: extra adapters, or `reference` (adapter off)."""
     adapters: ClassVar[tuple[str, ...]] = ()
     """Extra adapters that start as copies of the student and follow it (`follow`)."""
-    needs_rollouts: ClassVar[bool] = True
+    needs_rollouts: bool = True
     """False: experience is recorded, and comes from a data set."""
     whole_paths: ClassVar[bool] = True
     """False: it reads no state behind the last trained step, so that a drawing without pictures stops there."""
     needs_teachers: ClassVar[bool] = False
-    needs_rewards: ClassVar[bool] = False
+    needs_rewards: bool = False
     needs_velocities: ClassVar[bool] = False
     """The behaviour policy's velocities travel with its drawings (``Trajectory.velocities``)."""
+    guided: bool = True
+    """False: forwards are of the plain conditional prediction, whatever guidance the student draws with."""
     shared_noise: bool = False
     """All images of a prompt in a round begin with the same noise."""
     pictures: int = 1
     """How many pictures of each image are scored: those of ``pictured``."""
-    streams: ClassVar[bool] = False
+    streams: bool = False
     """True: one update a round, over all its items, which needs neither scores nor other items: gradients accumulate
     while later items are still drawn and marked. ``observe`` comes after them then."""
     updates_per_round: int = 1

@@ -28,7 +28,7 @@ __all__ = ["Pso", "pairwise_loss"]
 class Pso(Stepwise):
     """Prefers the better of the student's own images."""
 
-    velocities: ClassVar[tuple[str, ...]] = ("reference",)
+    velocities = ("reference",)
     paired: ClassVar[bool] = True
 
     def __init__(self, config: PsoConfig) -> None:

@@ -26,7 +26,7 @@ DRIFT = 0.1
 class Stepwise(Algorithm):
     """Subclasses say what a row's step is compared with (``inputs``) and what its loss is."""
 
-    needs_rewards: ClassVar[bool] = True
+    needs_rewards = True
     paired: ClassVar[bool] = False
     """Neighbouring rows are two images of one prompt, and go through their steps together."""
 

@@ -4,7 +4,15 @@ Unknown keys are errors, so a typo never becomes a default. An algorithm is a na
 vetted run. ``recipes.load`` turns a recipe's name or a YAML file into one ``Config``.
 """
 
-from opd_ray.config.alignment import DdpoConfig, PsoConfig, SdpoConfig, StepwiseConfig
+from opd_ray.config.alignment import (
+    DdpoConfig,
+    DpoConfig,
+    NoisedPairsConfig,
+    PsoConfig,
+    PsoOfflineConfig,
+    SdpoConfig,
+    StepwiseConfig,
+)
 from opd_ray.config.cluster import Autoscale, ClusterConfig, LearnerPlacement, Placement, RolePlacement
 from opd_ray.config.method import (
     ATTENTION,
@@ -34,12 +42,14 @@ __all__ = [
     "ClusterConfig",
     "Config",
     "DdpoConfig",
+    "DpoConfig",
     "EmaConfig",
     "EvaluationConfig",
     "LearnerPlacement",
     "LoggingConfig",
     "LoraConfig",
     "ModelConfig",
+    "NoisedPairsConfig",
     "OpdConfig",
     "OptimizerConfig",
     "Placement",
@@ -47,6 +57,7 @@ __all__ = [
     "Precision",
     "PrecisionConfig",
     "PsoConfig",
+    "PsoOfflineConfig",
     "RolePlacement",
     "SamplingConfig",
     "SdpoConfig",

@@ -6,7 +6,15 @@ from pydantic import Field
 
 from opd_ray.config.section import Frozen
 
-__all__ = ["DdpoConfig", "PsoConfig", "SdpoConfig", "StepwiseConfig"]
+__all__ = [
+    "DdpoConfig",
+    "DpoConfig",
+    "NoisedPairsConfig",
+    "PsoConfig",
+    "PsoOfflineConfig",
+    "SdpoConfig",
+    "StepwiseConfig",
+]
 
 Kernel = Literal["flow", "dance", "cps", "ddim"]
 Positive = Annotated[float, Field(gt=0)]
@@ -83,3 +91,59 @@ class PsoConfig(StepwiseConfig):
     """The better image has to be at least as good by every single reward, else the pair is a tie."""
     shared_noise: bool = False
     """Both images of a pair begin with the same noise."""
+
+
+class NoisedPairsConfig(Frozen):
+    """What algorithms have in common that compare predictions at noised pairs of images."""
+
+    pairs: Literal["recorded", "online"] = "recorded"
+    """`recorded`: of a data set. `online`: the best and the worst of each prompt's drawings, by the rewards."""
+    space: Literal["velocity", "eps", "x0"] = "velocity"
+    """What the errors are errors of: `velocity` (SD3: Flow-DPO), `eps` (U-Nets: Diffusion-DPO), or `x0`."""
+    times: Literal["model", "steps", "uniform", "logit_normal"] = "model"
+    """Where pairs are noised to. `model`: the network's own training times, logit-normal where these are continuous;
+    `steps`: those of sampling.steps alone, for few-step models."""
+    draws: int = Field(1, ge=1)
+    """Times and noises of each pair in one optimizer step."""
+    caption_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of recorded pairs whose caption is replaced by the empty one."""
+    kernel: Kernel = "flow"
+    """The step that draws, where pairs are drawn."""
+    noise_level: float = Field(0.0, ge=0)
+    """Stochasticity of that kernel."""
+    reward_weights: dict[str, Positive] = {}
+    """Relative weight of each reward, where pairs are drawn; 1 where not given."""
+    task_weights: dict[str, Positive] = {}
+    """Relative weight of each task's loss; 1 where not given."""
+
+
+class DpoConfig(NoisedPairsConfig):
+    """Diffusion-DPO (arXiv 2311.12908), Flow-DPO, IPO, and fine-tuning on the better images."""
+
+    name: Literal["diffusion_dpo"]
+    """`diffusion_dpo`."""
+    loss: Literal["dpo", "ipo", "sft"] = "dpo"
+    """`dpo`; `ipo`, which does not run away where preferences are certain; `sft`, which sees the better image alone."""
+    beta: float = Field(100.0, gt=0)
+    """How much a preference counts against staying with the frozen start: about 100 for velocities, 5000 for `eps`."""
+
+
+class PsoOfflineConfig(NoisedPairsConfig):
+    """PSO from recorded pairs: style (pairwise) and concepts (hinge) of few-step models (arXiv 2410.03190)."""
+
+    name: Literal["pso_offline"]
+    """`pso_offline`."""
+    loss: Literal["pairwise", "hinge"] = "pairwise"
+    """`pairwise` against the frozen start; `hinge` without it, for a concept from a handful of pictures."""
+    space: Literal["eps"] = "eps"
+    """Errors of the noise."""
+    times: Literal["steps"] = "steps"
+    """The model's few times alone: elsewhere it would be trained to blur."""
+    pairs: Literal["recorded"] = "recorded"
+    """Of a data set; `pso_pairwise` draws its own."""
+    beta: float = Field(10.0, gt=0)
+    """Strength (re-tuned by others: 10; the script's hinge: 5)."""
+    gamma: float = Field(1.0, ge=0)
+    """Weight of the other image (the script's hinge: 0.1)."""
+    keep: float = Field(0.5, ge=0)
+    """Weight of the hinge's plain error of the wanted image."""

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from opd_ray.config.alignment import DdpoConfig, PsoConfig, SdpoConfig
+from opd_ray.config.alignment import DdpoConfig, DpoConfig, PsoConfig, PsoOfflineConfig, SdpoConfig
 from opd_ray.config.section import Frozen
 
 __all__ = [
@@ -131,7 +131,7 @@ class PluginAlgorithmConfig(Frozen):
     """Keyword arguments of the class."""
 
 
-ALGORITHMS = ("opd", "ddpo", "sdpo_stepwise", "pso_pairwise")
+ALGORITHMS = ("opd", "ddpo", "sdpo_stepwise", "pso_pairwise", "pso_offline", "diffusion_dpo")
 
 
 def _algorithm_tag(value: Any) -> str:
@@ -145,6 +145,8 @@ AlgorithmConfig = Annotated[
     | Annotated[DdpoConfig, Tag("ddpo")]
     | Annotated[SdpoConfig, Tag("sdpo_stepwise")]
     | Annotated[PsoConfig, Tag("pso_pairwise")]
+    | Annotated[PsoOfflineConfig, Tag("pso_offline")]
+    | Annotated[DpoConfig, Tag("diffusion_dpo")]
     | Annotated[PluginAlgorithmConfig, Tag("plugin")],
     Discriminator(
         _algorithm_tag,

@@ -352,7 +352,7 @@ class Learner:
 
     def _velocities(self, forward: Forward) -> dict[str, Tensor]:
         """Guided velocities [B, C, H, W] of the student (with gradient) and of the policies the loss compares with."""
-        guidance, velocities = self.training.guidance, {}
+        guidance, velocities = self.training.guidance if self.algorithm.guided else 1.0, {}
         for name in self.algorithm.velocities:
             adapter = None if name == "reference" else name
             with torch.no_grad(), self.family.adapter(adapter):

@@ -65,6 +65,18 @@ def test_a_run_learns_from_its_first_update_on_and_goes_on_bit_for_bit(config, r
     assert same(go(config(name), tmp_path / "parts", resume=True), whole)
 
 
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "sft"])
+def test_pairs_that_are_drawn_are_learned_from(config, reports, tmp_path, loss):
+    algorithm = {"loss": loss, "pairs": "online", "beta": 100.0}
+    whole = go(config("diffusion_dpo", algorithm=algorithm), tmp_path / "whole")
+    ((first,), (second,)) = reports
+    assert first.grad_norm > 0 and second.grad_norm > 0
+    if loss == "dpo":
+        assert first.loss == pytest.approx(math.log(2), abs=1e-6) and first.loss != second.loss
+    go(config("diffusion_dpo", rounds=1, algorithm=algorithm), tmp_path / "parts")
+    assert same(go(config("diffusion_dpo", algorithm=algorithm), tmp_path / "parts", resume=True), whole)
+
+
 def test_a_learner_that_computes_otherwise_than_the_rollouts_stops_the_run(config, tmp_path, monkeypatch):
     def other(self, forward, velocity, drawn, original=Sdpo.log_ratio):
         return original(self, forward, velocity + 0.01, drawn)
