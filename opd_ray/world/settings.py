@@ -86,7 +86,7 @@ class Settings:
     unet_pictures: int = 20_000
     unet_fit: UnetFit = _UNET_FIT
     unet_guidance: float = 2.0
-    few_paths: int = 16_384
+    few_paths: int = 8192
     few_fit: UnetFit = _FEW_FIT
     specialists: dict[str, Specialist] = field(default_factory=_specialists)
     guidance: float = STUDENT_GUIDANCE

@@ -200,14 +200,13 @@ def teacher_ends(
     torch.manual_seed(seed)
     alphas, empty = pipe.scheduler.alphas_cumprod, context_of(pipe, tokens(pipe, [""]))
     found: list[tuple[Tensor, ...]] = []
-    for start in range(0, count, _BATCH):
-        number = start // _BATCH % len(FEW)
-        rows = torch.randint(0, len(data.latents), (_BATCH,)).tolist()
+    for number, start in enumerate(range(0, count, _BATCH)):
+        size, begin = min(_BATCH, count - start), number % len(FEW)
+        rows = torch.randint(0, len(data.latents), (size,)).tolist()
         context = context_of(pipe, tokens(pipe, [data.captions[row][0] for row in rows]))
-        signal = alphas[FEW[number]].sqrt()
-        x0 = data.latents[rows]
+        signal, x0 = alphas[FEW[begin]].sqrt(), data.latents[rows]
         begun = x = signal * x0 + (1 - signal.square()).sqrt() * torch.randn_like(x0)
-        grid = torch.linspace(FEW[number], -1, _SUBSTEPS * (len(FEW) - number) + 1).round().long().tolist()
+        grid = torch.linspace(FEW[begin], -1, _SUBSTEPS * (len(FEW) - begin) + 1).round().long().tolist()
         both = torch.cat([empty.expand_as(context), context])
         for t, then in itertools.pairwise(grid):
             without, given = pipe.unet(torch.cat([x, x]), t, both).sample.chunk(2)
@@ -215,9 +214,9 @@ def teacher_ends(
             clean = (x - (1 - alphas[t]).sqrt() * noise) / alphas[t].sqrt()
             after = alphas[then] if then >= 0 else torch.ones(())
             x = after.sqrt() * clean + (1 - after).sqrt() * noise
-        found.append((begun, torch.full((_BATCH,), FEW[number]), context, x))
-        tick(_BATCH)
-    return Ends(*(torch.cat(parts)[:count] for parts in zip(*found, strict=True)))
+        found.append((begun, torch.full((size,), FEW[begin]), context, x))
+        tick(size)
+    return Ends(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 def train_few(pipe: StableDiffusionPipeline, ends: Ends, fit: UnetFit, seed: int, tick: Tick) -> None:
@@ -237,4 +236,6 @@ def train_few(pipe: StableDiffusionPipeline, ends: Ends, fit: UnetFit, seed: int
         optimizer.step()
         tick(1, {"loss": float(loss.detach())})
     pipe.unet.eval()
-    pipe.scheduler = EulerAncestralDiscreteScheduler(**_SCHEDULE, timestep_spacing="trailing")  # as SDXL Turbo's
+    pipe.scheduler = EulerAncestralDiscreteScheduler(
+        **_SCHEDULE, timestep_spacing="trailing", steps_offset=1
+    )  # SDXL Turbo's
