@@ -145,8 +145,10 @@ def learner(config: Config, rank: int, bases: Bases) -> Made:
 
 def make_learner(config: Config, rank: int, bases: Bases | None = None) -> Learner:
     """The denoiser alone, with the student's adapter over it or itself to be trained."""
-    device = config.cluster.learner.device
-    dtype = dtype_of(config.precision.learner, device)
+    placement = config.cluster.learner
+    dtype = dtype_of(config.precision.learner, placement.device)
+    # Where the engine spreads the weights it takes them to the card part by part: all of them may not fit there.
+    device = "cpu" if placement.spreads_weights else placement.device
     # Weights that are trained are not rounded to what they compute in.
     family = (bases or Bases()).load(config.model, device, torch.float32 if config.student.lora is None else dtype)
     family.dtype = dtype
@@ -159,4 +161,4 @@ def make_learner(config: Config, rank: int, bases: Bases | None = None) -> Learn
         rounds=config.rounds,
         gradient_checkpointing=config.student.gradient_checkpointing,
     )
-    return Learner(family, make_algorithm(config), training, make_engine(config.cluster.learner, rank))
+    return Learner(family, make_algorithm(config), training, make_engine(placement, rank))
