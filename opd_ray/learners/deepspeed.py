@@ -140,7 +140,8 @@ class DeepSpeedEngine(Engine):
         """In stage 3 an equal, perhaps padded run [ceil(numel / ranks)] of the flat weights."""
         if self.stage < 3:
             return super().part(parameter)
-        self._zero.parameter_offload.partition_all_parameters()  # what a forward without a backward has left whole
+        if parameter.ds_status.name != "NOT_AVAILABLE":  # type: ignore[attr-defined]
+            self._zero.parameter_offload.partition_all_parameters()  # a forward without a backward has left it whole
         part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
         return part.detach()
 

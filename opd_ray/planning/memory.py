@@ -8,10 +8,10 @@ tokens in ``width`` channels at ``b`` bytes a number, with attention that keeps 
     with gradient checkpointing       rows tokens width b     a block, and one block at work
 
 What the learner trains is float32: the weight, its gradient, two moments, and a moving average where there is one.
-``ddp`` reduces another copy of the gradient, DeepSpeed steps one of the weight; ``fsdp2`` and ZeRO spread over the ranks
-what is theirs to spread. Weights that are spread are whole for two blocks at a time, the one at work and the next, which
-comes meanwhile; so are the gradients of two, one being made and one reduced, for which DeepSpeed has a buffer. What a
-network holds beside its weights (position embeddings) is not spread.
+``ddp`` reduces another copy of the gradient, DeepSpeed steps one of the weight; ``fsdp2`` and ZeRO spread over the
+ranks what is theirs to spread. Weights that are spread are whole for two blocks at a time, the one at work and the
+next, which comes meanwhile; so are the gradients of two, one being made and one reduced, for which DeepSpeed has a
+buffer. What a network holds beside its weights (position embeddings) is not spread.
 
 A guided forward has two rows a picture. The VAE decodes in float32 at 512 channels of full resolution. Each process
 that computes on a card holds about 0.6 GB of its runtime. Real numbers differ by tens of percent.
