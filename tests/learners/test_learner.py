@@ -376,6 +376,12 @@ def test_an_algorithm_sees_the_scores_before_its_first_update(tiny, family):
     assert algorithm.seen == [[("round 0 a[0]", ["look"])], 0, 1]
 
 
+def test_a_model_is_where_its_engine_computes_wherever_it_was_loaded(tiny):
+    engine = Engine()
+    engine.device = "meta"
+    assert learner(tiny, engine=engine).family.device == "meta"
+
+
 def test_a_rank_without_work_is_an_error_and_the_engine_says_what_it_got(tiny, family):
     one = learner(tiny)
     one.begin([])
