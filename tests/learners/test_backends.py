@@ -240,7 +240,12 @@ def test_a_base_that_is_spread_is_read_beside_the_card(tiny, backend, device):
         def load(self, model, device, dtype, **parts):
             raise Loaded(device)
 
-    config = run_config(tiny, cluster={"runtime": "local", "learner": {**backend, "resources": {"gpu": 1}}})
+    config = run_config(
+        tiny,
+        teachers={"a": {"lora": "unread"}},
+        prompts={"train": {"a": "unread"}},
+        cluster={"runtime": "local", "learner": {**backend, "resources": {"gpu": 1}}},
+    )
     with pytest.raises(Loaded, match=device):
         make_learner(config, 0, Noted())
 
