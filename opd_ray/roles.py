@@ -149,8 +149,10 @@ def learner(config: Config, rank: int, bases: Bases) -> Made:
 
 def make_learner(config: Config, rank: int, bases: Bases | None = None) -> Learner:
     """The denoiser alone, with the student's adapter over it or itself to be trained."""
-    device = config.cluster.learner.device
-    dtype = dtype_of(config.precision.learner, device)
+    placement = config.cluster.learner
+    dtype = dtype_of(config.precision.learner, placement.device)
+    # Where the engine spreads the weights it takes them to the card part by part: all of them may not fit there.
+    device = "cpu" if placement.spreads_weights else placement.device
     # Weights that are trained are not rounded to what they compute in.
     family = (bases or Bases()).load(config.model, device, torch.float32 if config.student.lora is None else dtype)
     family.dtype = dtype
@@ -165,4 +167,4 @@ def make_learner(config: Config, rank: int, bases: Bases | None = None) -> Learn
     )
     algorithm = make_algorithm(config)
     algorithm.facts = replace(algorithm.facts, sigmas=tuple(family.sigmas(config.sampling.steps).tolist()))
-    return Learner(family, algorithm, training, make_engine(config.cluster.learner, rank))
+    return Learner(family, algorithm, training, make_engine(placement, rank))

@@ -67,6 +67,8 @@ class Shape:
     """Numbers in one state of one picture."""
     conditioning: int
     """Numbers in one prompt's embeddings."""
+    buffers: int = 0
+    """Those of the denoiser's numbers that are no weights, such as position embeddings: never trained nor spread."""
 
 
 class Family(Adapters, ABC):

@@ -105,6 +105,7 @@ class SD3(Family):
             latent=own.in_channels * size**2,
             conditioning=(CLIP_TOKENS + model.max_sequence_length) * own.joint_attention_dim
             + own.pooled_projection_dim,
+            buffers=sum(buffer.numel() for buffer in network.buffers()),
         )
 
     @torch.no_grad()

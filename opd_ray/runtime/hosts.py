@@ -286,7 +286,7 @@ class LearnerHost:
         first, last = bucket == 0, bucket == len(layout) - 1
         if first:
             self._identity = Digest(), Checksum(max(one.nbytes for part in layout for one in part.values()))
-        tensors = dict(self.learner.gather(layout[bucket], average=average))
+        tensors = self.learner.collect(self.learner.gather(layout[bucket], average=average))
         probe = {"probe": self.learner.probe(average=average)} if last else {}
         if self.learner.engine.rank > 0:
             return pack_whole({}), clock.done(None)
