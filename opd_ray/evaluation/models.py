@@ -7,7 +7,7 @@ import torch
 
 from opd_ray.config import ModelConfig
 from opd_ray.errors import RunFolderError
-from opd_ray.models.base import Family, check_lora, load_family, read_shift, resolve
+from opd_ray.models.base import Family, check_lora, family_class, load_family, resolve
 from opd_ray.models.checkpoint import check_complete
 from opd_ray.models.precision import dtype_of
 from opd_ray.recipes import load, read
@@ -54,7 +54,7 @@ def find_model(name: str) -> Found:
     found = _run(path) if (path / "run.json").is_file() else _world(name) if resolve(name) != name else _other(path)
     if found.lora is not None:
         check_lora(found.model, found.lora)
-    read_shift(found.model)
+    family_class(found.model.family).read_schedule(found.model)
     check_complete(found.model)
     return found
 
