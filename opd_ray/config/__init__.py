@@ -20,6 +20,7 @@ from opd_ray.config.method import (
     Precision,
     PrecisionConfig,
     SamplingConfig,
+    StudentConfig,
     TeacherConfig,
     WandbConfig,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "PrecisionConfig",
     "RolePlacement",
     "SamplingConfig",
+    "StudentConfig",
     "TeacherConfig",
     "WandbConfig",
     "parse",

@@ -91,11 +91,6 @@ class StudentConfig(Frozen):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
 
-    @property
-    def folder(self) -> str:
-        """The folder of the run that gets what was trained."""
-        return "transformer" if self.lora is None else "lora"
-
 
 class SamplingConfig(Frozen):
     """The student's denoising path."""

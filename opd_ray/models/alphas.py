@@ -182,7 +182,7 @@ class AlphaSchedule(Schedule):
             "prediction": self.prediction,
             "timesteps": len(self.times),
             "times": some,
-            "timestep spacing": f"{self.spacing}{' of whole numbers' if self.whole else ''}",
+            "timestep spacing": f"{self.spacing}{', rounded' if self.whole and self.spacing == 'linspace' else ''}",
             "steps offset": self.offset if self.spacing == "leading" else 0,
             "original steps": self.original_steps if self.spacing == "lcm" else None,
             "last step": "to 0" if self.ends_at_zero else "to timestep 0",

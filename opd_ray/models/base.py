@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from opd_ray import plugins
-from opd_ray.config import ATTENTION, LoraConfig, ModelConfig, TeacherConfig
+from opd_ray.config import ATTENTION, LoraConfig, ModelConfig, StudentConfig, TeacherConfig
 from opd_ray.diffusion import guide
 from opd_ray.errors import ConfigError, ModelError
 from opd_ray.models.adapters import Adapters
@@ -36,6 +36,7 @@ __all__ = [
     "read_shift",
     "resolve",
     "sigmas_of",
+    "trained_folder",
 ]
 
 FAMILIES = {
@@ -330,6 +331,11 @@ def load_family(
     family = family_class(model.family).load(model, text=text, image=image, device=device, dtype=dtype)
     family.encodes = text
     return family
+
+
+def trained_folder(model: ModelConfig, student: StudentConfig) -> str:
+    """The folder of the run that gets what was trained: `lora`, or the denoiser's own in a checkpoint."""
+    return family_class(model.family).denoiser_part if student.lora is None else "lora"
 
 
 def read_shift(model: ModelConfig) -> float:
