@@ -76,7 +76,7 @@ IDLE = (
     *("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"),  # of what is refused where it is on
     *("skip_prk_steps", "variance_type"),  # of solvers and kernels, which a run chooses itself
     *("original_inference_steps", "final_sigmas_type", "set_alpha_to_one"),  # left over, where another class has them
-    "timestep_scaling",  # LCM's boundary scalings: below 1e-6 of x0 at its own timesteps
+    "timestep_scaling",  # LCM's boundary scalings: below 1e-5 of x0 at its own timesteps
 )
 
 
