@@ -166,6 +166,12 @@ def _require_known(what: str, part: str, tensors: Mapping[str, Tensor]) -> None:
             f"{what} also adapts text encoders, which are frozen here: {len(text)} of {len(tensors)} tensors, the "
             f"first is {text[0]!r}. Save the {part}'s alone (save_lora_weights({part}_lora_layers=...))"
         )
+    other = {"transformer": "unet", "unet": "transformer"}.get(part)
+    if tensors and all(key.startswith(f"{other}.") for key in tensors):
+        raise ModelError(
+            f"{what} binds 0 of {len(tensors)} tensors: it adapts a {other} (the first is {min(tensors)!r}), and this "
+            f"model has a {part}. It was made for another architecture"
+        )
     kohya = sorted(key for key in tensors if KOHYA.search(key))
     if kohya:
         raise ModelError(

@@ -18,6 +18,7 @@ from opd_ray.config import ModelConfig
 from opd_ray.diffusion import cps, ddim, sample
 from opd_ray.errors import ModelError
 from opd_ray.models import load_family
+from opd_ray.models.base import count_numbers
 from opd_ray.testing import check_family
 from tests.models.conftest import PROMPTS
 from tests.models.test_sd3 import edit
@@ -90,12 +91,8 @@ def test_they_conform(tiny_sd, tiny_sdxl, family):
     assert loaded.latent_shape == (4, 8, 8) and loaded.adapters == ()
     shape = loaded.shape(loaded.model)
     assert shape.parameters["denoiser"] == sum(p.numel() for p in loaded.network.parameters())
-    assert shape.parameters["text"] == sum(
-        p.numel()
-        for name, part in loaded._text.components.items()
-        if "encoder" in name and part
-        for p in part.parameters()
-    )
+    encoders = [part for name, part in loaded._text.components.items() if name.startswith("text_encoder")]
+    assert shape.parameters["text"] == sum(map(count_numbers, encoders))
     assert (shape.pixels, shape.latent) == (16, 4 * 8 * 8)
     assert shape.conditioning == sum(tensor[0].numel() for tensor in loaded.encode(["a"]).values())
 
@@ -283,6 +280,6 @@ def test_the_fingerprint_tells_what_teachers_have_to_share(tiny_sd, tmp_path):
         assert {name for name in ours if ours[name] != other[name]} == names
     written = json.loads((tiny_sd / "scheduler" / "scheduler_config.json").read_text())
     assert written["_class_name"] == "DDIMScheduler"
-    edit(tmp_path / "other" / "scheduler" / "scheduler_config.json", **written, _class_name="PNDMScheduler")
+    edit(tmp_path / "other" / "scheduler" / "scheduler_config.json", **(written | {"_class_name": "PNDMScheduler"}))
     model = config("sd", tmp_path / "other")
     assert load_family(model, text=False, image=False).fingerprint(model) == ours
