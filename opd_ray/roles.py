@@ -166,5 +166,6 @@ def make_learner(config: Config, rank: int, bases: Bases | None = None) -> Learn
         gradient_checkpointing=config.student.gradient_checkpointing,
     )
     algorithm = make_algorithm(config)
-    algorithm.facts = replace(algorithm.facts, sigmas=tuple(family.sigmas(config.sampling.steps).tolist()))
+    sigmas, times = tuple(family.sigmas(config.sampling.steps).tolist()), family.schedule.training_times()
+    algorithm.facts = replace(algorithm.facts, sigmas=sigmas, times=times)
     return Learner(family, algorithm, training, make_engine(placement, rank))

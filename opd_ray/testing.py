@@ -28,7 +28,7 @@ def check_family(
     Args:
         family: loaded with ``text=True, image=True``; it is left as it was, but for ``forwards``.
         prompts: at least two that it encodes differently.
-        lora: an adapter whose targets are in your denoiser; the default names SD3's.
+        lora: an adapter for your denoiser; by default one of the family's own targets.
 
     Raises:
         AssertionError: says what does not hold.
@@ -39,7 +39,7 @@ def check_family(
     _check_sigmas(family)
     _check_encode(family, prompts, cond, empty)
     _check_velocity(family, x, cond, empty)
-    _check_decode(family, x)
+    _check_pictures(family, x)
     _check_random_conditioning(family, x, cond)
     before = family.active
     try:
@@ -58,8 +58,11 @@ def _require(holds: bool | Tensor, what: str) -> None:
 def _check_sigmas(family: Family) -> None:
     sigmas = family.sigmas(4)
     _require(sigmas.shape == (5,) and sigmas.dtype == torch.float32, "sigmas(4) is [5] float32")
-    _require(bool(sigmas[0] == 1) and bool(sigmas[-1] == 0), "sigmas run from 1 to 0")
+    _require(bool(0.5 < sigmas[0] <= 1) and bool(0 <= sigmas[-1] < 0.5), "sigmas run from 1, or below, to 0, or above")
     _require((sigmas.diff() < 0).all(), "sigmas fall")
+    x = torch.randn((1, *family.latent_shape), generator=torch.Generator().manual_seed(0))
+    _require(bool(sigmas[0] < 1) or torch.equal(family.initial(x, sigmas), x), "a path from 1 begins with the noise")
+    _require(bool(sigmas[-1] > 0) or torch.equal(family.final(x, sigmas), x), "a path to 0 ends with the picture")
 
 
 def _check_encode(family: Family, prompts: Sequence[str], cond: Conditioning, empty: Conditioning) -> None:
@@ -97,7 +100,7 @@ def _check_velocity(family: Family, x: Tensor, cond: Conditioning, empty: Condit
     _require(torch.allclose(each[0], alone[0], atol=1e-5), "t may be one number a row")
 
 
-def _check_decode(family: Family, latents: Tensor) -> None:
+def _check_pictures(family: Family, latents: Tensor) -> None:
     images = family.decode(latents)
     _require(
         images.ndim == 4 and images.shape[:2] == (len(latents), 3),
@@ -105,6 +108,13 @@ def _check_decode(family: Family, latents: Tensor) -> None:
     )
     _require(images.dtype == torch.float32, f"images are float32, got {images.dtype}")
     _require(bool(images.min() >= 0) and bool(images.max() <= 1), "images are in [0, 1]")
+    back = family.encode_images(images)
+    _require(back.shape == latents.shape, f"encode_images gives the latents' shape, got {list(back.shape)}")
+    _require(back.dtype == torch.float32, f"latents of images are float32, got {back.dtype}")
+    _require(back.isfinite().all() and not back.requires_grad, "latents of images are finite, without a graph")
+    _require(torch.equal(back, family.encode_images(images)), "encode_images is deterministic")
+    other = family.encode_images(1 - images)
+    _require(not torch.equal(back, other), "encode_images tells pictures apart")
 
 
 def _check_random_conditioning(family: Family, x: Tensor, cond: Conditioning) -> None:

@@ -94,11 +94,12 @@ def draw_pictures(family: Family, request: SampleRequest, after_step: Callable[[
     uncond = family.empty() if request.guidance != 1 else {}
     rows = zip(request.prompts, request.samples, strict=True)
     x = noise([fold(request.seed, "eval", prompt.id, n) for prompt, n in rows], family.latent_shape).to(family.device)
-    sigmas = family.sigmas(request.steps).tolist()
-    for t, t_next in itertools.pairwise(sigmas):
+    sigmas = family.sigmas(request.steps)
+    x = family.initial(x, sigmas)
+    for t, t_next in itertools.pairwise(sigmas.tolist()):
         x = x + (t_next - t) * family.velocity(x, t, cond, uncond, request.guidance)
         after_step()
-    return family.decode(x)
+    return family.decode(family.final(x, sigmas))
 
 
 class RolloutActor:
@@ -216,6 +217,7 @@ class RolloutActor:
         uncond = self.family.empty() if self.policy.negatives else {}
         begins = [(name,) if self.policy.shared_noise else (name, sample) for name, sample in rows]
         x = self._noise([fold(self.policy.seed, "init_noise", item.round, *names) for names in begins])
+        x = self.family.initial(x, self.sigmas)
         cond, uncond = ({name: one.contiguous() for name, one in side.items()} for side in (cond, uncond))
         return Trajectory(item, version, self.sigmas, x.unsqueeze(1), cond, uncond)
 
@@ -229,7 +231,9 @@ class RolloutActor:
         That of its last state alone, unless the algorithm asks for others.
         """
         latents = self._pictured(trajectory)
-        return self.family.decode(trajectory.state(len(self.sigmas) - 1) if latents is None else latents.flatten(0, 1))
+        if latents is not None:
+            return self.family.decode(latents.flatten(0, 1))
+        return self.family.decode(self.family.final(trajectory.state(len(self.sigmas) - 1), self.sigmas))
 
     def sample(self, request: SampleRequest) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1] of any model of the run, at seeds that all models share.

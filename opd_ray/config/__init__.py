@@ -29,6 +29,7 @@ from opd_ray.config.method import (
     Precision,
     PrecisionConfig,
     SamplingConfig,
+    StudentConfig,
     TeacherConfig,
     WandbConfig,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "SamplingConfig",
     "SdpoConfig",
     "StepwiseConfig",
+    "StudentConfig",
     "TeacherConfig",
     "WandbConfig",
     "parse",

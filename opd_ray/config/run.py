@@ -99,6 +99,12 @@ class Config(Frozen):
                 f"batch.images_per_prompt {self.batch.images_per_prompt} does not divide batch.item_size "
                 f"{self.batch.item_size}; a prompt's images stay in one work item"
             )
+        known_steps = self.model.distilled_steps
+        if known_steps is not None and self.sampling.steps not in known_steps:
+            raise ValueError(
+                f"sampling.steps {self.sampling.steps}: the model was distilled to "
+                f"{', '.join(map(str, known_steps)) or 'no'} steps (model.distilled_steps); take one of these"
+            )
         if isinstance(self.algorithm, OpdConfig):
             self._check_opd(self.algorithm)
         for name in self.teachers:

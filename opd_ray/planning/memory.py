@@ -153,7 +153,8 @@ def _rows(guidance: float, pictures: int) -> int:
 def _adapter(config: Config, shape: Shape) -> float:
     """GB of a float32 adapter: each target is taken for a square layer of the block's width."""
     lora = config.student.lora or LoraConfig()  # a teacher's, where the student has none
-    return 2 * lora.rank * shape.width * len(lora.targets) * shape.layers * 4 / GB
+    targets = family_class(config.model.family).lora_targets if lora.targets is None else lora.targets
+    return 2 * lora.rank * shape.width * len(targets) * shape.layers * 4 / GB
 
 
 def _student(config: Config, shape: Shape, size: int) -> tuple[float, float]:
