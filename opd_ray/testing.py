@@ -39,7 +39,7 @@ def check_family(
     _check_sigmas(family)
     _check_encode(family, prompts, cond, empty)
     _check_velocity(family, x, cond, empty)
-    _check_decode(family, x)
+    _check_pictures(family, x)
     _check_random_conditioning(family, x, cond)
     before = family.active
     try:
@@ -97,7 +97,7 @@ def _check_velocity(family: Family, x: Tensor, cond: Conditioning, empty: Condit
     _require(torch.allclose(each[0], alone[0], atol=1e-5), "t may be one number a row")
 
 
-def _check_decode(family: Family, latents: Tensor) -> None:
+def _check_pictures(family: Family, latents: Tensor) -> None:
     images = family.decode(latents)
     _require(
         images.ndim == 4 and images.shape[:2] == (len(latents), 3),
@@ -105,6 +105,13 @@ def _check_decode(family: Family, latents: Tensor) -> None:
     )
     _require(images.dtype == torch.float32, f"images are float32, got {images.dtype}")
     _require(bool(images.min() >= 0) and bool(images.max() <= 1), "images are in [0, 1]")
+    back = family.encode_images(images)
+    _require(back.shape == latents.shape, f"encode_images gives the latents' shape, got {list(back.shape)}")
+    _require(back.dtype == torch.float32, f"latents of images are float32, got {back.dtype}")
+    _require(back.isfinite().all() and not back.requires_grad, "latents of images are finite, without a graph")
+    _require(torch.equal(back, family.encode_images(images)), "encode_images is deterministic")
+    other = family.encode_images(1 - images)
+    _require(not torch.equal(back, other), "encode_images tells pictures apart")
 
 
 def _check_random_conditioning(family: Family, x: Tensor, cond: Conditioning) -> None:

@@ -1,7 +1,7 @@
 """What a model family is, and how one is found.
 
-A family writes ``load``, ``encode``, ``predict``, ``decode``, ``random_conditioning`` and
-``fingerprint``; guidance, counting and adapters come from here.
+A family writes ``load``, ``encode``, ``predict``, ``decode``, ``encode_images``, ``random_conditioning``
+and ``fingerprint``; guidance, counting and adapters come from here.
 """
 
 from abc import ABC, abstractmethod
@@ -159,6 +159,17 @@ class Family(Adapters, ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, H, W] to images [B, 3, height, width] in [0, 1], float32."""
+
+    @abstractmethod
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images [B, 3, height, width] in [0, 1] to the latents that ``decode`` takes, [B, C, H, W] float32.
+
+        The same images always give the same latents, and no gradient is kept.
+
+        Raises:
+            ModelError: loaded without its VAE.
+            ValueError: images of another size than ``decode`` gives.
+        """
 
     @abstractmethod
     def random_conditioning(self, generator: torch.Generator) -> Conditioning:

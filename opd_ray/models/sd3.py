@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from opd_ray.config import ModelConfig
 from opd_ray.errors import ModelError
+from opd_ray.models.autoencoder import KLAutoencoder, vae_factor
 from opd_ray.models.base import Family, Shape
 from opd_ray.models.checkpoint import fetch_part, load_component, read_config, refusing
 from opd_ray.types import Conditioning
@@ -21,7 +22,7 @@ __all__ = ["SD3"]
 CLIP_TOKENS = 77
 
 
-class SD3(Family):
+class SD3(KLAutoencoder, Family):
     """StableDiffusion3Pipeline's checkpoints, with or without the T5 encoder."""
 
     def __init__(
@@ -101,7 +102,7 @@ class SD3(Family):
             layers=own.num_layers,
             width=own.num_attention_heads * own.attention_head_dim,
             tokens=(size // own.patch_size) ** 2 + CLIP_TOKENS + model.max_sequence_length,
-            pixels=size * _vae_factor(model),
+            pixels=size * vae_factor(model),
             latent=own.in_channels * size**2,
             conditioning=(CLIP_TOKENS + model.max_sequence_length) * own.joint_attention_dim
             + own.pooled_projection_dim,
@@ -135,16 +136,6 @@ class SD3(Family):
         answer: Tensor = self.denoiser(hidden_states=x, timestep=timestep, return_dict=False, **cond)[0]
         return answer
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """See ``Family.decode``."""
-        if self._vae is None:
-            raise ModelError(f"model {self.model.path!r} was loaded without its VAE")
-        config = self._vae.config
-        raw = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        images: Tensor = self._vae.decode(raw, return_dict=False)[0]
-        return (images / 2 + 0.5).clamp(0, 1)
-
     def random_conditioning(self, generator: torch.Generator) -> Conditioning:
         """See ``Family.random_conditioning``."""
         config = self.network.config
@@ -160,7 +151,7 @@ class SD3(Family):
         vae = read_config(model, "vae/config.json")
         return {
             "latent channels": vae["latent_channels"],
-            "pixels a latent": _vae_factor(model),
+            "pixels a latent": vae_factor(model),
             "VAE scaling factor": vae["scaling_factor"],
             "VAE shift factor": vae["shift_factor"],
             "prediction": "velocity",
@@ -173,12 +164,6 @@ def _count(module: nn.Module) -> int:
     return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))  # position embeddings too
 
 
-def _vae_factor(model: ModelConfig) -> int:
-    """Pixels for a latent, in each direction."""
-    factor: int = 2 ** (len(read_config(model, "vae/config.json")["block_out_channels"]) - 1)
-    return factor
-
-
 def _latent_size(model: ModelConfig, network: Any) -> int:
     """Height and width of the latents.
 
@@ -187,7 +172,7 @@ def _latent_size(model: ModelConfig, network: Any) -> int:
     """
     if model.resolution is None:
         return int(network.sample_size)
-    factor = _vae_factor(model)
+    factor = vae_factor(model)
     unit = factor * network.patch_size
     largest = network.pos_embed_max_size * unit
     if model.resolution % unit or model.resolution > largest:

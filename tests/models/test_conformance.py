@@ -54,6 +54,17 @@ class Signed(SD3):
         return 2 * super().decode(latents) - 1
 
 
+class Sampled(SD3):
+    def encode_images(self, images):
+        found = super().encode_images(images)
+        return found + torch.randn_like(found)
+
+
+class Blind(SD3):
+    def encode_images(self, images):
+        return super().encode_images(torch.zeros_like(images))
+
+
 class Narrow(SD3):
     def random_conditioning(self, generator):
         known = super().random_conditioning(generator)
@@ -95,6 +106,8 @@ class Weak(SD3):
         (Unguided, "guidance 2 differs"),
         (Uncounted, "forwards count rows"),
         (Signed, r"images are in \[0, 1\]"),
+        (Sampled, "encode_images is deterministic"),
+        (Blind, "encode_images tells pictures apart"),
         (Narrow, r"it has encode's width"),
         (Thawed, "a loaded family is frozen"),
         (AllTrained, "only the adapter is trainable"),

@@ -197,6 +197,20 @@ def test_only_what_was_asked_for_is_loaded(copy):
         load_family(model, text=True, image=False)
 
 
+def test_images_become_the_latents_that_the_stock_autoencoder_gives(tiny, full, family):
+    images = torch.rand((2, 3, 16, 16), generator=torch.Generator().manual_seed(4))
+    vae = stock(tiny).vae
+    with torch.no_grad():
+        mean = vae.encode(images * 2 - 1).latent_dist.mean
+    latents = full.encode_images(images)
+    assert torch.allclose(latents, (mean - 0.0609) * 1.5305, atol=1e-6)
+    assert (latents[0] - latents[1]).abs().max() > 0.01
+    with pytest.raises(ValueError, match=r"pictures are \[2, 3, 8, 16\], expected \[B, 3, 16, 16\]"):
+        full.encode_images(images[:, :, :8])
+    with pytest.raises(ModelError, match=r"without its VAE"):
+        family.encode_images(images)
+
+
 def test_the_fingerprint_needs_no_vae_and_shows_another_schedule(full, family, copy):
     folder, model = copy
     ours = full.fingerprint(full.model)
