@@ -16,6 +16,7 @@ from opd_ray.config.method import (
     ModelConfig,
     OpdConfig,
     OptimizerConfig,
+    PairsConfig,
     PluginAlgorithmConfig,
     Precision,
     PrecisionConfig,
