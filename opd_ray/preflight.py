@@ -27,7 +27,18 @@ __all__ = ["FORCED", "Prompts", "anchored", "identity", "overlaps", "preflight"]
 
 Prompts = dict[str, tuple[Prompt, ...]]
 
-FORCED = ("algorithm", "batch", "optimizer", "precision", "prompts", "rewards", "rounds", "sampling", "teachers")
+FORCED = (
+    "algorithm",
+    "batch",
+    "optimizer",
+    "pairs",
+    "precision",
+    "prompts",
+    "rewards",
+    "rounds",
+    "sampling",
+    "teachers",
+)
 """Sections in which a resumed run may differ with --force: the saved weights and moments still mean the same."""
 
 
@@ -147,4 +158,5 @@ def anchored(config: Config) -> Config:
     }
     model = config.model.model_copy(update={"path": absolute(config.model.path)})
     recorded = absolute(config.recorded) if config.recorded else None
-    return config.model_copy(update={"teachers": teachers, "model": model, "recorded": recorded})
+    pairs = config.pairs and config.pairs.model_copy(update={"files": tuple(map(absolute, config.pairs.files))})
+    return config.model_copy(update={"teachers": teachers, "model": model, "recorded": recorded, "pairs": pairs})

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "opd_ray"
 RUNGS = (
     {"types", "errors", "plugins", "seeds", "digest"},
-    {"config", "recipes", "prompts", "diffusion"},
+    {"config", "recipes", "prompts", "pairs", "diffusion"},
     {"models", "algorithms", "rewards", "world"},
     {"actors", "learners"},
     {"storage", "metrics"},

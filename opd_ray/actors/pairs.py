@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class PairsActor:
         if self._next is None or not 0 <= start - self._next <= self._ahead:
             self._rows, self._next = self._from(start), start
         skipped, self._next = start - self._next, None  # not known, if reading fails
-        rows = [row for row, _ in zip(self._rows, range(skipped + self._size), strict=False)][skipped:]
+        rows = list(islice(self._rows, skipped, skipped + self._size))
         self._next = start + self._size
         return rows
 
@@ -73,7 +74,9 @@ class PairsActor:
         found = []
         for row in rows:
             data = (row.winner, row.loser)[side]
-            picture = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(self.side, self.side, 3).permute(2, 0, 1)
+            picture = (
+                torch.frombuffer(bytearray(data), dtype=torch.uint8).view(self.side, self.side, 3).permute(2, 0, 1)
+            )
             mirrored = self._flip is not None and fold(self._flip, "pairs", "flip", row.position) >> side & 1
             found.append(picture.flip(-1) if mirrored else picture)
         return torch.stack(found).to(self.family.device).float() / 255

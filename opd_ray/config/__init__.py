@@ -41,6 +41,7 @@ __all__ = [
     "ModelConfig",
     "OpdConfig",
     "OptimizerConfig",
+    "PairsConfig",
     "Placement",
     "PluginAlgorithmConfig",
     "Precision",

@@ -233,8 +233,8 @@ class PairsConfig(Frozen):
     """Preference pairs as experience: of two pictures of one caption, which is the better one."""
 
     files: tuple[str, ...] = Field(min_length=1)
-    """One or several: .parquet with Pick-a-Pic v2's columns (jpg_0, jpg_1, label_0, label_1, caption), .jsonl whose rows
-    are {prompt, winner, loser} with the paths of the pictures, or a folder with pairs.jsonl or .parquet files."""
+    """One or several: .parquet with Pick-a-Pic v2's columns (jpg_0, jpg_1, label_0, label_1, caption), .jsonl with rows
+    {prompt, winner, loser} of a caption and two paths, or a folder with pairs.jsonl or .parquet files."""
     task: str = Field("pairs", min_length=1)
     """What metrics call them."""
     flip: bool = False

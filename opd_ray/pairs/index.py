@@ -180,9 +180,7 @@ def _row_groups(path: Path) -> Iterator[Found]:
         first += table.num_rows
 
 
-def _found(
-    file: str, start: int, first: int, tied: npt.NDArray[np.bool_], blank: npt.NDArray[np.bool_]
-) -> Found:
+def _found(file: str, start: int, first: int, tied: npt.NDArray[np.bool_], blank: npt.NDArray[np.bool_]) -> Found:
     mask = np.packbits(~(tied | blank)).tobytes()
     return Shard(file, start, first, len(tied), mask), tied, blank & ~tied
 

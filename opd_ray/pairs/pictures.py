@@ -28,7 +28,7 @@ def prepared(data: bytes | None, side: int) -> npt.NDArray[np.uint8]:
     Raises:
         BadPicture: why it cannot be read.
     """
-    from PIL import Image  # only who reads pictures imports it
+    from PIL import Image, UnidentifiedImageError  # only who reads pictures imports it
 
     if not data:
         raise BadPicture("is missing")
@@ -37,7 +37,7 @@ def prepared(data: bytes | None, side: int) -> npt.NDArray[np.uint8]:
             picture = image.convert("RGB")
     except Image.DecompressionBombError:
         raise BadPicture("has more pixels than any picture here should") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise BadPicture(f"is no {', '.join(FORMATS)}; its {len(data)} bytes begin with {data[:4].hex()}") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:  # all that Pillow raises
         raise BadPicture(f"is broken ({' '.join(str(error).split())})") from None

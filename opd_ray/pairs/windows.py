@@ -76,7 +76,7 @@ class Reading:
             if isinstance(found, str):
                 raise PromptError(f"{fault}, and so is every other pair of its window; mend the file")
             pair, pictures = found
-            yield Row(window.start + place, pair.where, pair.caption, *pictures, fault=fault)
+            yield Row(window.start + place, pair.where, pair.caption, *pictures, fault)
 
     def _require_few(self, fault: str, broken: int, pairs: int) -> None:
         if self.on_bad == "stop":
@@ -87,7 +87,9 @@ class Reading:
                 f"{self.max_bad:g} allows; mend the files or raise it"
             )
 
-    def _attempt(self, groups: Sequence["_Group"], window: Window, place: int) -> "tuple[Pair, list[bytes]] | str":
+    def _attempt(
+        self, groups: Sequence["_Group"], window: Window, place: int
+    ) -> "tuple[Pair, tuple[bytes, bytes]] | str":
         """A pair with its pictures, else what is wrong with it."""
         number, row = window.places[place]
         pair = groups[number].pair(row)
@@ -97,7 +99,8 @@ class Reading:
                 pictures.append(prepared(data, self.side).tobytes())
             except BadPicture as error:
                 return f"{pair.where}: {name} {error}"
-        return pair, pictures
+        winner, loser = pictures
+        return pair, (winner, loser)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,8 @@ class _Group:
     """The rows of a shard, read when the first of them is asked for."""
 
     def __init__(self, shard: Shard) -> None:
-        self._shard, self._rows = shard, None
+        self._shard = shard
+        self._rows: Any = None
 
     def pair(self, row: int) -> Pair:
         """Raises PromptError where the file cannot be read any more."""
@@ -127,7 +131,8 @@ class _Group:
             return Pair(where, found["prompt"].strip(), pictures)
         cells = {name: self._rows[name][row].as_py() for name in COLUMNS}
         better = int(cells["label_1"] > cells["label_0"])
-        return Pair(where, cells["caption"].strip(), {name: cells[name] for name in (f"jpg_{better}", f"jpg_{1 - better}")})
+        pictures = {name: cells[name] for name in (f"jpg_{better}", f"jpg_{1 - better}")}
+        return Pair(where, cells["caption"].strip(), pictures)
 
     def _read(self) -> Any:
         """A table, or the lines."""

@@ -27,6 +27,12 @@ def round_bytes(config: Config, algorithm: Algorithm, tasks: int) -> dict[str, i
     states = config.sampling.steps + 1 if whole else max(trained, default=0) + 1
     items = tasks * (config.batch.images_per_task // config.batch.item_size)
     pictures = items * config.batch.item_size
+    if config.pairs is not None:
+        pairs = config.batch.images_per_task * (2 * shape.latent + shape.conditioning)
+        empty = config.batch.images_per_task // config.batch.item_size * shape.conditioning
+        return {"pairs": (pairs + empty) * FLOAT} | (
+            {WEIGHTS: shape.parameters["denoiser"] * FLOAT} if config.student.lora is None else {}
+        )
     found = {
         "trajectories": pictures * (states * shape.latent + shape.conditioning) + items * shape.conditioning,
         "teachers' answers": pictures * marked * shape.latent if algorithm.needs_teachers else 0,

@@ -1,4 +1,4 @@
-"""Pairs through Ray Data: tasks read and decode ahead in the cluster, and the object store holds a bounded part of it."""
+"""Pairs through Ray Data: tasks read and decode ahead in the cluster; the object store holds a bounded part of it."""
 
 from collections.abc import Iterator
 from dataclasses import fields
