@@ -23,7 +23,7 @@ from opd_ray.prompts import read_prompts
 from opd_ray.rewards.base import check_rewards
 from opd_ray.types import Prompt
 
-__all__ = ["FORCED", "Prompts", "anchored", "identity", "overlaps", "preflight"]
+__all__ = ["FORCED", "Prompts", "anchored", "identity", "locate", "overlaps", "preflight"]
 
 Prompts = dict[str, tuple[Prompt, ...]]
 
@@ -120,10 +120,10 @@ def overlaps(train: Prompts, held_out: Prompts) -> Iterator[str]:
 
 
 def _located(spec: str | dict[str, str]) -> str | dict[str, str]:
-    return {task: _locate(path) for task, path in spec.items()} if isinstance(spec, dict) else _locate(spec)
+    return {task: locate(path) for task, path in spec.items()} if isinstance(spec, dict) else locate(spec)
 
 
-def _locate(path: str) -> str:
+def locate(path: str) -> str:
     """A prompt file, or `world/<task>/<split>` of the built-in ones."""
     match path.split("/"):
         case ["world", task, split]:

@@ -2,11 +2,15 @@
 
 import io
 import struct
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BadPicture", "prepared"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["BadPicture", "decoded", "prepared"]
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -28,19 +32,9 @@ def prepared(data: bytes | None, side: int) -> npt.NDArray[np.uint8]:
     Raises:
         BadPicture: why it cannot be read.
     """
-    from PIL import Image, UnidentifiedImageError  # only who reads pictures imports it
+    from PIL import Image
 
-    if not data:
-        raise BadPicture("is missing")
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            picture = image.convert("RGB")
-    except Image.DecompressionBombError:
-        raise BadPicture("has more pixels than any picture here should") from None
-    except UnidentifiedImageError:
-        raise BadPicture(f"is no {', '.join(FORMATS)}; its {len(data)} bytes begin with {data[:4].hex()}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:  # all that Pillow raises
-        raise BadPicture(f"is broken ({' '.join(str(error).split())})") from None
+    picture = decoded(data)
     width, height = picture.size
     short = min(width, height)
     if short != side:
@@ -48,3 +42,24 @@ def prepared(data: bytes | None, side: int) -> npt.NDArray[np.uint8]:
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - side) / 2), round((height - side) / 2)
     return np.asarray(picture.crop((left, top, left + side, top + side)))
+
+
+def decoded(data: bytes | None) -> "Image":
+    """A picture in RGB, whole.
+
+    Raises:
+        BadPicture: why it cannot be read.
+    """
+    from PIL import Image, UnidentifiedImageError  # only who reads pictures imports it
+
+    if not data:
+        raise BadPicture("is missing")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return image.convert("RGB")
+    except Image.DecompressionBombError:
+        raise BadPicture("has more pixels than any picture here should") from None
+    except UnidentifiedImageError:
+        raise BadPicture(f"is no {', '.join(FORMATS)}; its {len(data)} bytes begin with {data[:4].hex()}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:  # all that Pillow raises
+        raise BadPicture(f"is broken ({' '.join(str(error).split())})") from None

@@ -11,7 +11,7 @@ import ray
 import ray.data
 from ray.data.block import BlockMetadata
 
-from opd_ray.errors import OpdRayError
+from opd_ray.errors import PromptError
 from opd_ray.pairs.order import Order
 from opd_ray.pairs.windows import Reading, Row, Window
 
@@ -23,6 +23,10 @@ BLOCK = 4 * 2**20
 """Bytes of rows that travel together."""
 SHARE = 0.2
 """Of the smallest node's object store, for rows that are read ahead."""
+
+
+FAILED = -1
+"""The position of a row whose fault is why there are no more of them."""
 
 
 class _Source(ray.data.Datasource):  # type: ignore[misc]  # an untyped library's
@@ -41,8 +45,15 @@ class _Source(ray.data.Datasource):  # type: ignore[misc]  # an untyped library'
 
 
 def _blocks(reading: Reading, window: Window, skip: int) -> Iterator[pa.Table]:
-    for row in reading.rows(window, skip):
-        yield pa.table({one.name: [getattr(row, one.name)] for one in fields(Row)})
+    try:
+        for row in reading.rows(window, skip):
+            yield _block(row)
+    except PromptError as error:  # as a row: Ray Data would write pages about it
+        yield _block(Row(FAILED, "", "", b"", b"", str(error)))
+
+
+def _block(row: Row) -> pa.Table:
+    return pa.table({one.name: [getattr(row, one.name)] for one in fields(Row)})
 
 
 def rows(order: Order, reading: Reading, decoders: int, position: int) -> Iterator[Row]:
@@ -64,11 +75,11 @@ def rows(order: Order, reading: Reading, decoders: int, position: int) -> Iterat
             _Source(reading, tasks), num_cpus=0, concurrency=decoders, override_num_blocks=len(tasks)
         )
         _settle(found.context)
-        try:
-            for block in found.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-                yield from (Row(**row) for row in block.to_pylist())
-        except ray.exceptions.RayError as error:
-            raise _own(error) from None
+        for block in found.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+            for row in (Row(**cells) for cells in block.to_pylist()):
+                if row.position == FAILED:
+                    raise PromptError(row.fault)
+                yield row
 
 
 def _settle(context: Any) -> None:
@@ -78,11 +89,3 @@ def _settle(context: Any) -> None:
     options.resource_limits = options.resource_limits.copy(object_store_memory=SHARE * min(nodes))
     context.target_max_block_size = BLOCK
     context.enable_progress_bars = context.print_on_execution_start = False
-
-
-def _own(error: BaseException) -> BaseException:
-    """The error of ours behind one of Ray's."""
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, OpdRayError):
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return seen or error
