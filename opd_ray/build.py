@@ -17,8 +17,9 @@ from opd_ray.algorithms import Algorithm, make_algorithm
 from opd_ray.config import ClusterConfig, Config, Placement, RolePlacement
 from opd_ray.errors import PlacementError
 from opd_ray.evaluation import Evaluation
-from opd_ray.experience import ExperienceSource, RecordedSource, RolloutSource
+from opd_ray.experience import ExperienceSource, PairSource, RecordedSource, RolloutSource
 from opd_ray.metrics import MetricsLog, mirrors
+from opd_ray.pairs.index import PairIndex, index_pairs
 from opd_ray.planning import round_bytes, rounds_that_fit
 from opd_ray.preflight import FORCED, Prompts, anchored, identity, overlaps, preflight
 from opd_ray.prompts import PromptStream
@@ -78,6 +79,8 @@ def build(
     folder = folder.resolve()  # as in `anchored`
     algorithm = make_algorithm(config)
     train, held_out = preflight(config, algorithm)
+    pairs = anchored(config).pairs
+    data = Data(train, held_out, index_pairs(pairs) if pairs else None)
     startup.mark("checks")
     attempt = claim(folder, identity(config), resume=resume, may_differ=FORCED if force else ())
     config = anchored(config)
@@ -87,6 +90,8 @@ def build(
         failed.callback(abandon, folder)
         for text in overlaps(train, held_out):
             live.note(text)
+        if data.pairs is not None:
+            live.note(f"pairs: {data.pairs}")
         live.phase("starting Ray" if config.cluster.runtime == "ray" else "starting")
         if config.cluster.runtime == "ray":
             for text in clean():
@@ -95,7 +100,7 @@ def build(
         if config.cluster.runtime == "ray":
             startup.mark("Ray")
         try:
-            run = _wire(config, folder, live, backend, algorithm, train, held_out, attempt)
+            run = _wire(config, folder, live, backend, algorithm, data, attempt)
             startup.mark("workers and models")
             run.dispatcher.first["rollout"] = lambda: _started(run, startup)
             failed.pop_all()  # it started: the claim stands
@@ -132,6 +137,15 @@ def make_backend(config: Config) -> Backend:
 
 
 @dataclass(frozen=True, slots=True)
+class Data:
+    """What a run learns from and is judged by, as far as the driver looks at it."""
+
+    train: Prompts
+    held_out: Prompts
+    pairs: PairIndex | None
+
+
+@dataclass(frozen=True, slots=True)
 class Pools:
     """The elastic roles of a run; None where the algorithm has no use for it."""
 
@@ -143,28 +157,22 @@ class Pools:
 
 
 def _wire(
-    config: Config,
-    folder: Path,
-    live: Live,
-    backend: Backend,
-    algorithm: Algorithm,
-    train: Prompts,
-    held_out: Prompts,
-    attempt: int,
+    config: Config, folder: Path, live: Live, backend: Backend, algorithm: Algorithm, data: Data, attempt: int
 ) -> Run:
     cluster = config.cluster
     dispatcher = Dispatcher(backend, call_timeout_s=cluster.call_timeout_s, pause_timeout_s=cluster.start_timeout_s)
     dispatcher.note, dispatcher.logs = live.note, folder / "logs"
-    in_store = _rounds_in_store(config, algorithm, backend, live, len(train))
-    evaluated = bool(held_out) and config.evaluation.images_per_task > 0
+    in_store = _rounds_in_store(config, algorithm, backend, live, len(data.train))
+    evaluated = bool(data.held_out) and config.evaluation.images_per_task > 0
     bases = Bases(share=config.cluster.share_base)
-    pools = _pools(config, folder, dispatcher, algorithm, bases, rewards=algorithm.needs_rewards or evaluated)
+    reads = roles.reader(config, data.pairs, bases)
+    pools = _pools(config, folder, dispatcher, algorithm, bases, reads, algorithm.needs_rewards or evaluated)
     learner = _start(config, folder, dispatcher, live, attempt, bases, pools.clerk)
     evaluation = None
     if evaluated and pools.rollout is not None and pools.reward is not None:
         evaluation = Evaluation(
             config,
-            held_out,
+            data.held_out,
             dispatcher,
             rollout=pools.rollout,
             reward=pools.reward,
@@ -188,7 +196,7 @@ def _wire(
         attempt=attempt,
         algorithm=algorithm,
         dispatcher=dispatcher,
-        source=_source(config, algorithm, train, dispatcher, pools),
+        source=_source(config, algorithm, data, dispatcher, pools),
         learner=learner,
         evaluation=evaluation,
         log=MetricsLog(folder / "metrics.jsonl", [*mirrors(config, folder, live.note), *telemetry]),
@@ -247,7 +255,7 @@ def _scaler(config: Config, dispatcher: Dispatcher) -> Scaler:
 
 
 def _pools(
-    config: Config, folder: Path, dispatcher: Dispatcher, algorithm: Algorithm, bases: Bases, *, rewards: bool
+    config: Config, folder: Path, dispatcher: Dispatcher, algorithm: Algorithm, bases: Bases, reads: Any, rewards: bool
 ) -> Pools:
     cluster = config.cluster
 
@@ -267,14 +275,13 @@ def _pools(
         dispatcher.pools.append(made)
         return made
 
-    recorded = config.recorded
     return Pools(
-        rollout=None if recorded else pool("rollout", cluster.rollout, roles.rollout(config, algorithm, bases)),
+        rollout=None if reads else pool("rollout", cluster.rollout, roles.rollout(config, algorithm, bases)),
         teachers=_teacher_pools(config, pool, bases) if algorithm.needs_teachers else {},
         reward=pool("reward", cluster.rewards.get("default", RolePlacement()), roles.reward(config))
         if rewards
         else None,
-        reader=pool("reader", cluster.rollout, roles.reader(recorded)) if recorded else None,
+        reader=pool("reader", cluster.rollout, reads) if reads else None,
         clerk=pool(CLERK, RolePlacement(resources={"cpu": 0}), ClerkHost, home=True)
         if cluster.storage == "ship" and cluster.runtime == "ray"
         else None,
@@ -313,13 +320,13 @@ def _start(
     return learner
 
 
-def _source(
-    config: Config, algorithm: Algorithm, train: Prompts, dispatcher: Dispatcher, pools: Pools
-) -> ExperienceSource:
+def _source(config: Config, algorithm: Algorithm, data: Data, dispatcher: Dispatcher, pools: Pools) -> ExperienceSource:
     if pools.reader is not None and config.recorded is not None:
         return RecordedSource(config, algorithm, recordings(config.recorded), dispatcher, pools.reader)
+    if pools.reader is not None and data.pairs is not None:
+        return PairSource(config, algorithm, data.pairs, dispatcher, pools.reader)
     assert pools.rollout is not None
-    stream = PromptStream(train, config.seed)
+    stream = PromptStream(data.train, config.seed)
     return RolloutSource(
         config,
         algorithm,

@@ -10,6 +10,7 @@ from opd_ray.commands.config import config
 from opd_ray.commands.demo import demo
 from opd_ray.commands.doctor import doctor
 from opd_ray.commands.evaluate import evaluate
+from opd_ray.commands.pairs import pairs
 from opd_ray.commands.plan import plan
 from opd_ray.commands.report import report
 from opd_ray.commands.sample import sample
@@ -44,7 +45,7 @@ def _options(
     pass
 
 
-for verb in (demo, train, sample, evaluate, scale, status, config, plan, report, doctor):
+for verb in (demo, train, sample, evaluate, pairs, scale, status, config, plan, report, doctor):
     app.command()(verb)
 
 

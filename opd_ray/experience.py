@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from opd_ray.algorithms import Algorithm
 from opd_ray.answers import drawn_for, marked_for, scored_for
 from opd_ray.config import Config
+from opd_ray.pairs.index import PairIndex
 from opd_ray.prompts import PromptStream
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import Collected
@@ -21,7 +22,7 @@ from opd_ray.runtime.pool import Pool
 from opd_ray.storage.packing import TrajectoryRecord
 from opd_ray.types import Prompt, WeightVersion, WorkItem
 
-__all__ = ["ExperienceSource", "RecordedSource", "RolloutSource", "Round"]
+__all__ = ["ExperienceSource", "PairSource", "RecordedSource", "RolloutSource", "Round"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,3 +262,40 @@ class RecordedSource:
 
 def _recorded(item: WorkItem, read: Job) -> Callable[[], Share]:
     return lambda: Share(item, recorded=_value(read))
+
+
+class PairSource:
+    """Read preference pairs, an item's number of them after the other; which, is the reader's business."""
+
+    def __init__(
+        self, config: Config, algorithm: Algorithm, index: PairIndex, dispatcher: Dispatcher, reader: Pool
+    ) -> None:
+        assert config.pairs is not None
+        self.config, self.algorithm, self.dispatcher, self.reader = config, algorithm, dispatcher, reader
+        self.index, self.task = index, config.pairs.task
+
+    def collect(self, round: int, weights: Weights) -> Round:
+        """Queue the reading of this round's pairs."""
+        items, collected = list[WorkItem](), list[Collected]()
+        size = self.config.batch.item_size
+        for index in range(self.config.batch.images_per_task // size):
+            number = self.cursors(round)[self.task] // size + index
+            steps = self.algorithm.steps(self.config.sampling.steps, self.config.seed, round, self.task, index)
+            rows = (Prompt(f"{self.task}-{number}", f"pairs {number}", self.task),) * size
+            item = WorkItem(round, self.task, index, index, rows, tuple(range(size)), steps)
+            read = self.dispatcher.submit(Job(self.reader, "read", (number,), 1, f"reading {item}"))
+            items.append(item)
+            collected.append(Collected(item, _paired(item, read), {"recorded": (read,)}, (read,)))
+        return Round(round, weights.version, tuple(items), tuple(collected))
+
+    def cursors(self, round: int) -> dict[str, int]:
+        """Pairs that were consumed before this round."""
+        return {self.task: round * self.config.batch.images_per_task}
+
+    def prompts(self) -> dict[str, str]:
+        """Hash of which rows of which files count."""
+        return {self.task: self.index.digest()}
+
+
+def _paired(item: WorkItem, read: Job) -> Callable[[], Share]:
+    return lambda: Share(item, recorded=_value(read).manifest)

@@ -23,11 +23,22 @@ from opd_ray.prompts import read_prompts
 from opd_ray.rewards.base import check_rewards
 from opd_ray.types import Prompt
 
-__all__ = ["FORCED", "Prompts", "anchored", "identity", "overlaps", "preflight"]
+__all__ = ["FORCED", "Prompts", "anchored", "identity", "locate", "overlaps", "preflight"]
 
 Prompts = dict[str, tuple[Prompt, ...]]
 
-FORCED = ("algorithm", "batch", "optimizer", "precision", "prompts", "rewards", "rounds", "sampling", "teachers")
+FORCED = (
+    "algorithm",
+    "batch",
+    "optimizer",
+    "pairs",
+    "precision",
+    "prompts",
+    "rewards",
+    "rounds",
+    "sampling",
+    "teachers",
+)
 """Sections in which a resumed run may differ with --force: the saved weights and moments still mean the same."""
 
 
@@ -109,10 +120,10 @@ def overlaps(train: Prompts, held_out: Prompts) -> Iterator[str]:
 
 
 def _located(spec: str | dict[str, str]) -> str | dict[str, str]:
-    return {task: _locate(path) for task, path in spec.items()} if isinstance(spec, dict) else _locate(spec)
+    return {task: locate(path) for task, path in spec.items()} if isinstance(spec, dict) else locate(spec)
 
 
-def _locate(path: str) -> str:
+def locate(path: str) -> str:
     """A prompt file, or `world/<task>/<split>` of the built-in ones."""
     match path.split("/"):
         case ["world", task, split]:
@@ -147,4 +158,5 @@ def anchored(config: Config) -> Config:
     }
     model = config.model.model_copy(update={"path": absolute(config.model.path)})
     recorded = absolute(config.recorded) if config.recorded else None
-    return config.model_copy(update={"teachers": teachers, "model": model, "recorded": recorded})
+    pairs = config.pairs and config.pairs.model_copy(update={"files": tuple(map(absolute, config.pairs.files))})
+    return config.model_copy(update={"teachers": teachers, "model": model, "recorded": recorded, "pairs": pairs})

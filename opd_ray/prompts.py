@@ -19,7 +19,7 @@ from opd_ray.errors import PromptError
 from opd_ray.seeds import generator
 from opd_ray.types import Prompt
 
-__all__ = ["PromptStream", "read_prompts"]
+__all__ = ["PromptStream", "read_prompts", "read_texts"]
 
 TEXT_COLUMNS = ("prompt", "text", "caption")
 COLUMNS = (*TEXT_COLUMNS, "task", "id")
@@ -56,6 +56,24 @@ def read_prompts(spec: str | Mapping[str, str], what: str) -> dict[str, tuple[Pr
         except PromptError as error:
             raise PromptError(f"{what}: {path}: {error}") from None
     return {task: tuple(by_id.values()) for task, by_id in prompts.items()}
+
+
+def read_texts(path: Path) -> tuple[str, ...]:
+    """The texts of a prompt file, each once, whatever their tasks and ids.
+
+    Raises:
+        PromptError: the file is missing, unreadable, empty or of an unknown kind, or a row has no text.
+    """
+    prompts: dict[str, dict[str, Prompt]] = {}
+    try:
+        for where, row in _rows(path):
+            plain = {name: value for name, value in row.items() if name not in {"task", "id"}}
+            _add(prompts, Counter(), where, plain, "any")
+        if not prompts:
+            raise PromptError("has no prompts; expected at least one")
+    except PromptError as error:
+        raise PromptError(f"{path}: {error}") from None
+    return tuple(prompt.text for prompt in prompts["any"].values())
 
 
 class PromptStream:

@@ -12,21 +12,27 @@ from typing import Any
 import torch
 
 from opd_ray.actors import Policy, RewardActor, RolloutActor, TeacherActor
+from opd_ray.actors.pairs import PairsActor
 from opd_ray.actors.recorded import RecordedActor
 from opd_ray.algorithms import Algorithm, make_algorithm
-from opd_ray.config import Config, ModelConfig, TeacherConfig
+from opd_ray.config import Config, ModelConfig, PairsConfig, TeacherConfig
 from opd_ray.learners import Learner, make_engine
 from opd_ray.learners.learner import Training
 from opd_ray.models.base import Family, load_family, sigmas_of
 from opd_ray.models.precision import dtype_of, is_full
 from opd_ray.models.teachers import Checkpoint, same_text, teacher_model
+from opd_ray.pairs.index import PairIndex
+from opd_ray.pairs.order import Order
+from opd_ray.pairs.windows import Reading, Rows
 from opd_ray.rewards.base import make_rewards
 from opd_ray.runtime.hosts import LearnerHost, RecordedHost, RewardHost, RolloutHost, TeacherHost
+from opd_ray.runtime.readers import PairsHost
 
 __all__ = [
     "Bases",
     "learner",
     "make_learner",
+    "make_pairs",
     "make_reward",
     "make_rollout",
     "make_teacher",
@@ -127,9 +133,37 @@ def make_teacher(config: Config, names: tuple[str, ...], bases: Bases | None = N
     )
 
 
-def reader(folder: str) -> Made:
-    """Reads recorded experience."""
-    return partial(RecordedHost, partial(RecordedActor, folder))
+def reader(config: Config, index: PairIndex | None, bases: Bases) -> Made | None:
+    """Reads recorded experience, or pairs; None where the student draws."""
+    if config.recorded is not None:
+        return partial(RecordedHost, partial(RecordedActor, config.recorded))
+    return None if index is None else partial(PairsHost, partial(make_pairs, config, index, bases))
+
+
+def make_pairs(config: Config, index: PairIndex, bases: Bases | None = None) -> PairsActor:
+    """Text encoders and VAE; pictures come through Ray Data where there is a Ray."""
+    chosen, device = config.pairs, config.cluster.rollout.device
+    assert chosen is not None
+    dtype = dtype_of(config.precision.rollout, device)
+    family = (bases or Bases()).load(config.model, device, dtype, text=True, image=True)
+    order = Order(index, config.seed, chosen.window)
+    return PairsActor(
+        family,
+        lambda side: pair_rows(chosen, order, side, ray=config.cluster.runtime == "ray"),
+        size=config.batch.item_size,
+        flip=config.seed if chosen.flip else None,
+        ahead=chosen.window,
+    )
+
+
+def pair_rows(config: PairsConfig, order: Order, side: int, *, ray: bool) -> Rows:
+    """The rows of pairs from a position on, with pictures of a height and width; read here, or by Ray Data."""
+    reading = Reading(side, config.on_bad, config.max_bad, min(config.window, order.pairs))
+    if not ray:
+        return partial(order.rows, reading)
+    from opd_ray.runtime import datasets  # imports Ray
+
+    return partial(datasets.rows, order, reading, config.decoders)
 
 
 def reward(config: Config) -> Made:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,9 +11,13 @@ from opd_ray.experience import Round
 from opd_ray.learners import UpdateReport
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import LearnerGroup
+from opd_ray.runtime.readers import PairsRead
 from opd_ray.runtime.usage import Usage
 
-__all__ = ["TimeBooks", "learned"]
+__all__ = ["TimeBooks", "learned", "told_of_pairs"]
+
+SHOWN = 3
+"""Broken pairs that are named at the end."""
 
 
 def learned(batch: Round, updates: Sequence[Sequence[UpdateReport]]) -> dict[str, Any]:
@@ -41,7 +45,7 @@ def learned(batch: Round, updates: Sequence[Sequence[UpdateReport]]) -> dict[str
     for metric in dict.fromkeys(name for metrics in found for name in metrics):
         row.setdefault(metric, _steps(last, metric))
     scores = _scores(batch)
-    return row | {"scores": scores} if scores else row
+    return row | _pairs(batch) | ({"scores": scores} if scores else {})
 
 
 class TimeBooks:
@@ -109,6 +113,29 @@ def _steps(reports: Sequence[UpdateReport], metric: str) -> dict[str, dict[str, 
         if found:
             means[task] = {step: found[step][0] / found[step][1] for step in sorted(found, key=int)}
     return means
+
+
+def _pairs(batch: Round) -> dict[str, Any]:
+    """How many pairs were read, and those of them in whose places others stand."""
+    found = [job.result.value for job in batch.jobs if job.result and isinstance(job.result.value, PairsRead)]
+    faults = [fault for read in found for fault in read.faults]
+    counts = {"pairs": {"read": sum(read.pairs for read in found), "broken": len(faults)}} if found else {}
+    return counts | ({"broken_pairs": faults} if faults else {})
+
+
+def told_of_pairs(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A sentence about the pairs of a whole run that could not be read, from its rows; empty where there was none."""
+    found = list[str]()
+    for row in rows:
+        found += row.get("broken_pairs", [])
+    if not found:
+        return ""
+    distinct = list(dict.fromkeys(found))
+    more = f" and {len(distinct) - SHOWN} more in broken_pairs of metrics.jsonl" if len(distinct) > SHOWN else ""
+    return (
+        f"pairs: {len(distinct)} have broken pictures, and others of their windows stood in for them: "
+        f"{'; '.join(distinct[:SHOWN])}{more}"
+    )
 
 
 def _scores(batch: Round) -> dict[str, float]:

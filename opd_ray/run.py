@@ -23,7 +23,7 @@ from opd_ray.report.card import write_card
 from opd_ray.report.html import write_report
 from opd_ray.report.live import Live
 from opd_ray.report.run_folder import Round as RoundRow
-from opd_ray.rows import TimeBooks, learned
+from opd_ray.rows import TimeBooks, learned, told_of_pairs
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import Collected, LearnerGroup
 from opd_ray.runtime.handle import Weights
@@ -268,6 +268,8 @@ class Run:
                 "the last weights"
             )
         self.learner.export(self.folder / trained)
+        if text := told_of_pairs(rows(self.folder / "metrics.jsonl")):
+            self.live.note(text)
         result = self.result("done")
         if self.evaluation is not None:
             self.live.phase("evaluating base, teachers and student")

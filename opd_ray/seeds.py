@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["Stream", "fold", "generator", "noise"]
 
-Stream = Literal["init_noise", "step_noise", "learner_noise", "order", "steps", "lora", "eval"]
+Stream = Literal["init_noise", "step_noise", "learner_noise", "order", "pairs", "steps", "lora", "eval"]
 
 
 def fold(seed: int, stream: Stream, *parts: int | str) -> int:

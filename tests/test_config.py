@@ -101,8 +101,16 @@ REFUSED = [
     ("teachers.third", {"lora": "c", "tasks": ["text"]}, "f: task 'text' has two teachers, text and third; give it o"),
     ("teachers.third", {"lora": "c"}, "f: teacher 'third' serves task 'third', which has no training prompts; prompts"),
     ("prompts.train.other", "o.txt", "f: task 'other' of prompts.train has no teacher; teachers serve colour, shine,"),
-    ("prompts", None, "f: give either prompts (rollouts draw on them) or recorded (experience to read)"),
-    ("recorded", "folder", "f: give either prompts (rollouts draw on them) or recorded (experience to read)"),
+    (
+        "prompts",
+        None,
+        "f: give one of prompts (rollouts draw on them), recorded (experience to read) and pairs (preferences)",
+    ),
+    (
+        "recorded",
+        "folder",
+        "f: give one of prompts (rollouts draw on them), recorded (experience to read) and pairs (preferences)",
+    ),
     # Where it runs.
     ("cluster.runtime", "slurm", "f: cluster.runtime: Input should be 'ray' or 'local', got 'slurm'"),
     ("cluster.max_staleness", -1, "f: cluster.max_staleness: Input should be greater than or equal to 0, got -1"),

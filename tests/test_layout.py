@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "opd_ray"
 RUNGS = (
     {"types", "errors", "plugins", "seeds", "digest"},
-    {"config", "recipes", "prompts", "diffusion"},
+    {"config", "recipes", "prompts", "pairs", "diffusion"},
     {"models", "algorithms", "rewards", "world"},
     {"actors", "learners"},
     {"storage", "metrics"},
@@ -179,7 +179,7 @@ def test_the_core_stays_small() -> None:
     for name, source in SOURCES.items():
         if top(name) in CORE:
             parts[top(name)] += len(source.splitlines())
-    assert sum(parts.values()) < 6400, f"over 6,400 lines: {parts}"
+    assert sum(parts.values()) < 6500, f"over 6,500 lines: {parts}"
 
 
 @pytest.mark.parametrize(

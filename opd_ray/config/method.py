@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from opd_ray.config.alignment import DdpoConfig, DpoConfig, PsoConfig, PsoOfflineConfig, SdpoConfig
 from opd_ray.config.section import Frozen
@@ -19,6 +19,7 @@ __all__ = [
     "ModelConfig",
     "OpdConfig",
     "OptimizerConfig",
+    "PairsConfig",
     "PluginAlgorithmConfig",
     "Precision",
     "PrecisionConfig",
@@ -235,6 +236,34 @@ class PromptsConfig(Frozen):
     """Each file .txt, .csv, .jsonl or .parquet, or `world/<task>/train`."""
     eval: str | dict[str, str] | None = None
     """Held-out prompts; tasks without a teacher are allowed here and are only scored."""
+
+
+class PairsConfig(Frozen):
+    """Preference pairs as experience: of two pictures of one caption, which is the better one."""
+
+    files: tuple[str, ...] = Field(min_length=1)
+    """One or several: .parquet with Pick-a-Pic v2's columns (jpg_0, jpg_1, label_0, label_1, caption), .jsonl with rows
+    {prompt, winner, loser} of a caption and two paths, or a folder with pairs.jsonl or .parquet files."""
+    task: str = Field("pairs", min_length=1)
+    """What metrics call them."""
+    flip: bool = False
+    """Mirror each picture left to right with probability 1/2: not where a caption names sides, or asks for writing."""
+    ties: Literal["drop"] = "drop"
+    """Pairs without a better picture, or without a label, are left out and counted."""
+    on_bad: Literal["skip", "stop"] = "skip"
+    """A pair without a caption, or with a picture that cannot be read: leave it out and count it, or end the run."""
+    max_bad: float = Field(0.1, ge=0, le=1)
+    """The part of a window's pairs whose pictures may be broken before the run ends whatever `on_bad` says."""
+    window: int = Field(1024, ge=1)
+    """Pairs among which an epoch shuffles rows, after it has shuffled the files' row groups: as many whole row groups
+    as hold so many. A worker holds their undecoded pictures in memory."""
+    decoders: int = Field(1, ge=1)
+    """Tasks of Ray Data that read and decode ahead of each reader at one time (runtime: ray)."""
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _one_is_enough(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class EvaluationConfig(Frozen):

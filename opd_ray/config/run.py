@@ -18,6 +18,7 @@ from opd_ray.config.method import (
     ModelConfig,
     OpdConfig,
     OptimizerConfig,
+    PairsConfig,
     Precision,
     PrecisionConfig,
     PromptsConfig,
@@ -67,9 +68,11 @@ class Config(Frozen):
     rewards: dict[str, dict[str, Any]] = {}
     """By built-in name or package.module:attr; the value holds its keyword arguments."""
     prompts: PromptsConfig | None = None
-    """What rollouts draw; null where experience is recorded."""
+    """What rollouts draw; null where experience is recorded, or is pairs."""
     recorded: str | None = None
     """Folder of recorded experience (<task>/<name>.safetensors), for algorithms that need no rollouts."""
+    pairs: PairsConfig | None = None
+    """Preference pairs to learn from, for algorithms that need no rollouts."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How base, teachers and student are compared."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -111,7 +114,7 @@ class Config(Frozen):
             if name in ROLES or not re.match(NAME, name):
                 raise ValueError(f"teacher name {name!r} is not free; roles are {', '.join(ROLES)}. Choose another")
         self._check_placement()
-        tasks = self.teacher_of_task or self._own_files()
+        tasks = self.teacher_of_task or self._own_files() or ((self.pairs.task,) if self.pairs else ())
         items = len(tasks) * (self.batch.images_per_task // self.batch.item_size)
         if tasks and items < self.cluster.learner.ranks:
             raise ValueError("cluster.learner.ranks: a round has fewer work items than ranks; lower batch.item_size")
@@ -123,8 +126,10 @@ class Config(Frozen):
                 raise ValueError(f"cluster.teachers.{name}: teachers are shared, so only `default` applies")
         for name in sorted(self.cluster.rewards.keys() - {"default"}):
             raise ValueError(f"cluster.rewards.{name}: one worker scores every reward; only `default` is known")
-        if (self.prompts is None) == (self.recorded is None):
-            raise ValueError("give either prompts (rollouts draw on them) or recorded (experience to read)")
+        if sum(source is not None for source in (self.prompts, self.recorded, self.pairs)) != 1:
+            raise ValueError(
+                "give one of prompts (rollouts draw on them), recorded (experience to read) and pairs (preferences)"
+            )
         if self._own_files():
             self.check_tasks(self._own_files())
         return self

@@ -27,6 +27,12 @@ def round_bytes(config: Config, algorithm: Algorithm, tasks: int) -> dict[str, i
     states = config.sampling.steps + 1 if whole else max(trained, default=0) + 1
     items = tasks * (config.batch.images_per_task // config.batch.item_size)
     pictures = items * config.batch.item_size
+    if config.pairs is not None:
+        pairs = config.batch.images_per_task * (2 * shape.latent + shape.conditioning)
+        empty = config.batch.images_per_task // config.batch.item_size * shape.conditioning
+        return {"pairs": (pairs + empty) * FLOAT} | (
+            {WEIGHTS: shape.parameters["denoiser"] * FLOAT} if config.student.lora is None else {}
+        )
     drawn = states - 1 if algorithm.needs_velocities else 0
     found = {
         "trajectories": pictures * ((states + drawn) * shape.latent + shape.conditioning) + items * shape.conditioning,

@@ -15,3 +15,8 @@ def never(images, prompts):
 def total(images, prompts):
     """A reward that forgets that it is asked about several pictures."""
     return float(images.sum())
+
+
+def greenness(images, prompts):
+    """In steps of a tenth, so that compression makes no difference."""
+    return (10 * images[:, 1].std(dim=(1, 2))).round() / 10

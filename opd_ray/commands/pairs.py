@@ -1,0 +1,166 @@
+"""``opd-ray pairs``: a data set of preferences from any model, or another one's, labelled by any reward."""
+
+import importlib.metadata
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from opd_ray.commands.options import Json, Seed, Threads, require_folder
+from opd_ray.console import console, errors
+from opd_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from opd_ray.evaluation.models import Found
+    from opd_ray.pairs.feedback import Score
+
+__all__ = ["pairs"]
+
+PART = 32
+"""Prompts of one part of the file: so much is done again by whoever goes on."""
+VERSIONS = ("opd-ray", "torch", "diffusers", "transformers")
+
+
+class Rate(ProgressColumn):
+    """Pairs a second."""
+
+    def render(self, task: Task) -> Text:
+        """Of the last while."""
+        return Text("" if task.speed is None else f"{task.speed:.1f} pairs/s")
+
+
+def pairs(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="What draws: a diffusers folder, hub id, run folder, `world` or `world/<name>`."),
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="What to draw: .txt, .csv, .jsonl or .parquet, or `world/<task>/train`.")
+    ] = None,
+    reward: Annotated[str, typer.Option(help="Who judges: a built-in name or package.module:attr.")] = "",
+    count: Annotated[int, typer.Option("--pairs", min=1, help="Pairs to draw; ties among them are left out.")] = 1000,
+    images_per_prompt: Annotated[int, typer.Option(min=2, help="The best is paired with the worst of so many.")] = 2,
+    relabel: Annotated[
+        Path | None, typer.Option(help="In place of MODEL and --prompts: a Parquet file whose pairs get new labels.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps; a run's and the world's own, else 40.")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance; a run's and the world's own, else 4.5.")] = None,
+    seed: Seed = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures a forward.")] = 64,
+    out: Annotated[Path, typer.Option(help="The Parquet file; run it again to go on where it was stopped.")] = Path(
+        "pairs.parquet"
+    ),
+    threads: Threads = 1,
+    json: Json = False,
+) -> None:
+    """Write pairs in Pick-a-Pic's columns, labelled by a reward; the key `pairs` of a recipe trains on them."""
+    _require_source(model, prompts, relabel, reward)
+    import torch
+
+    from opd_ray.evaluation.models import find_model
+    from opd_ray.pairs.feedback import Parts
+    from opd_ray.rewards.base import make_rewards
+
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise ConfigError(f"--guidance {guidance}: expected a number from 0 on")
+    score: Score = make_rewards({reward: {}})[reward]
+    found = find_model(model) if model is not None else None
+    about: dict[str, Any] = {
+        "reward": reward,
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+    }
+    if found is not None:
+        scale = guidance if guidance is not None else 4.5 if found.guidance is None else found.guidance
+        how = {"steps": steps or found.steps or 40, "guidance": scale, "images_per_prompt": images_per_prompt}
+        about |= {"model": found.label, "prompts": str(prompts), "seed": seed, "batch": batch, "pairs": count} | how
+    else:
+        about |= {"relabel": str(relabel)}
+    require_folder(out.parent)
+    parts = Parts(out, about)
+    torch.set_num_threads(threads)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, disable=json, transient=True) as progress:
+        if found is not None:
+            bar = progress.add_task("drawing and scoring", total=count, completed=min(parts.done * PART, count))
+            made = _drawn(found, about, str(prompts), score, parts.done, lambda n: progress.advance(bar, n))
+        else:
+            assert relabel is not None
+            total, before = _rows(relabel, parts.done)
+            bar = progress.add_task("scoring", total=total, completed=before)
+            made = _relabelled(relabel, score, parts.done, lambda n: progress.advance(bar, n))
+        for table, counts in made:
+            parts.write(table, counts)
+    counts = parts.finish()
+    if json:
+        console.print_json(data={"file": str(out), "about": about, "counts": counts})
+    else:
+        rest = ", ".join(f"{number} {name}" for name, number in counts.items() if name != "pairs" and number)
+        console.print(f"{counts['pairs']} pairs in {out}" + (f"; left out: {rest}" if rest else ""), soft_wrap=True)
+
+
+def _require_source(model: str | None, prompts: str | None, relabel: Path | None, reward: str) -> None:
+    if not reward:
+        raise ConfigError("--reward is missing; name a built-in reward or package.module:attr")
+    if relabel is not None and (model is not None or prompts is not None):
+        raise ConfigError("--relabel takes its pictures from a file; leave out MODEL and --prompts")
+    if relabel is None and (model is None or prompts is None):
+        raise ConfigError("give MODEL and --prompts to draw pairs, or --relabel FILE to label a file's anew")
+
+
+Tables = Iterator[tuple[Any, dict[str, int]]]
+
+
+def _drawn(
+    found: "Found", how: Mapping[str, Any], file: str, score: "Score", done: int, advance: Callable[[float], None]
+) -> Tables:
+    """Parts of drawn pairs, from one on."""
+    import torch
+
+    from opd_ray.actors.rollout import SampleRequest, draw_pictures
+    from opd_ray.pairs.feedback import drawn_pairs, scored
+    from opd_ray.preflight import locate
+    from opd_ray.prompts import PromptStream, read_texts
+    from opd_ray.seeds import fold
+    from opd_ray.types import Prompt
+
+    texts = read_texts(Path(locate(file)))
+    stream = PromptStream({"": [Prompt(text, text, "") for text in texts]}, how["seed"])
+    family, each = found.load(), how["images_per_prompt"]
+    for start in range(done * PART, how["pairs"], PART):
+        chosen, end = stream.take("", start, min(PART, how["pairs"] - start))
+        # A prompt that comes again in a later epoch is drawn at other noise.
+        rows = [(prompt, n // len(texts) * each + k) for n, prompt in enumerate(chosen, start) for k in range(each)]
+        pictures, scores = list[torch.Tensor](), list[torch.Tensor]()
+        for first in range(0, len(rows), how["batch"]):
+            some = rows[first : first + how["batch"]]
+            prompts, samples = (tuple(side) for side in zip(*some, strict=True))
+            request = SampleRequest("", None, how["guidance"], how["steps"], how["seed"], prompts, samples)
+            pictures.append(draw_pictures(family, request))
+            scores.append(scored(score, pictures[-1], [prompt.text for prompt in prompts]))
+            advance(len(some) / each)
+        images = torch.cat(pictures).unflatten(0, (len(chosen), each))
+        seeds = [fold(how["seed"], "pairs", n) for n in range(start, end)]
+        yield drawn_pairs(images, [prompt.text for prompt in chosen], torch.cat(scores).view(-1, each), seeds)
+
+
+def _rows(path: Path, groups: int) -> tuple[int, int]:
+    """Of a file, and of its first row groups."""
+    from opd_ray.pairs.index import opened
+
+    about = opened(path, ("jpg_0", "jpg_1", "caption")).metadata
+    return about.num_rows, sum(about.row_group(group).num_rows for group in range(min(groups, about.num_row_groups)))
+
+
+def _relabelled(path: Path, score: "Score", done: int, advance: Callable[[float], None]) -> Tables:
+    """Parts of a file with new labels, from one on."""
+    from opd_ray.pairs.feedback import relabelled, row_groups
+
+    for rows in row_groups(path, done):
+        yield relabelled(rows, score)
+        advance(len(rows))
