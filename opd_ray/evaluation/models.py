@@ -86,8 +86,8 @@ def _run(folder: Path) -> Found:
     files = [folder / "lora" / "pytorch_lora_weights.safetensors"]
     files += [folder / part / "config.json" for part in ("transformer", "unet")]
     if not any(file.is_file() for file in files):
-        either = " or ".join(str(file.relative_to(folder)) for file in files)
-        raise RunFolderError(f"{folder} has no {either} yet; let the run end, or --resume it")
+        *names, last = (str(file.relative_to(folder)) for file in files)
+        raise RunFolderError(f"{folder} has no {', '.join(names)} or {last} yet; let the run end, or --resume it")
     config = read(folder / "config.yaml")
     trained = folder / trained_folder(config.model, config.student)
     lora, denoiser = (None, str(trained)) if config.student.lora is None else (str(trained), None)

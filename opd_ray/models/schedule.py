@@ -78,6 +78,11 @@ def read_flow_schedule(model: ModelConfig) -> FlowSchedule:
     Raises:
         ModelError: the file is missing, or names a schedule that one shift does not describe.
     """
+    if model.spacing is not None:
+        raise ModelError(
+            f"model.spacing {model.spacing} is of the families sd and sdxl; a path of {model.path!r} (family "
+            f"{model.family}) has its scheduler's shift alone. Leave it out"
+        )
     config = read_config(model, "scheduler/scheduler_config.json")
     options = [option for option in OTHER_SCHEDULES if config.get(option)]
     kind = config.get("_class_name")

@@ -15,6 +15,7 @@ from diffusers import (
 
 from opd_ray.config import ModelConfig
 from opd_ray.errors import ModelError
+from opd_ray.models import sigmas_of
 from opd_ray.models.alphas import read_alpha_schedule
 from opd_ray.models.unet import SD
 from tests.models.tiny_unet import BETAS, sd_scheduler
@@ -196,6 +197,12 @@ def test_numbers_of_steps_that_a_spacing_has_not(written, scheduler, num_steps):
     ours = read_alpha_schedule(written(scheduler))
     with pytest.raises(ModelError, match=rf"cannot go {num_steps} steps with timestep spacing"):
         ours.sigmas(num_steps)
+
+
+def test_a_flow_model_has_no_spacing(tiny):
+    model = ModelConfig(path=str(tiny), spacing="trailing")
+    with pytest.raises(ModelError, match=r"model.spacing trailing is of the families sd and sdxl; .* Leave it out"):
+        sigmas_of(model, 4)
 
 
 def test_an_offset_that_the_stock_pipeline_overrides_is_refused(written):
