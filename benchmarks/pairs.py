@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace, path: str, backend: RayBackend) -> None:
     items = args.pairs // args.item_size
     part = items // (args.repeats + 1)
     rates: dict[str, list[float]] = {name: [] for name in readers}
-    for name, reader in readers.items():
+    for reader in readers.values():
         ask(reader, "read", 0, part)  # everything is loaded, and the stream runs
     for repeat in range(1, args.repeats + 1):
         for name, reader in readers.items():

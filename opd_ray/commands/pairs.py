@@ -3,6 +3,7 @@
 import importlib.metadata
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,8 @@ __all__ = ["pairs"]
 
 PART = 32
 """Prompts of one part of the file: so much is done again by whoever goes on."""
+Tables = Iterator[tuple[Any, dict[str, int]]]
+"""Parts of the file, and what was counted in each."""
 VERSIONS = ("opd-ray", "torch", "diffusers", "transformers")
 
 
@@ -72,33 +75,34 @@ def pairs(
         "reward": reward,
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
     }
+    torch.set_num_threads(threads)
+    make: Callable[[int, Callable[[float], None]], Tables]
     if relabel is None:
         found, texts = find_model(str(model)), _texts(str(prompts))
         scale = guidance if guidance is not None else 4.5 if found.guidance is None else found.guidance
         how = {"steps": steps or found.steps or 40, "guidance": scale, "images_per_prompt": images_per_prompt}
         about |= {"model": found.label, "prompts": str(prompts), "seed": seed, "batch": batch, "pairs": count} | how
         sizes = [min(PART, count - start) for start in range(0, count, PART)]
+        make = partial(_drawn, found, about, texts, score)
     else:
         about |= {"relabel": str(relabel)}
-        sizes = _sizes(relabel)
+        sizes, make = _sizes(relabel), partial(_relabelled, relabel, score)
     require_folder(out.parent)
     parts = Parts(out, about)
-    torch.set_num_threads(threads)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     with Progress(*columns, console=errors, disable=json or not errors.is_terminal, transient=True) as progress:
         bar = progress.add_task("scoring pairs", total=sum(sizes), completed=sum(sizes[: parts.done]))
-        if relabel is None:
-            made = _drawn(found, about, texts, score, parts.done, lambda n: progress.advance(bar, n))
-        else:
-            made = _relabelled(relabel, score, parts.done, lambda n: progress.advance(bar, n))
-        for table, counts in made:
+        for table, counts in make(parts.done, lambda amount: progress.advance(bar, amount)):
             parts.write(table, counts)
-    counts = parts.finish()
+    _tell(out, about, parts.finish(), json)
+
+
+def _tell(out: Path, about: Mapping[str, Any], counts: Mapping[str, int], json: bool) -> None:
     if json:
         console.print_json(data={"file": str(out), "about": about, "counts": counts})
-    else:
-        rest = ", ".join(f"{number} {name}" for name, number in counts.items() if name != "pairs" and number)
-        console.print(f"{counts['pairs']} pairs in {out}" + (f"; left out: {rest}" if rest else ""), soft_wrap=True)
+        return
+    rest = ", ".join(f"{number} {name}" for name, number in counts.items() if name != "pairs" and number)
+    console.print(f"{counts['pairs']} pairs in {out}" + (f"; left out: {rest}" if rest else ""), soft_wrap=True)
 
 
 def _require_source(
@@ -112,9 +116,6 @@ def _require_source(
         raise ConfigError("give MODEL and --prompts to draw pairs, or --relabel FILE to label a file's anew")
     if guidance is not None and not 0 <= guidance < math.inf:
         raise ConfigError(f"--guidance {guidance}: expected a number from 0 on")
-
-
-Tables = Iterator[tuple[Any, dict[str, int]]]
 
 
 def _texts(file: str) -> tuple[str, ...]:
