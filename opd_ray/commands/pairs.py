@@ -3,6 +3,7 @@
 import importlib.metadata
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,8 @@ __all__ = ["pairs"]
 
 PART = 32
 """Prompts of one part of the file: so much is done again by whoever goes on."""
+Tables = Iterator[tuple[Any, dict[str, int]]]
+"""Parts of the file, and what was counted in each."""
 VERSIONS = ("opd-ray", "torch", "diffusers", "transformers")
 
 
@@ -60,76 +63,85 @@ def pairs(
     json: Json = False,
 ) -> None:
     """Write pairs in Pick-a-Pic's columns, labelled by a reward; the key `pairs` of a recipe trains on them."""
-    _require_source(model, prompts, relabel, reward)
+    _require_source(model, prompts, relabel, reward, guidance)
     import torch
 
     from opd_ray.evaluation.models import find_model
     from opd_ray.pairs.feedback import Parts
     from opd_ray.rewards.base import make_rewards
 
-    if guidance is not None and not 0 <= guidance < math.inf:
-        raise ConfigError(f"--guidance {guidance}: expected a number from 0 on")
     score: Score = make_rewards({reward: {}})[reward]
-    found = find_model(model) if model is not None else None
     about: dict[str, Any] = {
         "reward": reward,
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
     }
-    if found is not None:
+    torch.set_num_threads(threads)
+    make: Callable[[int, Callable[[float], None]], Tables]
+    if relabel is None:
+        found, texts = find_model(str(model)), _texts(str(prompts))
         scale = guidance if guidance is not None else 4.5 if found.guidance is None else found.guidance
         how = {"steps": steps or found.steps or 40, "guidance": scale, "images_per_prompt": images_per_prompt}
         about |= {"model": found.label, "prompts": str(prompts), "seed": seed, "batch": batch, "pairs": count} | how
+        sizes = [min(PART, count - start) for start in range(0, count, PART)]
+        make = partial(_drawn, found, about, texts, score)
     else:
         about |= {"relabel": str(relabel)}
+        sizes, make = _sizes(relabel), partial(_relabelled, relabel, score)
     require_folder(out.parent)
     parts = Parts(out, about)
-    torch.set_num_threads(threads)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, disable=json, transient=True) as progress:
-        if found is not None:
-            bar = progress.add_task("drawing and scoring", total=count, completed=min(parts.done * PART, count))
-            made = _drawn(found, about, str(prompts), score, parts.done, lambda n: progress.advance(bar, n))
-        else:
-            assert relabel is not None
-            total, before = _rows(relabel, parts.done)
-            bar = progress.add_task("scoring", total=total, completed=before)
-            made = _relabelled(relabel, score, parts.done, lambda n: progress.advance(bar, n))
-        for table, counts in made:
+    with Progress(*columns, console=errors, disable=json or not errors.is_terminal, transient=True) as progress:
+        bar = progress.add_task("scoring pairs", total=sum(sizes), completed=sum(sizes[: parts.done]))
+        for table, counts in make(parts.done, lambda amount: progress.advance(bar, amount)):
             parts.write(table, counts)
-    counts = parts.finish()
+    _tell(out, about, parts.finish(), json)
+
+
+def _tell(out: Path, about: Mapping[str, Any], counts: Mapping[str, int], json: bool) -> None:
     if json:
         console.print_json(data={"file": str(out), "about": about, "counts": counts})
-    else:
-        rest = ", ".join(f"{number} {name}" for name, number in counts.items() if name != "pairs" and number)
-        console.print(f"{counts['pairs']} pairs in {out}" + (f"; left out: {rest}" if rest else ""), soft_wrap=True)
+        return
+    rest = ", ".join(f"{number} {name}" for name, number in counts.items() if name != "pairs" and number)
+    console.print(f"{counts['pairs']} pairs in {out}" + (f"; left out: {rest}" if rest else ""), soft_wrap=True)
 
 
-def _require_source(model: str | None, prompts: str | None, relabel: Path | None, reward: str) -> None:
+def _require_source(
+    model: str | None, prompts: str | None, relabel: Path | None, reward: str, guidance: float | None
+) -> None:
     if not reward:
         raise ConfigError("--reward is missing; name a built-in reward or package.module:attr")
     if relabel is not None and (model is not None or prompts is not None):
         raise ConfigError("--relabel takes its pictures from a file; leave out MODEL and --prompts")
     if relabel is None and (model is None or prompts is None):
         raise ConfigError("give MODEL and --prompts to draw pairs, or --relabel FILE to label a file's anew")
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise ConfigError(f"--guidance {guidance}: expected a number from 0 on")
 
 
-Tables = Iterator[tuple[Any, dict[str, int]]]
+def _texts(file: str) -> tuple[str, ...]:
+    from opd_ray.preflight import locate
+    from opd_ray.prompts import read_texts
+
+    return read_texts(Path(locate(file)))
 
 
 def _drawn(
-    found: "Found", how: Mapping[str, Any], file: str, score: "Score", done: int, advance: Callable[[float], None]
+    found: "Found",
+    how: Mapping[str, Any],
+    texts: tuple[str, ...],
+    score: "Score",
+    done: int,
+    advance: Callable[[float], None],
 ) -> Tables:
     """Parts of drawn pairs, from one on."""
     import torch
 
     from opd_ray.actors.rollout import SampleRequest, draw_pictures
     from opd_ray.pairs.feedback import drawn_pairs, scored
-    from opd_ray.preflight import locate
-    from opd_ray.prompts import PromptStream, read_texts
+    from opd_ray.prompts import PromptStream
     from opd_ray.seeds import fold
     from opd_ray.types import Prompt
 
-    texts = read_texts(Path(locate(file)))
     stream = PromptStream({"": [Prompt(text, text, "") for text in texts]}, how["seed"])
     family, each = found.load(), how["images_per_prompt"]
     for start in range(done * PART, how["pairs"], PART):
@@ -149,12 +161,16 @@ def _drawn(
         yield drawn_pairs(images, [prompt.text for prompt in chosen], torch.cat(scores).view(-1, each), seeds)
 
 
-def _rows(path: Path, groups: int) -> tuple[int, int]:
-    """Of a file, and of its first row groups."""
+def _sizes(path: Path) -> list[int]:
+    """Pairs of each row group of a file."""
+    from opd_ray.errors import PromptError
     from opd_ray.pairs.index import opened
 
-    about = opened(path, ("jpg_0", "jpg_1", "caption")).metadata
-    return about.num_rows, sum(about.row_group(group).num_rows for group in range(min(groups, about.num_row_groups)))
+    try:
+        about = opened(path, ("jpg_0", "jpg_1", "caption")).metadata
+    except PromptError as error:
+        raise PromptError(f"--relabel: {path}: {error}") from None
+    return [about.row_group(group).num_rows for group in range(about.num_row_groups)]
 
 
 def _relabelled(path: Path, score: "Score", done: int, advance: Callable[[float], None]) -> Tables:

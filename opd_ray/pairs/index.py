@@ -6,6 +6,7 @@ Pick-a-Pic v2 (arXiv 2305.01569; yuvalkirstain/pickapic_v2): label_0 and label_1
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,7 @@ def opened(path: Path, columns: Sequence[str] = COLUMNS) -> Any:
         file = pq.ParquetFile(path)
     except OSError as error:
         where = "" if path.is_absolute() else f"; looked in {Path.cwd()}"
-        reason = error.strerror or " ".join(str(error).split())  # pyarrow's own have no number
+        reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())  # pyarrow's may have none
         raise PromptError(f"cannot be read ({reason}{where})") from None
     except pa.ArrowException as error:
         raise PromptError(f"is no Parquet file ({' '.join(str(error).split())})") from None

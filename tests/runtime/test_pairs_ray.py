@@ -49,6 +49,7 @@ def test_a_run_with_two_readers_of_which_one_is_killed_is_the_local_one(ray_sess
         "algorithm": {"name": "tests.pairs.test_runs:Winners"},
         "batch": {"images_per_task": 6, "item_size": 3},
         "teachers": {},
+        "student": {"guidance": 1.0, "lora": {"rank": 4, "alpha": 8}},
         "prompts": None,
         "pairs": {"files": str(path), "window": 6, "max_bad": 0.5, "flip": True},
     }

@@ -1,0 +1,145 @@
+"""Pairs: how fast pictures become latents through the pipeline and in plain Python, and memory over much data.
+
+    python benchmarks/pairs.py --pairs 512 --repeats 3
+
+A Parquet file in Pick-a-Pic v2's columns is written, several times as large as the object store, with JPEGs of noise
+at the size that is asked for. In one run and in turns, each repeat reads the same pairs in both ways: `python` reads
+row groups, decodes, resizes and encodes one item after the other in one process; `pipeline` is the reader of a run,
+whose pictures are read and decoded by Ray Data's tasks meanwhile. Then it reads on through the whole file, and the
+resident memory of the reader, the object store in use and what was spilled are taken at every quarter.
+"""
+
+import argparse
+import io
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from PIL import Image
+from rich.table import Table
+
+from opd_ray.actors.pairs import PairsActor
+from opd_ray.config import ModelConfig, PairsConfig
+from opd_ray.console import console
+from opd_ray.models.base import load_family
+from opd_ray.pairs.index import index_pairs
+from opd_ray.pairs.order import Order
+from opd_ray.pairs.windows import Reading
+from opd_ray.runtime.cluster import RayBackend
+from opd_ray.runtime.process import _memory_mb
+
+STORE_MB = 100
+
+
+def write(path: Path, pairs: int, edge: int, group: int) -> None:
+    """Smooth noise, which a JPEG holds at about the size of a photograph's."""
+    rng = np.random.default_rng(0)
+    with pq.ParquetWriter(path, schema()) as writer:
+        for start in range(0, pairs, group):
+            rows = range(start, min(start + group, pairs))
+            pictures = [[picture(rng, edge) for _ in rows] for _ in range(2)]
+            ones = [1.0] * len(rows)
+            captions = [f"a picture of number {row}" for row in rows]
+            writer.write_table(pa.table([*pictures, ones, [0.0] * len(rows), captions], schema=schema()))
+
+
+def schema() -> pa.Schema:
+    kinds = [pa.binary(), pa.binary(), pa.float64(), pa.float64(), pa.string()]
+    return pa.schema(list(zip(("jpg_0", "jpg_1", "label_0", "label_1", "caption"), kinds, strict=True)))
+
+
+def picture(rng: np.random.Generator, edge: int) -> bytes:
+    file = io.BytesIO()
+    coarse = Image.fromarray(rng.integers(0, 256, (edge // 4, edge // 4, 3), dtype=np.uint8))
+    coarse.resize((edge, edge), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+class Reader:
+    """A worker process that reads items."""
+
+    def __init__(self, path: str, model: str, size: int, window: int, decoders: int) -> None:
+        order = Order(index_pairs(PairsConfig(files=(path,))), 0, window)
+        self.family = load_family(ModelConfig(path=model), text=True, image=True)
+
+        def rows(side: int):
+            if not decoders:
+                return partial(order.rows, Reading(side))
+            from opd_ray.runtime import datasets
+
+            return partial(datasets.rows, order, Reading(side), decoders)
+
+        self.actor = PairsActor(self.family, rows, size=size, ahead=window)
+
+    def read(self, first: int, items: int) -> float:
+        """Seconds for so many items in order."""
+        start = time.perf_counter()
+        for number in range(first, first + items):
+            self.actor.read(number)
+        return time.perf_counter() - start
+
+    def memory(self) -> float:
+        """MB that are resident."""
+        return _memory_mb()
+
+
+def ask(reader, method: str, *args):
+    return ray.get(getattr(reader, method).remote(*args), timeout=1800)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=512)
+    parser.add_argument("--edge", type=int, default=512, help="of a JPEG, in pixels")
+    parser.add_argument("--model", default="world")
+    parser.add_argument("--item-size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--decoders", type=int, default=1)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pairs.parquet"
+        write(path, args.pairs, args.edge, 32)
+        console.print(f"{args.pairs} pairs, {path.stat().st_size / 2**20:.0f} MB; object store {STORE_MB} MB")
+        backend = RayBackend(object_store_mb=STORE_MB)
+        try:
+            measure(args, str(path), backend)
+        finally:
+            backend.close()
+
+
+def measure(args: argparse.Namespace, path: str, backend: RayBackend) -> None:
+    remote = ray.remote(num_cpus=0)(Reader)
+    kinds = {"python": 0, "pipeline": args.decoders}
+    readers = {name: remote.remote(path, args.model, args.item_size, 64, count) for name, count in kinds.items()}
+    items = args.pairs // args.item_size
+    part = items // (args.repeats + 1)
+    rates: dict[str, list[float]] = {name: [] for name in readers}
+    for reader in readers.values():
+        ask(reader, "read", 0, part)  # everything is loaded, and the stream runs
+    for repeat in range(1, args.repeats + 1):
+        for name, reader in readers.items():
+            rates[name].append(part * args.item_size / ask(reader, "read", repeat * part, part))
+    table = Table("way", "pairs/s, median", "of the repeats")
+    for name, found in rates.items():
+        table.add_row(name, f"{statistics.median(found):.1f}", ", ".join(f"{rate:.1f}" for rate in found))
+    console.print(table)
+    table = Table("pairs read", "reader MB", "store MB", "spilled MB")
+    start, quarter = items, items // 2
+    for step in range(5):
+        store = backend.object_store()
+        memory = ask(readers["pipeline"], "memory")
+        told = (memory, store.used / 2**20, store.spilled / 2**20)
+        table.add_row(str((start + step * quarter) * args.item_size), *(f"{value:.0f}" for value in told))
+        if step < 4:
+            ask(readers["pipeline"], "read", start + step * quarter, quarter)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
