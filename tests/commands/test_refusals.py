@@ -48,7 +48,7 @@ def test_a_tool_that_is_not_installed(refused, monkeypatch):
         ("teachers=[a, b]", ["teachers: Input should be a valid dictionary", "got ['a', 'b']"]),
         ("batch.item_size=3", ["batch.item_size 3 does not divide batch.images_per_task 2"]),
         ("algorithm.objective=kl", ["0 at noise_level 0; set algorithm.noise_level", "or objective: mean"]),
-        ("algorithm.name=ppo", ["algorithm: unknown algorithm; known: opd. For your own use package.module:Class"]),
+        ("algorithm.name=ppo", ["algorithm: unknown algorithm; known: opd, ddpo, sdpo_stepwise, pso_pairwise"]),
         ("algorithm.name=no.such:Thing", ["'no.such:Thing': cannot import 'no.such'", "Install it or put"]),
         ("rounds", ["-o rounds: expected key=value, for instance -o rounds=6"]),
         ("name.first=x", ["-o name.first=x: name is a value, not a section"]),
@@ -154,8 +154,8 @@ def test_a_model_of_another_kind(refused, tmp_path):
 
 def test_the_recipe_itself(cli, tmp_path):
     assert (
-        "no recipe 'nope'; known: demo, sd35_mopd, sd35_sopd_ocr. Or give the path of a YAML file"
-        in cli("train", "nope").error
+        "no recipe 'nope'; known: demo, sd35_mopd, sd35_sopd_ocr, world_ddpo, world_dpo, world_pso, world_sdpo. Or give the "
+        "path of a YAML file" in cli("train", "nope").error
     )
     assert cli("config", tmp_path / "missing.yaml").error == f"{tmp_path / 'missing.yaml'}: no such file"
     assert cli("config", "[red]two\nlines[/] :cat:.yaml").error == "[red]two lines[/] :cat:.yaml: no such file"
