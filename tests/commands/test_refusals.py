@@ -154,8 +154,8 @@ def test_a_model_of_another_kind(refused, tmp_path):
 
 def test_the_recipe_itself(cli, tmp_path):
     assert (
-        "no recipe 'nope'; known: demo, sd35_mopd, sd35_sopd_ocr, world_ddpo, world_dpo, world_pso, world_sdpo. Or give the "
-        "path of a YAML file" in cli("train", "nope").error
+        "no recipe 'nope'; known: demo, sd35_mopd, sd35_sopd_ocr, world_ddpo, world_dpo, world_pso, world_sdpo. Or "
+        "give the path of a YAML file" in cli("train", "nope").error
     )
     assert cli("config", tmp_path / "missing.yaml").error == f"{tmp_path / 'missing.yaml'}: no such file"
     assert cli("config", "[red]two\nlines[/] :cat:.yaml").error == "[red]two lines[/] :cat:.yaml: no such file"

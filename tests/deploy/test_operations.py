@@ -26,6 +26,7 @@ SAYING = {"note", "_note", "Stopped", "NotFiniteError", "LearnerLostError"}
 PASSED_ON = {
     ("build.py", "text"): ["preflight.py:overlaps", "build.py:_other_versions"],
     ("build.py", "str(startup)"): ["startup.py:__str__"],
+    ("run.py", "text"): ["rows.py:told_of_pairs"],
     ("run.py", "line"): [
         "storage/control.py:serve",
         "runtime/scaling.py:tick",
