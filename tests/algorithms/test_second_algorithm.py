@@ -73,7 +73,7 @@ def test_the_loop_has_no_case_for_any_algorithm():
     ("sections", "message"),
     [
         ({"algorithm": {"name": "opd"}, "teachers": {"a": {"lora": "x"}}}, "opd learns from rollouts; give prompts in"),
-        ({"recorded": None, "prompts": {"train": "x"}}, "Anchored learns from recorded experience; give recorded in"),
+        ({"recorded": None, "prompts": {"train": "x"}}, "Anchored learns from recorded experience; give recorded or"),
         (
             {"algorithm": {"name": "tests.algorithms.anchored:Marked", "args": {"strength": 1}}},
             "teachers is empty, add",
