@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scales", type=float, nargs="+", default=[0.05, 0.2], help="seconds for one published")
-    parser.add_argument("--pace", type=float, default=0.05, help="the same for five workers; more workers, slower")
+    parser.add_argument("--pace", type=float, default=0.15, help="the same for five workers; more workers, slower")
     parser.add_argument("--only", type=int, nargs="+", help="numbers of splits")
     args = parser.parse_args()
     with backend() as ray:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "SD",
     "SD3",
+    "SDXL",
     "Algorithm",
     "Conditioning",
     "Config",
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from opd_ray.errors import OpdRayError, Stopped, UserError
     from opd_ray.models import Family
     from opd_ray.models.sd3 import SD3
+    from opd_ray.models.unet import SD, SDXL
     from opd_ray.recipes import load as load_config
     from opd_ray.rewards import Reward
     from opd_ray.testing import check_family
@@ -46,6 +49,7 @@ else:
         "opd_ray.errors": ("OpdRayError", "Stopped", "UserError"),
         "opd_ray.models": ("Family",),
         "opd_ray.models.sd3": ("SD3",),
+        "opd_ray.models.unet": ("SD", "SDXL"),
         "opd_ray.rewards": ("Reward",),
         "opd_ray.testing": ("check_family",),
         "opd_ray.types": ("Conditioning", "Experience", "WorkItem"),

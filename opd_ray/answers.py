@@ -17,8 +17,8 @@ Check = Callable[[Any], str]
 """A record -> what is wrong with it, or an empty text."""
 
 
-def drawn_for(item: WorkItem, version: WeightVersion, states: range) -> Check:
-    """The record of a drawing of these states of an item, with weights of this version."""
+def drawn_for(item: WorkItem, version: WeightVersion, states: range, *, velocities: bool = False) -> Check:
+    """The record of a drawing of these states of an item, with weights of this version; with its velocities, too."""
 
     def check(record: Any) -> str:
         if not isinstance(record, Drawn):
@@ -28,7 +28,9 @@ def drawn_for(item: WorkItem, version: WeightVersion, states: range) -> Check:
             return f"weights {trajectory.weights}, expected {version}"
         if trajectory.item != item:
             return f"a drawing of {trajectory.item}"
-        return _shape(trajectory.manifest, "latents", (len(item.prompts), len(states)))
+        rows, steps = len(item.prompts), len(states) - (states[0] == 0)
+        wrong = _shape(trajectory.manifest, "latents", (rows, len(states)))
+        return wrong or (_shape(trajectory.manifest, "velocities", (rows, steps)) if velocities else "")
 
     return check
 

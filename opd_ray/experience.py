@@ -118,7 +118,9 @@ class RolloutSource:
     def _item(self, item: WorkItem, weights: Weights) -> Collected:
         whole = self.algorithm.whole_paths or self.reward is not None
         last = self.config.sampling.steps if whole else max(item.steps)
-        runs = cut_states(item.steps, last, self.config.cluster.step_chunks if self.teachers else 1)
+        # Whoever looks at a whole drawing gets it whole.
+        chunks = self.config.cluster.step_chunks if self.teachers and not self.algorithm.needs_velocities else 1
+        runs = cut_states(item.steps, last, chunks)
         draws = self._draw(item, runs, weights)
         marks = self._mark(item, runs, draws) if self.teachers else ()
         score = self._score(item, draws[-1]) if self.reward else None
@@ -135,7 +137,7 @@ class RolloutSource:
             parts = tuple(dict.fromkeys((draws[0], draws[-1]))) if draws else ()
             label = f"drawing {_named(item, states, runs)}"
             job = Job(self.rollout, "draw", _with_parts(args, parts), 2, label, after=parts, weights=weights)
-            job.check = drawn_for(item, weights.version, states)
+            job.check = drawn_for(item, weights.version, states, velocities=self.algorithm.needs_velocities)
             draws.append(self._submit(job))
         return tuple(draws)
 
@@ -154,7 +156,7 @@ class RolloutSource:
 
     def _score(self, item: WorkItem, draw: Job) -> Job:
         assert self.reward is not None
-        texts = [prompt.text for prompt in item.prompts]
+        texts = [prompt.text for prompt in item.prompts for _ in range(self.algorithm.pictures)]
         return self._submit(
             Job(
                 self.reward,
@@ -208,6 +210,7 @@ def _share(item: WorkItem, draws: Sequence[Job], marks: Sequence[Job], score: Jo
         trajectory=_trajectories(draws),
         answer=tuple(_value(mark) for mark in marks),
         scores=_value(score) if score else None,
+        remarks=_value(draws[-1]).remarks,
     )
 
 

@@ -5,6 +5,7 @@ run in a debugger.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -75,6 +76,8 @@ def rollout(config: Config, algorithm: Algorithm, bases: Bases) -> Made:
         seed=config.seed,
         probe_tolerance=_probe_tolerance(config),
         negatives=any(guidance != 1 for guidance in guidances),
+        velocities=algorithm.needs_velocities,
+        shared_noise=algorithm.shared_noise,
     )
     sigmas = tuple(sigmas_of(config.model, config.sampling.steps).tolist())
     return partial(RolloutHost, partial(make_rollout, config, policy, sigmas, bases))
@@ -94,7 +97,8 @@ def make_rollout(config: Config, policy: Policy, sigmas: tuple[float, ...], base
     device = config.cluster.rollout.device
     dtype = dtype_of(config.precision.rollout, device)
     family = (bases or Bases()).load(config.model, device, dtype, text=True, image=True)
-    return RolloutActor(family, policy, torch.tensor(sigmas))
+    algorithm = make_algorithm(config)
+    return RolloutActor(family, policy, torch.tensor(sigmas), algorithm.pictured, algorithm.remarks)
 
 
 def teacher(config: Config, names: tuple[str, ...], bases: Bases) -> Made:
@@ -179,8 +183,10 @@ def learner(config: Config, rank: int, bases: Bases) -> Made:
 
 def make_learner(config: Config, rank: int, bases: Bases | None = None) -> Learner:
     """The denoiser alone, with the student's adapter over it or itself to be trained."""
-    device = config.cluster.learner.device
-    dtype = dtype_of(config.precision.learner, device)
+    placement = config.cluster.learner
+    dtype = dtype_of(config.precision.learner, placement.device)
+    # Where the engine spreads the weights it takes them to the card part by part: all of them may not fit there.
+    device = "cpu" if placement.spreads_weights else placement.device
     # Weights that are trained are not rounded to what they compute in.
     family = (bases or Bases()).load(config.model, device, torch.float32 if config.student.lora is None else dtype)
     family.dtype = dtype
@@ -193,4 +199,7 @@ def make_learner(config: Config, rank: int, bases: Bases | None = None) -> Learn
         rounds=config.rounds,
         gradient_checkpointing=config.student.gradient_checkpointing,
     )
-    return Learner(family, make_algorithm(config), training, make_engine(config.cluster.learner, rank))
+    algorithm = make_algorithm(config)
+    sigmas, times = tuple(family.sigmas(config.sampling.steps).tolist()), family.schedule.training_times()
+    algorithm.facts = replace(algorithm.facts, sigmas=sigmas, times=times)
+    return Learner(family, algorithm, training, make_engine(placement, rank))

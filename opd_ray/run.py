@@ -16,6 +16,7 @@ from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, Round
 from opd_ray.learners import UpdateReport
 from opd_ray.metrics import MetricsLog, rows
+from opd_ray.models.base import trained_folder
 from opd_ray.planning.advice import advice_for_run
 from opd_ray.report.advice import store_advice
 from opd_ray.report.card import write_card
@@ -260,7 +261,7 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """What was trained, the scores, the result and the report."""
         ema, updates = self.config.ema, self.rounds * self.algorithm.updates_per_round
-        trained = self.config.student.folder
+        trained = trained_folder(self.config.model, self.config.student)
         if ema is not None and updates < ema.every:
             self.live.note(
                 f"no average was taken in {updates} optimizer steps, since ema.every is {ema.every}: {trained}/ holds "

@@ -28,7 +28,7 @@ def check_family(
     Args:
         family: loaded with ``text=True, image=True``; it is left as it was, but for ``forwards``.
         prompts: at least two that it encodes differently.
-        lora: an adapter whose targets are in your denoiser; the default names SD3's.
+        lora: an adapter for your denoiser; by default one of the family's own targets.
 
     Raises:
         AssertionError: says what does not hold.
@@ -58,8 +58,11 @@ def _require(holds: bool | Tensor, what: str) -> None:
 def _check_sigmas(family: Family) -> None:
     sigmas = family.sigmas(4)
     _require(sigmas.shape == (5,) and sigmas.dtype == torch.float32, "sigmas(4) is [5] float32")
-    _require(bool(sigmas[0] == 1) and bool(sigmas[-1] == 0), "sigmas run from 1 to 0")
+    _require(bool(0.5 < sigmas[0] <= 1) and bool(0 <= sigmas[-1] < 0.5), "sigmas run from 1, or below, to 0, or above")
     _require((sigmas.diff() < 0).all(), "sigmas fall")
+    x = torch.randn((1, *family.latent_shape), generator=torch.Generator().manual_seed(0))
+    _require(bool(sigmas[0] < 1) or torch.equal(family.initial(x, sigmas), x), "a path from 1 begins with the noise")
+    _require(bool(sigmas[-1] > 0) or torch.equal(family.final(x, sigmas), x), "a path to 0 ends with the picture")
 
 
 def _check_encode(family: Family, prompts: Sequence[str], cond: Conditioning, empty: Conditioning) -> None:

@@ -87,6 +87,9 @@ class Trajectory:
     uncond: Conditioning  # of the empty prompt, each tensor [1, ...]; {} when nobody's guidance differs from 1
     first: int = 0
     """Index of the first state of ``latents``: 0 but in parts after the first."""
+    velocities: "Tensor | None" = None
+    """[B, steps, C, H, W] float32: the behaviour policy's guided velocity at each step that led to one of these states;
+    where the algorithm asks for it."""
 
     def __post_init__(self) -> None:
         shape, states = tuple(self.latents.shape), len(self.sigmas) - self.first
@@ -95,6 +98,10 @@ class Trajectory:
                 f"latents of {self.item} are {shape} from state {self.first} on, expected {len(self.item.prompts)} "
                 f"rows of 1 to {states} states of C, H, W"
             )
+        if self.velocities is not None:
+            steps, seen = shape[1] - (self.first == 0), tuple(self.velocities.shape)
+            if seen != (shape[0], steps, *shape[2:]):
+                raise ValueError(f"velocities of {self.item} are {seen}, expected {(shape[0], steps, *shape[2:])}")
 
     @property
     def last(self) -> int:
@@ -110,7 +117,8 @@ class Trajectory:
     def to(self, device: str) -> Self:
         """The same on another device. The schedule stays on the CPU, where steps read their numbers."""
         cond, uncond = ({name: tensor.to(device) for name, tensor in side.items()} for side in (self.cond, self.uncond))
-        return replace(self, latents=self.latents.to(device), cond=cond, uncond=uncond)
+        velocities = self.velocities.to(device) if self.velocities is not None else None
+        return replace(self, latents=self.latents.to(device), cond=cond, uncond=uncond, velocities=velocities)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +145,8 @@ class Experience:
     item: WorkItem
     trajectory: Trajectory | None = None
     answer: TeacherAnswer | None = None
-    scores: Mapping[str, "Tensor"] = field(default_factory=dict)  # reward name -> [B] float32
+    scores: Mapping[str, "Tensor"] = field(default_factory=dict)
+    """Reward name -> [B] float32, or [B, K] where K pictures of each image are scored."""
     recorded: Mapping[str, "Tensor"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -175,7 +175,7 @@ def test_nothing_else_is_public() -> None:
     shown = re.findall(r"^\| \[`(\w+)`\]", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     assert set(shown) == {*public(), "__version__"} == set(opd_ray.__all__)
     assert set(opd_ray.__all__) <= set(dir(opd_ray))
-    with pytest.raises(AttributeError, match="no attribute 'Trainer'; its names are SD3, Algorithm"):
+    with pytest.raises(AttributeError, match="no attribute 'Trainer'; its names are SD, SD3, SDXL, Algorithm"):
         _ = opd_ray.Trainer
 
 

@@ -1,6 +1,7 @@
 """The rollout actor: encodes prompts, draws along the behaviour policy's own denoising path, decodes pictures."""
 
 import itertools
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -46,6 +47,10 @@ class Policy:
     """How far its velocity at the probe may be from the learner's, relative to the largest: formats may differ."""
     negatives: bool
     """Whether embeddings of the empty prompt travel along: some participant's guidance is not 1."""
+    velocities: bool = False
+    """Whether its own velocities travel along."""
+    shared_noise: bool = False
+    """Whether all images of a prompt in a round begin with the same noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +94,30 @@ def draw_pictures(family: Family, request: SampleRequest, after_step: Callable[[
     uncond = family.empty() if request.guidance != 1 else {}
     rows = zip(request.prompts, request.samples, strict=True)
     x = noise([fold(request.seed, "eval", prompt.id, n) for prompt, n in rows], family.latent_shape).to(family.device)
-    sigmas = family.sigmas(request.steps).tolist()
-    for t, t_next in itertools.pairwise(sigmas):
+    sigmas = family.sigmas(request.steps)
+    x = family.initial(x, sigmas)
+    for t, t_next in itertools.pairwise(sigmas.tolist()):
         x = x + (t_next - t) * family.velocity(x, t, cond, uncond, request.guidance)
         after_step()
-    return family.decode(x)
+    return family.decode(family.final(x, sigmas))
 
 
 class RolloutActor:
     """Draws what the learner trains on, and the pictures that people and rewards look at."""
 
-    def __init__(self, family: Family, policy: Policy, sigmas: Tensor) -> None:
+    def __init__(
+        self,
+        family: Family,
+        policy: Policy,
+        sigmas: Tensor,
+        pictured: Callable[[Trajectory], Tensor | None] = lambda trajectory: None,
+        remarks: Callable[[Trajectory], Mapping[str, "array[float]"]] = lambda trajectory: {},
+    ) -> None:
         self.family = family
         self.policy = policy
         self.sigmas = sigmas
+        self._pictured = pictured
+        self.remarks = remarks
         own = family.sigmas(len(sigmas) - 1)
         if not torch.equal(own, sigmas):
             raise ModelError(f"the model's sigma schedule {own.tolist()} is not the run's {sigmas.tolist()}")
@@ -175,7 +190,7 @@ class RolloutActor:
         rows = [(prompt.id, sample) for prompt, sample in zip(item.prompts, item.samples, strict=True)]
         seed, kernel = self.policy.seed, KERNELS[self.policy.kernel]
         begun = self._begin(item, version, rows) if before is None else before.to(self.family.device)
-        x, states = begun.state(begun.last).contiguous(), list[Tensor]()
+        x, states, velocities = begun.state(begun.last).contiguous(), list[Tensor](), list[Tensor]()
         for j in range(begun.last, len(self.sigmas) - 1 if last is None else last):
             t, t_next = float(self.sigmas[j]), float(self.sigmas[j + 1])
             velocity = self._velocity(x, t, begun.cond, begun.uncond, self.policy.guidance)
@@ -185,20 +200,24 @@ class RolloutActor:
                 seeds = [fold(seed, "step_noise", item.round, *row, j) for row in rows]
                 x = sample(step, self._noise(seeds))
             states.append(x)
+            velocities.append(velocity)
         if not x.isfinite().all():  # what is not finite stays so, and what reads it need not be blamed
             raise NotFiniteError(
                 f"the student of weights {version} drew NaN or infinity in {item}, first prompt "
                 f"{item.prompts[0].text!r}; lower optimizer.lr or use another precision, then go on with --resume"
             )
+        kept = torch.stack(velocities, dim=1) if self.policy.velocities and velocities else None
         if before is None:
-            return replace(begun, latents=torch.stack([begun.state(0), *states], dim=1))
-        return Trajectory(item, version, self.sigmas, torch.stack(states, dim=1), {}, {}, before.last + 1)
+            return replace(begun, latents=torch.stack([begun.state(0), *states], dim=1), velocities=kept)
+        return Trajectory(item, version, self.sigmas, torch.stack(states, dim=1), {}, {}, before.last + 1, kept)
 
     def _begin(self, item: WorkItem, version: WeightVersion, rows: Sequence[tuple[str, int]]) -> Trajectory:
         """The noise and the conditioning. Laid out as a copy that travelled would be, so that parts change no bit."""
         cond = self.family.encode([prompt.text for prompt in item.prompts])
         uncond = self.family.empty() if self.policy.negatives else {}
-        x = self._noise([fold(self.policy.seed, "init_noise", item.round, *row) for row in rows])
+        begins = [(name,) if self.policy.shared_noise else (name, sample) for name, sample in rows]
+        x = self._noise([fold(self.policy.seed, "init_noise", item.round, *names) for names in begins])
+        x = self.family.initial(x, self.sigmas)
         cond, uncond = ({name: one.contiguous() for name, one in side.items()} for side in (cond, uncond))
         return Trajectory(item, version, self.sigmas, x.unsqueeze(1), cond, uncond)
 
@@ -207,8 +226,14 @@ class RolloutActor:
             raise StaleWeightsError(f"{what} asks for weights {asked and asked[0]}, bound is {self.bound}")
 
     def decode(self, trajectory: Trajectory) -> Tensor:
-        """The drawn pictures, [B, 3, H, W] in [0, 1]."""
-        return self.family.decode(trajectory.state(len(self.sigmas) - 1))
+        """The pictures that are scored, [B K, 3, H, W] in [0, 1], the K of an image after one another.
+
+        That of its last state alone, unless the algorithm asks for others.
+        """
+        latents = self._pictured(trajectory)
+        if latents is not None:
+            return self.family.decode(latents.flatten(0, 1))
+        return self.family.decode(self.family.final(trajectory.state(len(self.sigmas) - 1), self.sigmas))
 
     def sample(self, request: SampleRequest) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1] of any model of the run, at seeds that all models share.

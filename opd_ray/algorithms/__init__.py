@@ -2,15 +2,22 @@
 
 from typing import Any
 
-from opd_ray.algorithms.base import Algorithm, Forward, Loss
-from opd_ray.config import Config, OpdConfig
+from opd_ray.algorithms.base import Algorithm, Facts, Forward, Loss
+from opd_ray.config import Config, PluginAlgorithmConfig
 from opd_ray.diffusion import KERNELS
 from opd_ray.errors import ConfigError
 from opd_ray.plugins import check_construction, load
 
-__all__ = ["Algorithm", "Forward", "Loss", "make_algorithm"]
+__all__ = ["Algorithm", "Facts", "Forward", "Loss", "make_algorithm"]
 
-ALGORITHMS = {"opd": "opd_ray.algorithms.opd:Opd"}
+ALGORITHMS = {
+    "opd": "opd_ray.algorithms.opd:Opd",
+    "ddpo": "opd_ray.algorithms.ddpo:Ddpo",
+    "sdpo_stepwise": "opd_ray.algorithms.sdpo:Sdpo",
+    "pso_pairwise": "opd_ray.algorithms.pso:Pso",
+    "pso_offline": "opd_ray.algorithms.pso_offline:PsoOffline",
+    "diffusion_dpo": "opd_ray.algorithms.dpo:DiffusionDpo",
+}
 
 
 def make_algorithm(config: Config) -> Algorithm:
@@ -24,12 +31,15 @@ def make_algorithm(config: Config) -> Algorithm:
     known = isinstance(kind, type) and issubclass(kind, Algorithm)
     if not known:
         raise ConfigError(f"algorithm {chosen.name!r} is {kind!r}, not a subclass of opd_ray.algorithms.Algorithm")
-    if isinstance(chosen, OpdConfig):
-        algorithm = kind(chosen)
-    else:
+    if isinstance(chosen, PluginAlgorithmConfig):
         check_construction(kind, chosen.args, "algorithm.args")
         algorithm = kind(**chosen.args)
+    else:
+        algorithm = kind(chosen)
     assert isinstance(algorithm, Algorithm)
+    algorithm.facts = Facts(
+        config.seed, config.sampling.steps, config.batch.images_per_prompt, config.cluster.max_staleness
+    )
     _check_needs(config, algorithm)
     return algorithm
 

@@ -5,6 +5,7 @@ experience, runs the forwards it asks for, and gives it the velocities.
 """
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from opd_ray.diffusion import choose_steps
 from opd_ray.seeds import fold
-from opd_ray.types import Conditioning, Experience, WorkItem
+from opd_ray.types import Conditioning, Experience, Trajectory, WorkItem
 
-__all__ = ["Algorithm", "Forward", "Loss"]
+__all__ = ["Algorithm", "Facts", "Forward", "Loss"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +24,9 @@ class Forward:
     """One forward pass of the student and what its loss needs beside the velocity."""
 
     x: Tensor  # [B, C, H, W] float32
-    t: float
-    t_next: float
-    step: int
+    t: float | Tensor  # one for the batch, or [B]
+    t_next: float | Tensor
+    step: int  # for metrics: of the path, or the forward's place where rows are at different ones
     cond: Conditioning
     uncond: Conditioning
     inputs: Mapping[str, Tensor] = field(default_factory=dict)  # each [B, ...]
@@ -39,22 +40,46 @@ class Loss:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)  # each []
 
 
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What an algorithm may want to know of its run."""
+
+    seed: int = 0
+    num_steps: int = 10
+    """Denoising steps of a drawing."""
+    images_per_prompt: int = 1
+    """Neighbouring rows of a work item."""
+    max_staleness: int = 0
+    sigmas: tuple[float, ...] = ()
+    """Of a drawing, where the model is at hand."""
+    times: tuple[float, ...] = ()
+    """That the model was trained at, where these are a table and it is at hand."""
+
+
 class Algorithm(ABC):
     """One way to learn from experience. Subclasses set what differs from these defaults."""
 
     behaviour: ClassVar[str] = "student"
     """The adapter that rollouts draw with."""
-    velocities: ClassVar[tuple[str, ...]] = ()
+    velocities: tuple[str, ...] = ()
     """Policies whose velocities the loss needs beside the student's: extra adapters, or `reference` (adapter off)."""
     adapters: ClassVar[tuple[str, ...]] = ()
     """Extra adapters that start as copies of the student and follow it (`follow`)."""
-    needs_rollouts: ClassVar[bool] = True
+    needs_rollouts: bool = True
     """False: experience is recorded, and comes from a data set."""
     whole_paths: ClassVar[bool] = True
     """False: it reads no state behind the last trained step, so that a drawing without pictures stops there."""
     needs_teachers: ClassVar[bool] = False
-    needs_rewards: ClassVar[bool] = False
-    streams: ClassVar[bool] = False
+    needs_rewards: bool = False
+    needs_velocities: ClassVar[bool] = False
+    """The behaviour policy's velocities travel with its drawings (``Trajectory.velocities``)."""
+    guided: bool = True
+    """False: forwards are of the plain conditional prediction, whatever guidance the student draws with."""
+    shared_noise: bool = False
+    """All images of a prompt in a round begin with the same noise."""
+    pictures: int = 1
+    """How many pictures of each image are scored: those of ``pictured``."""
+    streams: bool = False
     """True: one update a round, over all its items, which needs neither scores nor other items: gradients accumulate
     while later items are still drawn and marked. ``observe`` comes after them then."""
     updates_per_round: int = 1
@@ -62,6 +87,8 @@ class Algorithm(ABC):
     noise_level: float = 0.0
     steps_per_item: int | None = None
     task_weights: Mapping[str, float] = {}
+    facts: Facts = Facts()
+    """Of the run; ``make_algorithm`` gives them before anything is asked."""
 
     def check(self, sigmas: Tensor) -> None:  # noqa: B027  (most algorithms have nothing to refuse)
         """Refuse a schedule that this algorithm cannot train on, before anything starts.
@@ -82,12 +109,32 @@ class Algorithm(ABC):
         seed = fold(seed, "steps", *names)
         return choose_steps(self.trained_steps(num_steps), self.steps_per_item, seed)
 
+    def pictured(self, trajectory: Trajectory) -> Tensor | None:
+        """What rewards are to see of a whole drawing.
+
+        Returns:
+            Latents [B, ``pictures``, C, H, W] float32; None for its last state alone.
+        """
+        return None
+
+    def remarks(self, trajectory: Trajectory) -> Mapping[str, "array[float]"]:
+        """Numbers about a whole drawing, a few a row: ``observe`` gets those of every item, on every rank.
+
+        Returns:
+            Name -> [B * n] in the order of rows. They travel through the driver, so they have to be few.
+        """
+        return {}
+
     def select(self, items: Sequence[WorkItem], update: int) -> Sequence[WorkItem]:
         """The items of a round that its update number ``update`` trains on; all of them unless overridden."""
         return items
 
     def observe(self, scores: Sequence[tuple[WorkItem, Mapping[str, Tensor]]]) -> None:  # noqa: B027
-        """See every item's scores once a round, in item order and alike on every rank: update own state here."""
+        """See every item's scores once a round, in item order and alike on every rank: update own state here.
+
+        Args:
+            scores: by reward [B] or [B, K]; and what ``remarks`` told, by its name [B, n].
+        """
 
     @abstractmethod
     def forwards(self, experience: Experience, update: int) -> Iterator[Forward]:

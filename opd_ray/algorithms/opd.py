@@ -30,7 +30,7 @@ class Opd(Algorithm):
 
     needs_teachers: ClassVar[bool] = True
     whole_paths: ClassVar[bool] = False
-    streams: ClassVar[bool] = True
+    streams = True
 
     def __init__(self, config: OpdConfig) -> None:
         self.config = config

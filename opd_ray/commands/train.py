@@ -169,5 +169,5 @@ def show(result: dict[str, Any], folder: Path, *, as_json: bool) -> None:
         console.print(result_table(result))
     console.print(summary(result))
     console.print(f"pictures and curves  {folder / 'report.html'}", soft_wrap=True)
-    trained = "lora" if (folder / "lora").is_dir() else "transformer"
+    trained = next((name for name in ("lora", "transformer") if (folder / name).is_dir()), "unet")
     console.print(f"{trained.replace('lora', 'LoRA')} for diffusers".ljust(21) + f"{folder / trained}", soft_wrap=True)

@@ -4,6 +4,15 @@ Unknown keys are errors, so a typo never becomes a default. An algorithm is a na
 vetted run. ``recipes.load`` turns a recipe's name or a YAML file into one ``Config``.
 """
 
+from opd_ray.config.alignment import (
+    DdpoConfig,
+    DpoConfig,
+    NoisedPairsConfig,
+    PsoConfig,
+    PsoOfflineConfig,
+    SdpoConfig,
+    StepwiseConfig,
+)
 from opd_ray.config.cluster import Autoscale, ClusterConfig, LearnerPlacement, Placement, RolePlacement
 from opd_ray.config.method import (
     ATTENTION,
@@ -21,6 +30,7 @@ from opd_ray.config.method import (
     Precision,
     PrecisionConfig,
     SamplingConfig,
+    StudentConfig,
     TeacherConfig,
     WandbConfig,
 )
@@ -33,12 +43,15 @@ __all__ = [
     "BatchConfig",
     "ClusterConfig",
     "Config",
+    "DdpoConfig",
+    "DpoConfig",
     "EmaConfig",
     "EvaluationConfig",
     "LearnerPlacement",
     "LoggingConfig",
     "LoraConfig",
     "ModelConfig",
+    "NoisedPairsConfig",
     "OpdConfig",
     "OptimizerConfig",
     "PairsConfig",
@@ -46,8 +59,13 @@ __all__ = [
     "PluginAlgorithmConfig",
     "Precision",
     "PrecisionConfig",
+    "PsoConfig",
+    "PsoOfflineConfig",
     "RolePlacement",
     "SamplingConfig",
+    "SdpoConfig",
+    "StepwiseConfig",
+    "StudentConfig",
     "TeacherConfig",
     "WandbConfig",
     "parse",

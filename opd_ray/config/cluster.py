@@ -65,8 +65,8 @@ class LearnerPlacement(Placement):
     """The learner group."""
 
     backend: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
-    """ddp: each rank holds everything. fsdp2: each holds a part of every weight, for a base that does not fit one card.
-    deepspeed: ZeRO (the extra opd-ray[deepspeed])."""
+    """ddp: each rank holds everything. fsdp2: each holds a part of every weight, for a base that does not fit one card
+    (but the memory of its node: each rank reads it there first). deepspeed: ZeRO (the extra opd-ray[deepspeed])."""
     ranks: int = Field(1, ge=1)
     """Processes that learn together, each with its own part of a round's work items; fixed for a run."""
     zero_stage: Literal[1, 2, 3] | None = None
@@ -78,6 +78,11 @@ class LearnerPlacement(Placement):
     def stage(self) -> int:
         """ZeRO's, with its default."""
         return self.zero_stage or 2
+
+    @property
+    def spreads_weights(self) -> bool:
+        """Whether a rank holds only a part of each weight between the forwards."""
+        return self.backend == "fsdp2" or (self.backend == "deepspeed" and self.stage == 3)
 
     @model_validator(mode="after")
     def _options_of_the_backend(self) -> "LearnerPlacement":

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from opd_ray.config.alignment import DdpoConfig, DpoConfig, PsoConfig, PsoOfflineConfig, SdpoConfig
 from opd_ray.config.section import Frozen
 
 __all__ = [
@@ -36,14 +37,14 @@ ATTENTION = tuple(
     f"attn.{name}"
     for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 )
-"""The eight attention projections that the paper trains."""
+"""The eight attention projections of SD3 that the paper trains."""
 
 
 class ModelConfig(Frozen):
     """The base model that student and LoRA teachers share."""
 
     family: str = "sd3"
-    """A built-in family (sd3) or your own as package.module:Class."""
+    """A built-in family (sd3; sd for Stable Diffusion 1.5, 2, Turbo; sdxl) or your own as package.module:Class."""
     path: str
     """A diffusers folder, a hub id, or `world` for the built-in tiny model."""
     revision: str | None = None
@@ -52,6 +53,10 @@ class ModelConfig(Frozen):
     """Of the folder or repository, where the pipeline is not at its root."""
     resolution: int | None = Field(None, ge=8)
     """Height and width of the pictures in pixels; the model's own where not given."""
+    spacing: Literal["leading", "trailing", "linspace"] | None = None
+    """How a path of few steps goes through the timesteps of `sd` and `sdxl`; as its scheduler says where not given."""
+    distilled_steps: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """The numbers of steps that a distilled model knows (such as [1, 2, 4]), one of which sampling.steps has to be."""
     max_sequence_length: int = Field(128, ge=1, le=512)
     """Tokens of the T5 encoder (the paper's 128); never more than its tokenizer's own limit."""
 
@@ -74,8 +79,8 @@ class LoraConfig(Frozen):
     """Of each pair of matrices A and B."""
     alpha: float = Field(64, gt=0)
     """The adapter's strength: its update B A is multiplied by alpha / rank."""
-    targets: tuple[str, ...] = ATTENTION
-    """Module name endings that get an adapter."""
+    targets: tuple[str, ...] | None = None
+    """Module name endings that get an adapter; where not given the family's own: every projection of its attention."""
 
 
 class StudentConfig(Frozen):
@@ -87,11 +92,6 @@ class StudentConfig(Frozen):
     """Classifier-free guidance of the student: one value for rollout, training and evaluation."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
-
-    @property
-    def folder(self) -> str:
-        """The folder of the run that gets what was trained."""
-        return "transformer" if self.lora is None else "lora"
 
 
 class SamplingConfig(Frozen):
@@ -131,22 +131,31 @@ class PluginAlgorithmConfig(Frozen):
     """Keyword arguments of the class."""
 
 
+ALGORITHMS = ("opd", "ddpo", "sdpo_stepwise", "pso_pairwise", "pso_offline", "diffusion_dpo")
+
+
 def _algorithm_tag(value: Any) -> str:
-    if isinstance(value, dict):
-        name = value.get("name", "opd")
-    else:  # `algorithm: opd` is text, not a section
-        name = value.name if isinstance(value, OpdConfig | PluginAlgorithmConfig) else ""
+    # `algorithm: opd` is text, not a section.
+    name = value.get("name", "opd") if isinstance(value, dict) else getattr(value, "name", "")
     return "plugin" if ":" in str(name) else str(name)
 
 
 AlgorithmConfig = Annotated[
-    Annotated[OpdConfig, Tag("opd")] | Annotated[PluginAlgorithmConfig, Tag("plugin")],
+    Annotated[OpdConfig, Tag("opd")]
+    | Annotated[DdpoConfig, Tag("ddpo")]
+    | Annotated[SdpoConfig, Tag("sdpo_stepwise")]
+    | Annotated[PsoConfig, Tag("pso_pairwise")]
+    | Annotated[PsoOfflineConfig, Tag("pso_offline")]
+    | Annotated[DpoConfig, Tag("diffusion_dpo")]
+    | Annotated[PluginAlgorithmConfig, Tag("plugin")],
     Discriminator(
         _algorithm_tag,
         custom_error_type="unknown_algorithm",
-        custom_error_message="unknown algorithm; known: opd. For your own use package.module:Class",
+        custom_error_message=f"unknown algorithm; known: {', '.join(ALGORITHMS)}. "
+        "For your own use package.module:Class",
     ),
 ]
+"""By its name."""
 
 
 class OptimizerConfig(Frozen):

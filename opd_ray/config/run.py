@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from opd_ray.config.cluster import ClusterConfig
 from opd_ray.config.method import (
+    ALGORITHMS,
     AlgorithmConfig,
     BatchConfig,
     CheckpointConfig,
@@ -100,6 +101,12 @@ class Config(Frozen):
             raise ValueError(
                 f"batch.images_per_prompt {self.batch.images_per_prompt} does not divide batch.item_size "
                 f"{self.batch.item_size}; a prompt's images stay in one work item"
+            )
+        known_steps = self.model.distilled_steps
+        if known_steps is not None and self.sampling.steps not in known_steps:
+            raise ValueError(
+                f"sampling.steps {self.sampling.steps}: the model was distilled to "
+                f"{', '.join(map(str, known_steps)) or 'no'} steps (model.distilled_steps); take one of these"
             )
         if isinstance(self.algorithm, OpdConfig):
             self._check_opd(self.algorithm)
@@ -225,7 +232,7 @@ def parse(data: dict[str, Any], where: str) -> Config:
 
 
 def _problem(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"] if part not in {"opd", "plugin"})
+    where = ".".join(str(part) for part in item["loc"] if part not in {*ALGORITHMS, "plugin"})
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "missing":
         return f"{where} is missing"

@@ -20,6 +20,7 @@ from opd_ray.diffusion.prediction import (
     velocity_from_x0,
     x0_from_velocity,
 )
+from opd_ray.diffusion.ratios import clipped_surrogate, log_ratio
 from opd_ray.diffusion.schedule import choose_steps, flow_sigmas, trained_steps
 from opd_ray.diffusion.shapes import PerSample, Reduction, over_samples
 
@@ -31,6 +32,7 @@ __all__ = [
     "Step",
     "add_noise",
     "choose_steps",
+    "clipped_surrogate",
     "cps",
     "dance",
     "ddim",
@@ -41,6 +43,7 @@ __all__ = [
     "guide",
     "half_squared_distance",
     "log_prob",
+    "log_ratio",
     "over_samples",
     "sample",
     "trained_steps",

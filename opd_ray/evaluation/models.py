@@ -7,7 +7,7 @@ import torch
 
 from opd_ray.config import ModelConfig
 from opd_ray.errors import RunFolderError
-from opd_ray.models.base import Family, check_lora, load_family, read_shift, resolve
+from opd_ray.models.base import Family, check_lora, family_class, load_family, resolve, trained_folder
 from opd_ray.models.checkpoint import check_complete
 from opd_ray.models.precision import dtype_of
 from opd_ray.recipes import load, read
@@ -54,7 +54,7 @@ def find_model(name: str) -> Found:
     found = _run(path) if (path / "run.json").is_file() else _world(name) if resolve(name) != name else _other(path)
     if found.lora is not None:
         check_lora(found.model, found.lora)
-    read_shift(found.model)
+    family_class(found.model.family).read_schedule(found.model)
     check_complete(found.model)
     return found
 
@@ -83,10 +83,12 @@ def _other(path: Path) -> Found:
 
 
 def _run(folder: Path) -> Found:
-    files = [folder / "lora" / "pytorch_lora_weights.safetensors", folder / "transformer" / "config.json"]
+    files = [folder / "lora" / "pytorch_lora_weights.safetensors"]
+    files += [folder / part / "config.json" for part in ("transformer", "unet")]
     if not any(file.is_file() for file in files):
-        either = " or ".join(str(file.relative_to(folder)) for file in files)
-        raise RunFolderError(f"{folder} has no {either} yet; let the run end, or --resume it")
-    lora, denoiser = (str(file.parent) if file.is_file() else None for file in files)
+        *names, last = (str(file.relative_to(folder)) for file in files)
+        raise RunFolderError(f"{folder} has no {', '.join(names)} or {last} yet; let the run end, or --resume it")
     config = read(folder / "config.yaml")
+    trained = folder / trained_folder(config.model, config.student)
+    lora, denoiser = (None, str(trained)) if config.student.lora is None else (str(trained), None)
     return Found(str(folder), config.model, lora, denoiser, config.student.guidance, config.evaluation.steps)

@@ -16,7 +16,10 @@ from opd_ray.config import OptimizerConfig
 from opd_ray.errors import ConfigError
 from opd_ray.learners.engine import INSTALL, MOMENTS, Engine, join, split_key
 
-__all__ = ["DeepSpeedEngine"]
+__all__ = ["REDUCED", "DeepSpeedEngine"]
+
+REDUCED = 500_000_000
+"""Numbers of gradients that are reduced at a time, at most: a float32 buffer of as many lies on the device."""
 
 
 class DeepSpeedEngine(Engine):
@@ -30,6 +33,7 @@ class DeepSpeedEngine(Engine):
     """
 
     name = "deepspeed"
+    gathers = True
 
     def __init__(
         self, rank: int, ranks: int, *, device: str = "cpu", stage: int = 2, cpu_offload: bool = False
@@ -54,8 +58,11 @@ class DeepSpeedEngine(Engine):
     ) -> nn.Module:
         """Wrapped in DeepSpeed's engine, whose optimizer is torch's AdamW over flat parts."""
         self.trained = trained()
+        config = self._config(chosen, sum(parameter.numel() for parameter in self.trained.values()))
+        if self.stage == 3:
+            self._spread(network, config)
         self._engine, self._zero, _, _ = self._deepspeed.initialize(
-            model=network, optimizer=self._adamw(chosen), config=self._config(chosen), dist_init_required=False
+            model=network, optimizer=self._adamw(chosen), config=config, dist_init_required=False
         )
         got = (
             self._engine.zero_optimization_stage(),
@@ -78,8 +85,19 @@ class DeepSpeedEngine(Engine):
         engine: nn.Module = self._engine
         return engine
 
-    def _config(self, chosen: OptimizerConfig) -> dict[str, Any]:
-        zero: dict[str, Any] = {"stage": self.stage}
+    def _spread(self, network: nn.Module, config: dict[str, Any]) -> None:
+        """Take one weight after the other to the device, and keep a part: ``initialize`` would take all of them first.
+
+        Buffers are not spread, and it leaves them where they are then.
+        """
+        self._deepspeed.init_distributed(dist_init_required=False)
+        self._deepspeed.zero.Init(module=network, config_dict_or_path=config)
+        for buffer in network.buffers():
+            buffer.data = buffer.to(self.device)
+
+    def _config(self, chosen: OptimizerConfig, numbers: int) -> dict[str, Any]:
+        """Of a network in which so many numbers are trained."""
+        zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": min(numbers, REDUCED)}
         if self.cpu_offload:
             zero["offload_optimizer"] = {"device": "cpu"}
         if self.stage == 3:
@@ -122,7 +140,8 @@ class DeepSpeedEngine(Engine):
         """In stage 3 an equal, perhaps padded run [ceil(numel / ranks)] of the flat weights."""
         if self.stage < 3:
             return super().part(parameter)
-        self._zero.parameter_offload.partition_all_parameters()  # what a forward without a backward has left whole
+        if parameter.ds_status.name != "NOT_AVAILABLE":  # type: ignore[attr-defined]
+            self._zero.parameter_offload.partition_all_parameters()  # a forward without a backward has left it whole
         part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
         return part.detach()
 
@@ -171,7 +190,7 @@ class DeepSpeedEngine(Engine):
             elif self.stage == 3:
                 parameter = self.trained[name]
                 own = self._fragments.safe_get_local_optimizer_state(parameter, slot).clone()
-                self.write(parameter, own, value.to(own.device))
+                self.write(parameter, own, value)
                 self._fragments.safe_set_local_optimizer_state(parameter, own, slot)
             else:
                 self._fragments.safe_set_full_optimizer_state(self.trained[name], value, slot)

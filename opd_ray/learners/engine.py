@@ -40,6 +40,8 @@ class Engine(ABC):
     """As the configuration names it."""
     lockstep: bool = False
     """Whether each forward or backward is collective, so that ranks need as many of them as each other."""
+    gathers: ClassVar[bool] = False
+    """Whether what is whole may have been gathered for whoever asked: a new tensor, on every rank's device."""
     trained: dict[str, nn.Parameter]
     """By canonical name, as they are once ``prepare`` has run."""
     optimizer: torch.optim.Optimizer
@@ -56,7 +58,7 @@ class Engine(ABC):
         """Spread the network over the ranks, and make the optimizer.
 
         Args:
-            network: whole, on this rank's device.
+            network: whole; on this rank's device, or in CPU memory where that never has to hold all of it.
             trained: reads the trained parameters off it; spreading may replace them.
             chosen: AdamW's settings and the gradient's largest norm.
 

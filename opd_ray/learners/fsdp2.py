@@ -20,6 +20,7 @@ class FsdpEngine(Engine):
 
     name = "fsdp2"
     lockstep = True
+    gathers = True
 
     def __init__(self, rank: int, ranks: int, *, device: str = "cpu") -> None:
         super().__init__(rank, ranks, device=device)
@@ -29,7 +30,10 @@ class FsdpEngine(Engine):
     def prepare(
         self, network: nn.Module, trained: Callable[[], dict[str, nn.Parameter]], chosen: OptimizerConfig
     ) -> nn.Module:
-        """In place. Blocks are the members of the network's outermost module lists."""
+        """In place. Blocks are the members of the network's outermost module lists.
+
+        Each goes to the device when its turn comes, and only this rank's part of it stays there.
+        """
         for module in (*_blocks(network), network):
             # The root as well: its live weights are read and written between forwards.
             fully_shard(module, mesh=self._mesh, reshard_after_forward=True)

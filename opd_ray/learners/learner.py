@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from opd_ray.actors.rollout import probe_velocity
 from opd_ray.algorithms.base import Algorithm, Forward, Loss
 from opd_ray.config import EmaConfig, LoraConfig, OptimizerConfig
-from opd_ray.digest import digest
+from opd_ray.digest import Digest
 from opd_ray.errors import NotFiniteError, OutOfOrderError, RunFolderError
 from opd_ray.learners.engine import Engine, LossScale, split_key
 from opd_ray.models.base import Family
@@ -110,6 +110,7 @@ class Learner:
         family.denoiser = engine.prepare(
             family.network, partial(family.adapter_parameters, "student"), training.optimizer
         )
+        family.device = engine.device  # the engine has taken there what was loaded elsewhere
         self.student = engine.trained
         self.scale = LossScale(enabled=family.dtype == torch.float16)
         self.ema = {name: engine.part(p).clone() for name, p in self.student.items()} if training.ema else None
@@ -246,21 +247,29 @@ class Learner:
             for name, parameter in sorted(parameters.items())
         }
 
-    def gather(self, names: Iterable[str], *, average: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def gather(self, names: Iterable[str] | None = None, *, average: bool = False) -> Iterator[tuple[str, Tensor]]:
         """The behaviour policy's raw weights, or the student's moving average (raw until one was taken), one by one.
 
-        Each is whole, and on a backend that shards a new tensor: every rank has to go through all of them.
+        Those of these ``names``, or all that ``layout`` has. Each is whole, and on a backend that shards a new tensor:
+        every rank has to go through all of them.
         """
         held = self._mean() if average else self._parts(self.family.adapter_parameters(self.algorithm.behaviour))
-        for name in names:
-            yield name, self.engine.whole(*held[name])
+        yield from self._whole({name: held[name] for name in (self.layout() if names is None else names)})
 
-    def weights(self, *, average: bool = False) -> dict[str, Tensor]:
-        """All that ``gather`` gives, at once; on every rank, too."""
-        return dict(self.gather(self.layout(), average=average))
+    def collect(self, whole: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """What comes one by one, together: on the first rank alone, and in CPU memory where it was gathered.
+
+        So a device holds one gathered tensor at a time. Every rank has to go through all of them.
+        """
+        kept = {}
+        for name, tensor in whole:
+            if self.engine.rank == 0:
+                kept[name] = tensor.cpu() if self.engine.gathers else tensor
+            del tensor  # before the next one is gathered
+        return kept
 
     def probe(self, *, average: bool = False) -> Tensor:
-        """The velocity of what ``weights`` gives, at the fixed probe input [1, C, H, W]; on every rank, too."""
+        """The velocity of what ``gather`` gives, at the fixed probe input [1, C, H, W]; on every rank, too."""
         with self.family.adapter("student" if average else self.algorithm.behaviour), self._averaged(average):
             return probe_velocity(self.family, self.training.guidance, self.training.seed)
 
@@ -281,13 +290,20 @@ class Learner:
                 part.copy_(raw[name])
 
     def hashes(self) -> dict[str, str | None]:
-        """Identity of the raw student and of its moving average."""
-        average = digest(self.weights(average=True)) if self.ema is not None else None
-        return {"student_sha256": digest(self._whole(self._parts(self.student))), "ema_sha256": average}
+        """Identity of the raw student and of its moving average; on every rank, too."""
+        average = self._digest(self._mean()) if self.ema is not None else None
+        return {"student_sha256": self._digest(self._parts(self.student)), "ema_sha256": average}
+
+    def _digest(self, held: Mapping[str, Held]) -> str:
+        """``digest`` of the whole tensors, of which there is one at a time."""
+        total = Digest()
+        for name in sorted(held):
+            total.add(name, self.engine.whole(*held[name]))
+        return total.hex()
 
     def export(self, folder: Path) -> None:
-        """Write what users load, on the first rank: the moving average where it is on."""
-        weights = self.weights(average=True)
+        """Write what users load, on the first rank: the moving average where it is on. Every rank takes part."""
+        weights = self.collect(self.gather(average=True))
         if self.engine.rank == 0 and self.training.lora is None:
             self.family.save_own(folder, weights)
         elif self.engine.rank == 0:
@@ -296,10 +312,10 @@ class Learner:
     def state(self) -> LearnerState:
         """Everything whole, by parameter name: live tensors, so write or copy them before the next update.
 
-        Every rank has to ask for it, and may let go of what it got.
+        Every rank has to ask for it; the first alone gets the tensors.
         """
-        tensors = {group: self._whole(held) for group, held in self._groups().items()}
-        tensors["optimizer"] = dict(self.engine.moments())
+        tensors = {group: self.collect(self._whole(held)) for group, held in self._groups().items()}
+        tensors["optimizer"] = self.collect(self.engine.moments())
         values = {"updates": self.updates, "algorithm": self.algorithm.state_dict(), "scaler": self.scale.state_dict()}
         return LearnerState(tensors, values)
 
@@ -337,8 +353,9 @@ class Learner:
     def _parts(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Held]:
         return {name: (parameter, self.engine.part(parameter)) for name, parameter in parameters.items()}
 
-    def _whole(self, held: Mapping[str, Held]) -> dict[str, Tensor]:
-        return {name: self.engine.whole(parameter, part) for name, (parameter, part) in held.items()}
+    def _whole(self, held: Mapping[str, Held]) -> Iterator[tuple[str, Tensor]]:
+        for name, (parameter, part) in held.items():
+            yield name, self.engine.whole(parameter, part)
 
     def _groups(self) -> dict[str, Mapping[str, Held]]:
         """What is saved beside the optimizer: the live parts by group and name."""
@@ -352,7 +369,7 @@ class Learner:
 
     def _velocities(self, forward: Forward) -> dict[str, Tensor]:
         """Guided velocities [B, C, H, W] of the student (with gradient) and of the policies the loss compares with."""
-        guidance, velocities = self.training.guidance, {}
+        guidance, velocities = self.training.guidance if self.algorithm.guided else 1.0, {}
         for name in self.algorithm.velocities:
             adapter = None if name == "reference" else name
             with torch.no_grad(), self.family.adapter(adapter):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opd_ray.config import LoraConfig
+from opd_ray.config import ATTENTION, LoraConfig
 from opd_ray.errors import ModelError
 from opd_ray.models.checkpoint import refusing
 from opd_ray.models.lora import LoraFile, LoraInfo, check_fits, read_lora, write_lora
@@ -29,8 +29,16 @@ class Adapters:
     network: Any
     """The denoiser itself, without what an engine may put around it."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, *, part: str = "transformer", targets: tuple[str, ...] = ATTENTION) -> None:
+        """Over a network that has none.
+
+        Args:
+            network: diffusers' denoiser.
+            part: what its tensors' names begin with in a LoRA file for the pipeline: `transformer` or `unet`.
+            targets: module name endings that get a fresh adapter where its configuration does not say.
+        """
         self.network = network
+        self._part, self._targets = part, targets
         self._slots: dict[str, str] = {}
         """Name -> PEFT's name for it. PEFT allows no dots and no name of an nn.Module attribute."""
         self._own: str | None = None
@@ -53,7 +61,7 @@ class Adapters:
 
         Args:
             name: not yet taken.
-            lora: rank, alpha and module name endings.
+            lora: rank, alpha and module name endings; the network's own endings where it names none.
             seed: each A is drawn from (seed, its canonical name); the global RNG is left alone.
 
         Raises:
@@ -62,10 +70,9 @@ class Adapters:
         import peft
 
         linear = [key for key, module in self._hosts() if isinstance(module, nn.Linear)]
-        idle = [
-            target for target in lora.targets if not any(key == target or key.endswith(f".{target}") for key in linear)
-        ]
-        if idle or not lora.targets:
+        targets = self._targets if lora.targets is None else lora.targets
+        idle = [target for target in targets if not any(key == target or key.endswith(f".{target}") for key in linear)]
+        if idle or not targets:
             raise ModelError(
                 f"LoRA {name!r}: targets {', '.join(idle) or '(none given)'} match no linear "
                 f"layer; endings here: {', '.join(sorted({_ending(key) for key in linear}))}"
@@ -73,7 +80,7 @@ class Adapters:
         config = peft.LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
-            target_modules=sorted(lora.targets),
+            target_modules=sorted(targets),
             init_lora_weights="gaussian",
         )
         with self._new_slot(name) as slot:
@@ -121,7 +128,7 @@ class Adapters:
             ModelError: the name is taken, or the file is missing, says no alpha, changes nothing,
                 or does not fit this network to the last tensor. Nothing is left behind.
         """
-        file = read_lora(name, path, revision=revision, subfolder=subfolder, alpha=alpha)
+        file = read_lora(name, path, part=self._part, revision=revision, subfolder=subfolder, alpha=alpha)
         check_fits(file, self.network)
         config = {**file.config, "target_modules": file.modules}
         with refusing(str(file)), self._new_slot(name) as slot:
@@ -211,7 +218,7 @@ class Adapters:
         wrong = live.keys() ^ chosen.keys() or {key for key in live if shapes[key] != chosen[key].shape}
         if wrong:
             raise ValueError(f"weights of {name!r} differ in name or shape: {min(wrong)}")
-        write_lora(Path(folder), chosen, self.network.peft_config[self._slot(name)])
+        write_lora(Path(folder), chosen, self.network.peft_config[self._slot(name)], part=self._part)
 
     def _hosts(self) -> list[tuple[str, nn.Module]]:
         """The network's own modules, without what adapters put inside them."""

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from opd_ray import plugins
-from opd_ray.config import LoraConfig, ModelConfig, TeacherConfig
-from opd_ray.diffusion import flow_sigmas, guide
+from opd_ray.config import ATTENTION, LoraConfig, ModelConfig, StudentConfig, TeacherConfig
+from opd_ray.diffusion import guide
 from opd_ray.errors import ConfigError, ModelError
 from opd_ray.models.adapters import Adapters
-from opd_ray.models.checkpoint import read_config, refusing, resolve, weight_files
+from opd_ray.models.checkpoint import refusing, resolve, weight_files
 from opd_ray.models.lora import check_fits, read_lora
+from opd_ray.models.schedule import Schedule, read_flow_schedule
 from opd_ray.types import Conditioning
 
 __all__ = [
@@ -29,25 +30,20 @@ __all__ = [
     "Shape",
     "check_adapters",
     "check_lora",
+    "count_numbers",
     "family_class",
     "load_family",
     "read_shift",
     "resolve",
     "sigmas_of",
+    "trained_folder",
 ]
 
-FAMILIES = {"sd3": "opd_ray.models.sd3:SD3"}
-NUM_TRAIN_TIMESTEPS = 1000
-"""The network's clock: timestep = 1000 t."""
-# Scheduler options under which the sigmas are not the plain shifted ones.
-OTHER_SCHEDULES = (
-    "invert_sigmas",
-    "shift_terminal",
-    "use_beta_sigmas",
-    "use_dynamic_shifting",
-    "use_exponential_sigmas",
-    "use_karras_sigmas",
-)
+FAMILIES = {
+    "sd3": "opd_ray.models.sd3:SD3",
+    "sd": "opd_ray.models.unet:SD",
+    "sdxl": "opd_ray.models.unet:SDXL",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +63,8 @@ class Shape:
     """Numbers in one state of one picture."""
     conditioning: int
     """Numbers in one prompt's embeddings."""
+    buffers: int = 0
+    """Those of the denoiser's numbers that are no weights, such as position embeddings: never trained nor spread."""
 
 
 class Family(Adapters, ABC):
@@ -76,7 +74,10 @@ class Family(Adapters, ABC):
     """
 
     denoiser_part: ClassVar[str] = "transformer"
-    """The denoiser's folder in a checkpoint."""
+    """The denoiser's folder in a checkpoint, and the first word of its tensors' names in a LoRA file."""
+    lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
+    """What student.lora.targets stands for where it is not given: endings of linear layers' names."""
+    schedule: Schedule
     denoiser: nn.Module
     """What ``predict`` calls: the network, or what the learner's engine has put around it."""
     latent_shape: tuple[int, int, int]
@@ -95,13 +96,13 @@ class Family(Adapters, ABC):
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(network)
+        super().__init__(network, part=self.denoiser_part, targets=self.lora_targets)
         self.model = model
         self.denoiser = network
         self.latent_shape = latent_shape
         self.device = device
         self.dtype = dtype
-        self.shift = self.read_shift(model)
+        self.schedule = self.read_schedule(model)
         self.forwards = 0
         self.encodes = False
         self._empty: Conditioning | None = None
@@ -144,12 +145,12 @@ class Family(Adapters, ABC):
         return self._empty
 
     @abstractmethod
-    def predict(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """One forward of ``self.denoiser``.
 
         Args:
             x: [B, C, H, W] float32.
-            timestep: [B] float32, 1000 t.
+            t: [B] float32; ``clock`` makes the network's timestep of it.
             cond: each tensor [B, ...].
 
         Returns:
@@ -184,27 +185,13 @@ class Family(Adapters, ABC):
         """What has to agree wherever one trajectory is read: latent space, prediction, schedule. From configs alone."""
 
     @classmethod
-    def read_shift(cls, model: ModelConfig) -> float:
-        """The shift of the model's own sigma schedule, from scheduler_config.json alone.
+    def read_schedule(cls, model: ModelConfig) -> Schedule:
+        """The model's own, from scheduler_config.json alone; a flow model's unless overridden.
 
         Raises:
-            ModelError: the file is missing, or names a schedule that one shift does not describe.
+            ModelError: the file is missing, or names a schedule that the family does not know.
         """
-        config = read_config(model, "scheduler/scheduler_config.json")
-        options = [option for option in OTHER_SCHEDULES if config.get(option)]
-        kind = config.get("_class_name")
-        if (
-            kind != "FlowMatchEulerDiscreteScheduler"
-            or options
-            or "shift" not in config
-            or config.get("num_train_timesteps") != NUM_TRAIN_TIMESTEPS
-        ):
-            raise ModelError(
-                f"model {model.path!r} has scheduler {kind} with "
-                f"{', '.join(options) or 'no option'}; only FlowMatchEulerDiscreteScheduler "
-                f"with a constant shift over {NUM_TRAIN_TIMESTEPS} timesteps is known"
-            )
-        return float(config["shift"])
+        return read_flow_schedule(model)
 
     def autocast(self) -> torch.autocast:
         """Matrix products in ``dtype``. Casts are kept no longer than one forward: adapters change in between."""
@@ -260,8 +247,20 @@ class Family(Adapters, ABC):
             parameter.copy_(found[name])
 
     def sigmas(self, num_steps: int) -> Tensor:
-        """[num_steps + 1] float32 on the CPU, from 1 (noise) down to 0 (image)."""
-        return flow_sigmas(num_steps, self.shift)
+        """[num_steps + 1] float32 on the CPU, falling from at most 1 (noise) down to 0 (image) or close to it."""
+        return self.schedule.sigmas(num_steps)
+
+    def clock(self, t: Tensor) -> Tensor:
+        """The timestep that the denoiser takes, float32, for t in [0, 1]; 1000 t of a flow model."""
+        return self.schedule.clock(t)
+
+    def initial(self, noise: Tensor, sigmas: Tensor) -> Tensor:
+        """The first state of a path, [B, C, H, W], from standard normal noise; the same where sigmas begin at 1."""
+        return self.schedule.initial(noise, sigmas)
+
+    def final(self, x: Tensor, sigmas: Tensor) -> Tensor:
+        """What ``decode`` takes, from the last state of a path; the same where sigmas end at 0."""
+        return self.schedule.final(x, sigmas)
 
     def velocity(
         self,
@@ -287,15 +286,14 @@ class Family(Adapters, ABC):
             ValueError: guidance without ``uncond``, or rows that do not belong together.
         """
         rows = len(x)
-        timestep = torch.as_tensor(t, dtype=torch.float32, device=x.device) * NUM_TRAIN_TIMESTEPS
-        timestep = timestep.expand(rows)
+        times = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(rows)
         wrong = [name for name, tensor in cond.items() if len(tensor) != rows]
         if wrong:
             raise ValueError(f"{rows} latents and {len(cond[wrong[0]])} rows of {wrong[0]}")
         if guidance == 1:
             self.forwards += rows
             with self.autocast():
-                return self.predict(x, timestep, cond).float()
+                return self.predict(x, times, cond).float()
         if uncond.keys() != cond.keys():
             raise ValueError(
                 f"guidance {guidance} needs the empty prompt's {', '.join(sorted(cond))}, got "
@@ -306,9 +304,14 @@ class Family(Adapters, ABC):
         }
         self.forwards += 2 * rows
         with self.autocast():
-            answer = self.predict(torch.cat([x, x]), timestep.repeat(2), both)
+            answer = self.predict(torch.cat([x, x]), times.repeat(2), both)
         without, given = answer.float().chunk(2)
         return guide(without, given, guidance)
+
+
+def count_numbers(module: nn.Module) -> int:
+    """Of its parameters and buffers, position embeddings among them."""
+    return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def family_class(name: str) -> type[Family]:
@@ -332,9 +335,14 @@ def load_family(
     return family
 
 
+def trained_folder(model: ModelConfig, student: StudentConfig) -> str:
+    """The folder of the run that gets what was trained: `lora`, or the denoiser's own in a checkpoint."""
+    return family_class(model.family).denoiser_part if student.lora is None else "lora"
+
+
 def read_shift(model: ModelConfig) -> float:
-    """The shift of a model's sigma schedule, without loading any weights."""
-    return family_class(model.family).read_shift(model)
+    """The shift of a flow model's sigma schedule, without loading any weights."""
+    return read_flow_schedule(model).shift
 
 
 def check_adapters(model: ModelConfig, student: LoraConfig | None, teachers: Mapping[str, TeacherConfig]) -> None:
@@ -343,16 +351,22 @@ def check_adapters(model: ModelConfig, student: LoraConfig | None, teachers: Map
     Raises:
         ModelError: names the adapter and what does not fit.
     """
-    network = family_class(model.family).skeleton(model)
+    kind = family_class(model.family)
+    network = kind.skeleton(model)
     for name, teacher in teachers.items():
         if teacher.lora is None:
             continue
         file = read_lora(
-            name, teacher.lora, revision=teacher.revision, subfolder=teacher.subfolder, alpha=teacher.alpha
+            name,
+            teacher.lora,
+            part=kind.denoiser_part,
+            revision=teacher.revision,
+            subfolder=teacher.subfolder,
+            alpha=teacher.alpha,
         )
         check_fits(file, network)
     if student is not None:
-        Adapters(network).add_lora("student", student, 0)
+        Adapters(network, part=kind.denoiser_part, targets=kind.lora_targets).add_lora("student", student, 0)
 
 
 def check_lora(model: ModelConfig, path: str) -> None:
@@ -361,9 +375,10 @@ def check_lora(model: ModelConfig, path: str) -> None:
     Raises:
         ModelError: what does not fit.
     """
-    check_fits(read_lora("lora", path), family_class(model.family).skeleton(model))
+    kind = family_class(model.family)
+    check_fits(read_lora("lora", path, part=kind.denoiser_part), kind.skeleton(model))
 
 
 def sigmas_of(model: ModelConfig, num_steps: int) -> Tensor:
     """What ``Family.sigmas`` of the loaded model would be, without loading any weights."""
-    return flow_sigmas(num_steps, read_shift(model))
+    return family_class(model.family).read_schedule(model).sigmas(num_steps)

@@ -32,6 +32,8 @@ def resolve(path: str) -> str:
     from opd_ray import world
 
     with refusing(path):
+        if name in world.UNETS:
+            return str(world.pipeline_path(name))
         return str(world.lora_path(name) if name else world.pipeline_path())
 
 

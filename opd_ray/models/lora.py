@@ -2,7 +2,9 @@
 
 Two layouts are read: diffusers' (``transformer.<module>.lora_A.weight``, alpha in the header or as
 ``<module>.alpha``) and PEFT's folder (``base_model.model.<module>.lora_A.weight`` beside
-adapter_config.json). Inside, a tensor goes by its canonical name, ``<module>.lora_A.weight``.
+adapter_config.json). A U-Net's begin with ``unet.``, and diffusers' training scripts write them with its older
+endings, ``.lora.down.weight`` and ``.lora.up.weight``. Inside, a tensor goes by its canonical name,
+``<module>.lora_A.weight``.
 """
 
 import hashlib
@@ -26,9 +28,10 @@ __all__ = ["LoraFile", "LoraInfo", "check_fits", "read_lora", "write_lora"]
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX, PEFT_PREFIX = "transformer.", "base_model.model."
+PEFT_PREFIX = "base_model.model."
 HEADER = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
 A, B, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
+OLDER = {".lora.down.weight": A, ".lora.up.weight": B}
 TEXT_ENCODER = re.compile(rf"({re.escape(PEFT_PREFIX)})?(text_encoder(_\d)?|text_model)\.")
 KOHYA = re.compile(r"^lora_|\.lora_(down|up)\.")
 # What scales an adapter, and nothing else: others of PEFT's keys run code on the base weights.
@@ -99,9 +102,15 @@ def find(name: str, path: str, revision: str | None, subfolder: str | None) -> P
 
 
 def read_lora(
-    name: str, path: str, *, revision: str | None = None, subfolder: str | None = None, alpha: float | None = None
+    name: str,
+    path: str,
+    *,
+    part: str = "transformer",
+    revision: str | None = None,
+    subfolder: str | None = None,
+    alpha: float | None = None,
 ) -> LoraFile:
-    """Read a LoRA without a network. ``alpha`` is for a file that does not say its own.
+    """Read a LoRA of a pipeline's ``part`` without a network. ``alpha`` is for a file that does not say its own.
 
     Raises:
         ModelError: no such file, not safetensors, no tensor of a LoRA in it, a delta that is zero
@@ -115,7 +124,7 @@ def read_lora(
             header = content.metadata() or {}
         with file.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        _require_known(what, tensors)
+        _require_known(what, part, tensors)
         is_peft = any(key.startswith(PEFT_PREFIX) for key in tensors)
         if is_peft and not (file.parent / PEFT_CONFIG).is_file():
             raise ModelError(
@@ -126,12 +135,12 @@ def read_lora(
         packed = json.loads(told or "{}")
         if not isinstance(packed, dict):
             raise ValueError(f"{PEFT_CONFIG if is_peft else HEADER} holds a {type(packed).__name__}, not a mapping")
-        written = {key.removeprefix(PREFIX): value for key, value in packed.items()}
-    prefix = PEFT_PREFIX if is_peft else PREFIX
-    tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+        written = {key.removeprefix(f"{part}."): value for key, value in packed.items()}
+    prefix = PEFT_PREFIX if is_peft else f"{part}."
+    tensors = {_canonical(key.removeprefix(prefix)): tensor for key, tensor in tensors.items()}
     alphas = {key: tensors.pop(key) for key in list(tensors) if key.endswith(ALPHA)}
-    config = _scaling(what, written, tensors, alphas, alpha)
-    _require_pairs(what, tensors)
+    config = _scaling(what, part, written, tensors, alphas, alpha)
+    _require_pairs(what, part, tensors)
     broken = [key for key, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if broken:
         raise ModelError(f"{what} has NaN or infinite values in {len(broken)} tensors, the first is {min(broken)!r}")
@@ -141,19 +150,33 @@ def read_lora(
     return found
 
 
-def _require_known(what: str, tensors: Mapping[str, Tensor]) -> None:
+def _canonical(key: str) -> str:
+    """With today's ending; keys of PEFT's layout have it already."""
+    for older, today in OLDER.items():
+        if key.endswith(older):
+            return key.removesuffix(older) + today
+    return key
+
+
+def _require_known(what: str, part: str, tensors: Mapping[str, Tensor]) -> None:
     """Refuse, by what they are, the layouts that are known and not read."""
     text = sorted(key for key in tensors if TEXT_ENCODER.match(key))
     if text:
         raise ModelError(
             f"{what} also adapts text encoders, which are frozen here: {len(text)} of {len(tensors)} tensors, the "
-            f"first is {text[0]!r}. Save the transformer's alone (save_lora_weights(transformer_lora_layers=...))"
+            f"first is {text[0]!r}. Save the {part}'s alone (save_lora_weights({part}_lora_layers=...))"
+        )
+    other = {"transformer": "unet", "unet": "transformer"}.get(part)
+    if tensors and all(key.startswith(f"{other}.") for key in tensors):
+        raise ModelError(
+            f"{what} binds 0 of {len(tensors)} tensors: it adapts a {other} (the first is {min(tensors)!r}), and this "
+            f"model has a {part}. It was made for another architecture"
         )
     kohya = sorted(key for key in tensors if KOHYA.search(key))
     if kohya:
         raise ModelError(
             f"{what} is in kohya's layout ({kohya[0]!r}), which is not read: convert it to diffusers' "
-            f"({PREFIX}<module>{A} and {B.removeprefix('.')}, <module>{ALPHA}) or PEFT's"
+            f"({part}.<module>{A} and {B.removeprefix('.')}, <module>{ALPHA}) or PEFT's"
         )
 
 
@@ -169,7 +192,7 @@ def _changes(file: LoraFile, module: str) -> bool:
     return alpha != 0 and bool((up.flatten(1) @ down.flatten(1)).any())
 
 
-def _require_pairs(what: str, tensors: Mapping[str, Tensor]) -> None:
+def _require_pairs(what: str, part: str, tensors: Mapping[str, Tensor]) -> None:
     """Every tensor is one half of an A and B pair; anything else would be left unbound."""
     unbound = [
         key
@@ -181,12 +204,13 @@ def _require_pairs(what: str, tensors: Mapping[str, Tensor]) -> None:
         first = f"; the first of the others is {min(unbound)!r}" if unbound else ""
         raise ModelError(
             f"{what} would bind {len(tensors) - len(unbound)} of {len(tensors)} tensors{first}. "
-            f"Known names: {PREFIX}<module>{A} and {B.removeprefix('.')}, or PEFT's layout"
+            f"Known names: {part}.<module>{A} and {B.removeprefix('.')}, or PEFT's layout"
         )
 
 
 def _scaling(
     what: str,
+    part: str,
     written: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     alphas: Mapping[str, Tensor],
@@ -210,7 +234,7 @@ def _scaling(
         raise ModelError(
             f"{what} does not say its alpha, so its strength is unknown: {silent[0]} has none. "
             f"Save it again with its adapter metadata (save_lora_weights(..., "
-            f"transformer_lora_adapter_metadata=config.to_dict())), or give the teacher's alpha"
+            f"{part}_lora_adapter_metadata=config.to_dict())), or give the teacher's alpha"
         )
     return {
         "r": Counter(ranks.values()).most_common(1)[0][0] if ranks else 0,
@@ -247,13 +271,14 @@ def check_fits(file: LoraFile, network: nn.Module) -> None:
             )
 
 
-def write_lora(folder: Path, weights: Mapping[str, Tensor], config: Any) -> None:
+def write_lora(folder: Path, weights: Mapping[str, Tensor], config: Any, *, part: str = "transformer") -> None:
     """Write diffusers' file with its adapter metadata, and a PEFT folder in ``folder/peft``.
 
     Args:
         folder: made if it is not there.
         weights: by canonical name.
         config: the ``peft.LoraConfig``; alpha and patterns travel with it.
+        part: of the pipeline that it adapts.
     """
     plain = {
         key: sorted(value) if isinstance(value, set) else value  # sets have no order of their own
@@ -262,9 +287,9 @@ def write_lora(folder: Path, weights: Mapping[str, Tensor], config: Any) -> None
     tensors = {name: weights[name].detach().cpu().contiguous() for name in sorted(weights)}
     peft = folder / "peft"
     peft.mkdir(parents=True, exist_ok=True)
-    header = json.dumps({PREFIX + key: plain[key] for key in sorted(plain)})
+    header = json.dumps({f"{part}.{key}": plain[key] for key in sorted(plain)})
     save_file(
-        {PREFIX + name: tensor for name, tensor in tensors.items()},
+        {f"{part}.{name}": tensor for name, tensor in tensors.items()},
         folder / WEIGHTS,
         metadata={"format": "pt", HEADER: header},
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from opd_ray.config import ModelConfig
 from opd_ray.errors import ModelError
 from opd_ray.models.autoencoder import KLAutoencoder, vae_factor
-from opd_ray.models.base import Family, Shape
+from opd_ray.models.base import Family, Shape, count_numbers
 from opd_ray.models.checkpoint import fetch_part, load_component, read_config, refusing
 from opd_ray.types import Conditioning
 
@@ -98,7 +98,11 @@ class SD3(KLAutoencoder, Family):
         own: Any = network.config
         size = _latent_size(model, own)
         return Shape(
-            parameters={"denoiser": _count(network), "text": sum(map(_count, text)), "vae": _count(vae)},
+            parameters={
+                "denoiser": count_numbers(network),
+                "text": sum(map(count_numbers, text)),
+                "vae": count_numbers(vae),
+            },
             layers=own.num_layers,
             width=own.num_attention_heads * own.attention_head_dim,
             tokens=(size // own.patch_size) ** 2 + CLIP_TOKENS + model.max_sequence_length,
@@ -106,6 +110,7 @@ class SD3(KLAutoencoder, Family):
             latent=own.in_channels * size**2,
             conditioning=(CLIP_TOKENS + model.max_sequence_length) * own.joint_attention_dim
             + own.pooled_projection_dim,
+            buffers=sum(buffer.numel() for buffer in network.buffers()),
         )
 
     @torch.no_grad()
@@ -131,9 +136,9 @@ class SD3(KLAutoencoder, Family):
         )
         return {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}
 
-    def predict(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """See ``Family.predict``."""
-        answer: Tensor = self.denoiser(hidden_states=x, timestep=timestep, return_dict=False, **cond)[0]
+        answer: Tensor = self.denoiser(hidden_states=x, timestep=self.clock(t), return_dict=False, **cond)[0]
         return answer
 
     def random_conditioning(self, generator: torch.Generator) -> Conditioning:
@@ -155,13 +160,8 @@ class SD3(KLAutoencoder, Family):
             "VAE scaling factor": vae["scaling_factor"],
             "VAE shift factor": vae["shift_factor"],
             "prediction": "velocity",
-            "scheduler": "FlowMatchEulerDiscreteScheduler",
-            "shift": cls.read_shift(model),
+            **cls.read_schedule(model).facts(),
         }
-
-
-def _count(module: nn.Module) -> int:
-    return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))  # position embeddings too
 
 
 def _latent_size(model: ModelConfig, network: Any) -> int:

@@ -7,11 +7,17 @@ tokens in ``width`` channels at ``b`` bytes a number, with attention that keeps 
     kept for the backward pass     17 rows tokens width b     a block
     with gradient checkpointing       rows tokens width b     a block, and one block at work
 
-What the learner trains is float32: the weight, its gradient, two moments, and a moving average where there is one. Of
-these DeepSpeed steps a copy of the weight; ``fsdp2`` and ZeRO spread over the ranks what is theirs to spread.
+What the learner trains is float32: the weight, its gradient, two moments, and a moving average where there is one.
+``ddp`` reduces another copy of the gradient, DeepSpeed steps one of the weight; ``fsdp2`` and ZeRO spread over the
+ranks what is theirs to spread. Weights that are spread are whole for two blocks at a time, the one at work and the
+next, which comes meanwhile; so are the gradients of two, one being made and one reduced, for which DeepSpeed has a
+buffer. What a network holds beside its weights (position embeddings) is not spread.
 
 A guided forward has two rows a picture. The VAE decodes in float32 at 512 channels of full resolution. Each process
 that computes on a card holds about 0.6 GB of its runtime. Real numbers differ by tens of percent.
+
+CPU memory beside a card is not counted: each rank whose weights are spread reads all of them there at its start, and
+the first gathers there what a checkpoint holds.
 """
 
 from collections.abc import Sequence
@@ -22,6 +28,7 @@ import torch
 
 from opd_ray.config import Config, LearnerPlacement, LoraConfig, ModelConfig, Placement, Precision, RolePlacement
 from opd_ray.errors import PlacementError
+from opd_ray.learners.deepspeed import REDUCED
 from opd_ray.models.base import Shape, family_class, resolve
 from opd_ray.models.precision import is_full
 from opd_ray.models.residents import check_fits_limit
@@ -35,6 +42,8 @@ BLOCK = 17.0
 VAE_CHANNELS = 512
 MOMENTS = 2
 """Of AdamW, for each trained number."""
+AT_ONCE = 2
+"""Blocks whose weights are whole at a time where they are spread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +153,16 @@ def _rows(guidance: float, pictures: int) -> int:
 def _adapter(config: Config, shape: Shape) -> float:
     """GB of a float32 adapter: each target is taken for a square layer of the block's width."""
     lora = config.student.lora or LoraConfig()  # a teacher's, where the student has none
-    return 2 * lora.rank * shape.width * len(lora.targets) * shape.layers * 4 / GB
+    targets = family_class(config.model.family).lora_targets if lora.targets is None else lora.targets
+    return 2 * lora.rank * shape.width * len(targets) * shape.layers * 4 / GB
 
 
 def _student(config: Config, shape: Shape, size: int) -> tuple[float, float]:
     """GB of the frozen denoiser at ``size`` bytes a number, and of one float32 copy of what is trained."""
-    numbers = shape.parameters["denoiser"] / GB
-    return (0.0, 4 * numbers) if config.student.lora is None else (numbers * size, _adapter(config, shape))
+    numbers, buffers = shape.parameters["denoiser"] / GB, shape.buffers / GB
+    if config.student.lora is None:
+        return buffers * size, (numbers - buffers) * 4
+    return numbers * size, _adapter(config, shape)
 
 
 def _rollout(config: Config, shape: Shape) -> Need:
@@ -204,19 +216,36 @@ def _learner(config: Config, shape: Shape) -> Need:
     rows = _rows(config.student.guidance, config.batch.item_size)
     block = _block(shape, rows, size)
     kept = block / BLOCK if config.student.gradient_checkpointing else block
-    frozen, one = _student(config, shape, size)
-    weights, trained = _shares(placement, ema=config.ema is not None)
-    # What is sharded is gathered block by block.
-    gathered = (frozen + one) / shape.layers * (1 - weights)
-    working = shape.layers * kept + block + gathered
-    return _need("learner", placement, frozen * weights, one * trained, working, workers=placement.ranks)
+    held = 4 if config.student.lora is None else size
+    frozen, one = _student(config, shape, held)
+    buffers = shape.buffers * held / GB
+    part, copies = _shares(placement, ema=config.ema is not None)
+    weights, trained = (frozen - buffers) * part + buffers, one * copies
+    working = shape.layers * kept + block + _gathered(placement, shape, frozen - buffers, one)
+    if placement.device == "cpu" and placement.spreads_weights:  # where all of them are at first
+        working = max(working, frozen + one - weights - trained)
+    return _need("learner", placement, weights, trained, working, workers=placement.ranks)
+
+
+def _gathered(placement: LearnerPlacement, shape: Shape, frozen: float, trained: float) -> float:
+    """GB of what is whole for a while on a rank that holds a part of it: weights, and the gradients to be reduced.
+
+    Args:
+        placement: the learner's.
+        shape: the model's.
+        frozen: GB of weights that are not trained.
+        trained: GB of one copy of those that are.
+    """
+    blocks = AT_ONCE / shape.layers * (1 - 1 / placement.ranks) if placement.spreads_weights else 0.0
+    reduced = min(trained, 4 * REDUCED / GB) if placement.backend == "deepspeed" else trained * blocks
+    return (frozen + trained) * blocks + reduced
 
 
 def _shares(placement: LearnerPlacement, *, ema: bool) -> tuple[float, float]:
     """Of one rank: the part of the weights that it holds, and how many copies of what is trained, on its card."""
     part = 1 / placement.ranks
     if placement.backend == "ddp":
-        return 1.0, 2 + MOMENTS + ema
+        return 1.0, 2 + MOMENTS + ema + (placement.ranks > 1)
     if placement.backend == "fsdp2":
         return part, (2 + MOMENTS + ema) * part
     stage = placement.stage

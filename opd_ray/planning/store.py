@@ -33,12 +33,13 @@ def round_bytes(config: Config, algorithm: Algorithm, tasks: int) -> dict[str, i
         return {"pairs": (pairs + empty) * FLOAT} | (
             {WEIGHTS: shape.parameters["denoiser"] * FLOAT} if config.student.lora is None else {}
         )
+    drawn = states - 1 if algorithm.needs_velocities else 0
     found = {
-        "trajectories": pictures * (states * shape.latent + shape.conditioning) + items * shape.conditioning,
+        "trajectories": pictures * ((states + drawn) * shape.latent + shape.conditioning) + items * shape.conditioning,
         "teachers' answers": pictures * marked * shape.latent if algorithm.needs_teachers else 0,
         # A LoRA is not worth counting.
         WEIGHTS: shape.parameters["denoiser"] if config.student.lora is None else 0,
-        "pictures": pictures * 3 * shape.pixels**2 if algorithm.needs_rewards else 0,
+        "pictures": pictures * algorithm.pictures * 3 * shape.pixels**2 if algorithm.needs_rewards else 0,
     }
     return {part: count * FLOAT for part, count in found.items() if count}
 

@@ -21,6 +21,12 @@ from opd_ray.report.wording import MISSING, Write, count, model_title, percent, 
 
 __all__ = ["write_card"]
 
+# Family -> folder and class of its denoiser, its pipeline; your own families are taken for SD3's.
+STOCK = {
+    "sd3": ("transformer", "SD3Transformer2DModel", "StableDiffusion3Pipeline"),
+    "sd": ("unet", "UNet2DConditionModel", "StableDiffusionPipeline"),
+    "sdxl": ("unet", "UNet2DConditionModel", "StableDiffusionXLPipeline"),
+}
 TAGS = ["text-to-image", "diffusers", "opd-ray"]
 LICENSE = "# license: yours to choose, within those of the base and of the teachers"
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~&$:@])")
@@ -28,13 +34,13 @@ SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~&$:@])")
 
 
 def write_card(run_dir: Path) -> Path:
-    """Write README.md beside the LoRA, or the transformer, from the run's configuration, facts and result.
+    """Write README.md beside the LoRA, or the denoiser, from the run's configuration, facts and result.
 
     Raises:
         RunFolderError: there is no such folder.
     """
     run = RunFolder.read(run_dir)
-    target = run_dir / ("transformer" if _whole(run.config) else "lora") / "README.md"
+    target = run_dir / _trained(run.config) / "README.md"
     draft = target.with_name(".README.md.tmp")
     draft.write_text(card(run), encoding="utf-8")
     os.replace(draft, target)
@@ -46,7 +52,7 @@ def card(run: RunFolder) -> str:
     parts = [
         _front_matter(mapping(run.config.get("model")), whole=_whole(run.config)),
         f"# {_text(run.name)}",
-        f"A {'transformer' if _whole(run.config) else 'LoRA'} for text-to-image diffusion, {_made(run)} by opd-ray.",
+        f"A {_trained(run.config).replace('lora', 'LoRA')} for text-to-image diffusion, {_made(run)} by opd-ray.",
         "## Use",
         _usage(run.config),
         "## Teachers",
@@ -63,6 +69,15 @@ def _whole(config: Mapping[str, Any]) -> bool:
     """Whether the denoiser itself was trained; what is not known is taken for a LoRA."""
     student = mapping(config.get("student"))
     return "lora" in student and student["lora"] is None
+
+
+def _trained(config: Mapping[str, Any]) -> str:
+    """The folder of what was trained."""
+    return _stock(config)[0] if _whole(config) else "lora"
+
+
+def _stock(config: Mapping[str, Any]) -> tuple[str, str, str]:
+    return STOCK.get(str(mapping(config.get("model")).get("family")), STOCK["sd3"])
 
 
 def _made(run: RunFolder) -> str:
@@ -107,22 +122,29 @@ def _usage(config: Mapping[str, Any]) -> str:
         start, source = "from opd_ray import world\n", "world.pipeline_path(), text_encoder_3=None, tokenizer_3=None"
     else:
         start, source = "", json.dumps(base if _published(base) else f"path/to/{_public(base)}")
+    part, network, pipeline = _stock(config)
     call = {
         "guidance_scale": student.get("guidance"),
         "num_inference_steps": mapping(config.get("evaluation")).get("steps"),
-        "max_sequence_length": model.get("max_sequence_length"),
+        "max_sequence_length": model.get("max_sequence_length") if part == "transformer" else None,
         "height": model.get("resolution"),
         "width": model.get("resolution"),
     }
+    kinds, given, before, after = [pipeline], "", "", ""
+    if part == "unet":
+        kinds = ["DDIMScheduler", *kinds]
+        how = {"timestep_spacing": model.get("spacing")}
+        after = (  # DDIM is the ODE that pictures are drawn by here, whatever solver the base comes with
+            f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False{_arguments(how)})\n"
+        )
     if _whole(config):
-        kinds, given, after = "SD3Transformer2DModel, StableDiffusion3Pipeline", ", transformer=transformer", ""
-        before = 'transformer = SD3Transformer2DModel.from_pretrained("path/to/transformer")  # this folder\n'
+        kinds, given = [network, *kinds], f", {part}={part}"
+        before = f'{part} = {network}.from_pretrained("path/to/{part}")  # this folder\n'
     else:
-        kinds, given, before = "StableDiffusion3Pipeline", "", ""
-        after = 'pipe.load_lora_weights("path/to/lora")  # this folder, or its hub id\n'
+        after += 'pipe.load_lora_weights("path/to/lora")  # this folder, or its hub id\n'
     return (
-        f"```python\n{start}from diffusers import {kinds}\n\n{before}"
-        f"pipe = StableDiffusion3Pipeline.from_pretrained({source}{given}{_arguments(options)})\n{after}"
+        f"```python\n{start}from diffusers import {', '.join(kinds)}\n\n{before}"
+        f"pipe = {pipeline}.from_pretrained({source}{given}{_arguments(options)})\n{after}"
         f'image = pipe("a prompt"{_arguments(call)}).images[0]\n```'
     )
 

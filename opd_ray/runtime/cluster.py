@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any
 
+import grpc
 import ray
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray._private.state import available_resources_per_node  # no public name without the dashboard
@@ -190,10 +191,13 @@ class RayBackend:
         if self._session is not None and (lost := self._session.lost()) is not None:
             raise Stopped(f"Ray's {lost} has ended; --resume goes on from the last checkpoint")
 
-    def object_store(self) -> Store:
-        """As the raylets say."""
+    def object_store(self) -> Store | None:
+        """As the raylets say; None while one of them has just gone and Ray does not know it yet."""
         self._require_ray()
-        stats = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
+        try:
+            stats = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
+        except grpc.RpcError:
+            return None
         nodes = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
         if self._spilled is None:
             self._spilled = stats.spilled_bytes_total

@@ -136,7 +136,8 @@ class LearnerGroup:
             Stopped: inputs of an item were lost again and again.
         """
         rank = collected.item.position % len(self.ranks)
-        self._scores.append((collected.item, collected.share().scores or {}))
+        share = collected.share()
+        self._scores.append((collected.item, {**(share.scores or {}), **share.remarks}))
         if len(self._sent[rank]) == UNANSWERED:
             self._settle(rank)
         self._sent[rank].append(self._send(rank, collected))

@@ -6,8 +6,9 @@ Every method returns its bulk results as flat arrays and a small ``Done`` last. 
 import os
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class Drawn:
 
     trajectory: TrajectoryRecord
     images: Manifest | None
+    remarks: Mapping[str, "array[float]"] = field(default_factory=dict)
 
 
 class RolloutHost:
@@ -123,7 +125,8 @@ class RolloutHost:
         trajectory = self.actor.draw(item, version, sha256, last=last, before=begun)
         flat, record = pack_trajectory(trajectory)
         pictures, manifest = pack({"images": self.actor.decode(trajectory)} if images else {})
-        return flat, pictures, clock.done(Drawn(record, manifest if images else None))
+        remarks = self.actor.remarks(trajectory) if images else {}
+        return flat, pictures, clock.done(Drawn(record, manifest if images else None, remarks))
 
     def sample(self, request: SampleRequest, files: Sequence[str]) -> tuple[Flat, Done]:
         """Pictures of any model of the run; the first of them are also written to PNG files."""
@@ -208,6 +211,7 @@ class Share:
     """Of each part that has trained steps."""
     recorded: Manifest | None = None
     scores: Mapping[str, Sequence[float]] | None = None
+    remarks: Mapping[str, "array[float]"] = field(default_factory=dict)
 
     def unpack(self, flats: list[Flat], reader: Family | None = None) -> Experience:
         """Experience from the next arrays of ``flats``, which are removed.
@@ -223,9 +227,15 @@ class Share:
             self.item,
             join_trajectories(path) if path else None,
             join_answers(marks) if marks else None,
-            {name: torch.tensor(score) for name, score in (self.scores or {}).items()},
+            scores_of(self.item, self.scores or {}),
             unpack(flats.pop(0), self.recorded) if self.recorded else {},
         )
+
+
+def scores_of(item: WorkItem, scores: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
+    """Reward -> [B], or [B, K] where K pictures of each image were scored."""
+    found = {name: torch.tensor(score).reshape(len(item.prompts), -1) for name, score in scores.items()}
+    return {name: one.squeeze(1) if one.shape[1] == 1 else one for name, one in found.items()}
 
 
 class LearnerHost:
@@ -253,9 +263,7 @@ class LearnerHost:
 
     def observe(self, scores: Sequence[tuple[WorkItem, Mapping[str, Sequence[float]]]]) -> Done:
         """Every item's scores, once a round."""
-        self.learner.observe(
-            [(item, {name: torch.tensor(score) for name, score in of_item.items()}) for item, of_item in scores]
-        )
+        self.learner.observe([(item, scores_of(item, of_item)) for item, of_item in scores])
         return Done(None, 0.0, 0)
 
     def update(self, update: int) -> Done:
@@ -278,7 +286,7 @@ class LearnerHost:
         first, last = bucket == 0, bucket == len(layout) - 1
         if first:
             self._identity = Digest(), Checksum(max(one.nbytes for part in layout for one in part.values()))
-        tensors = dict(self.learner.gather(layout[bucket], average=average))
+        tensors = self.learner.collect(self.learner.gather(layout[bucket], average=average))
         probe = {"probe": self.learner.probe(average=average)} if last else {}
         if self.learner.engine.rank > 0:
             return pack_whole({}), clock.done(None)

@@ -260,6 +260,7 @@ def pack_trajectory(trajectory: Trajectory) -> tuple[Flat, TrajectoryRecord]:
             "latents": trajectory.latents,
             **{f"cond/{name}": tensor for name, tensor in trajectory.cond.items()},
             **{f"uncond/{name}": tensor for name, tensor in trajectory.uncond.items()},
+            **({} if trajectory.velocities is None else {"velocities": trajectory.velocities}),
         }
     )
     return flat, TrajectoryRecord(trajectory.item, trajectory.weights, manifest, trajectory.first)
@@ -276,11 +277,12 @@ def unpack_trajectory(flat: Flat, record: TrajectoryRecord) -> Trajectory:
         cond=_below(tensors, "cond/"),
         uncond=_below(tensors, "uncond/"),
         first=record.first,
+        velocities=tensors.get("velocities"),
     )
 
 
 def join_trajectories(parts: Sequence[Trajectory]) -> Trajectory:
-    """The states of all parts; what else there is, the first part has.
+    """The states and velocities of all parts; what else there is, the first part has.
 
     Raises:
         ValueError: they are not the neighbouring parts of one drawing.
@@ -294,7 +296,9 @@ def join_trajectories(parts: Sequence[Trajectory]) -> Trajectory:
             )
     if len(parts) == 1:
         return head
-    return replace(head, latents=torch.cat([part.latents for part in parts], dim=1))
+    drawn = [part.velocities for part in parts if part.velocities is not None]
+    velocities = torch.cat(drawn, dim=1) if drawn else None
+    return replace(head, latents=torch.cat([part.latents for part in parts], dim=1), velocities=velocities)
 
 
 def pack_answer(answer: TeacherAnswer) -> tuple[Flat, AnswerRecord]:

@@ -10,6 +10,8 @@ TASKS = ("compose", "text", "look")
 """The tasks that have a specialist. `mixed` captions ask for two of them at once."""
 SCORERS = ("compose", "compose_partial", "text", "look")
 """The functions of `opd_ray.world.scorers`."""
+UNETS = ("unet", "few")
+"""Bases that predict noise: of fifty steps, and of the same distilled to four."""
 SPLITS = (
     *((task, "train") for task in TASKS),
     *((task, "heldout") for task in (*TASKS, "mixed")),
@@ -19,15 +21,15 @@ SPLITS = (
 _SHIPPED = Path(__file__).parent / "shipped"
 
 
-def pipeline_path() -> Path:
-    """The base: a folder for `StableDiffusion3Pipeline.from_pretrained`."""
-    return _SHIPPED / "pipeline"
+def pipeline_path(name: str = "pipeline") -> Path:
+    """The base, a folder for `StableDiffusion3Pipeline.from_pretrained`; those of UNETS for StableDiffusionPipeline."""
+    return _SHIPPED / name
 
 
 def lora_path(name: str) -> Path:
     """A specialist's folder, for `pipe.load_lora_weights`. ``name`` is one of TASKS."""
     if name not in TASKS:
-        raise ValueError(f"world has no specialist {name!r}. Known: {', '.join(TASKS)}.")
+        raise ValueError(f"world has no specialist {name!r}. Known: {', '.join(TASKS)}; models: {', '.join(UNETS)}.")
     return _SHIPPED / "lora" / name
 
 
@@ -53,9 +55,14 @@ def shipped_files() -> list[Path]:
         **dict.fromkeys(("transformer", "vae"), ("config.json", "diffusion_pytorch_model.safetensors")),
         "scheduler": ("scheduler_config.json",),
     }
+    plain = ("text_encoder", "tokenizer", "vae", "scheduler")
+    weights = ("config.json", "diffusion_pytorch_model.safetensors")
     return [
         pipeline_path() / "model_index.json",
         *(pipeline_path() / part / name for part, names in parts.items() for name in names),
+        *(pipeline_path(one) / "model_index.json" for one in UNETS),
+        *(pipeline_path(one) / "unet" / name for one in UNETS for name in weights),
+        *(pipeline_path(one) / part / name for one in UNETS for part in plain for name in parts[part]),
         *(lora_path(task) / "pytorch_lora_weights.safetensors" for task in TASKS),
         *(prompts_path(task, split) for task, split in SPLITS),
     ]

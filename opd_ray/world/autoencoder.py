@@ -29,8 +29,8 @@ _KL_WEIGHT = 5e-5
 _L1_WEIGHT = 0.1
 
 
-def new_autoencoder(scaling: float = 1.0, shift: float = 0.0) -> AutoencoderKL:
-    """An untrained autoencoder with the given latent statistics in its config."""
+def new_autoencoder(scaling: float = 1.0, shift: float = 0.0, *, quant: bool = False) -> AutoencoderKL:
+    """An untrained autoencoder with the given latent statistics in its config, and ``quant`` convolutions or none."""
     levels = len(_CHANNELS)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -39,8 +39,8 @@ def new_autoencoder(scaling: float = 1.0, shift: float = 0.0) -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+        use_quant_conv=quant,
+        use_post_quant_conv=quant,
         mid_block_add_attention=False,
         sample_size=SIZE,
         scaling_factor=scaling,

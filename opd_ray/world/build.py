@@ -22,6 +22,7 @@ from rich.progress import (
 from opd_ray.world.drawing import STEPS
 from opd_ray.world.settings import Settings
 from opd_ray.world.stages import Stage, Workplace, stages
+from opd_ray.world.unet_stages import unet_stages
 
 
 def build(out: Path, settings: Settings, console: Console, force: bool = False) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def build(out: Path, settings: Settings, console: Console, force: bool = False) 
     (out / "work").mkdir(parents=True, exist_ok=True)
     done: list[dict[str, Any]] = []
     key = ""
-    for stage in stages(settings):
+    for stage in [*stages(settings), *unet_stages()]:
         key = _key(key, stage, settings)
         path = out / "work" / f"{stage.name.replace(' ', '-')}.json"
         record = json.loads(path.read_text()) if path.exists() and not force else {}

@@ -1,7 +1,7 @@
 """Pictures from a pipeline, as anyone with stock diffusers would draw them, and their scores."""
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from torch import Tensor
 
 from opd_ray.world import scorers
@@ -39,6 +39,26 @@ def draw(pipe: StableDiffusion3Pipeline, prompts: list[str], guidance: float, se
                 num_inference_steps=STEPS,
                 guidance_scale=guidance,
                 max_sequence_length=MAX_TOKENS,
+                generator=generator,
+                output_type="pt",
+            ).images
+        )
+    return torch.cat(images).float()
+
+
+@torch.no_grad()
+def draw_few(pipe: StableDiffusionPipeline, prompts: list[str], steps: int, guidance: float, seed: int = 0) -> Tensor:
+    """Draw one picture a prompt with the U-Net's own scheduler, [B, 3, 32, 32] in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    images = []
+    for start in range(0, len(prompts), _BATCH):
+        images.append(
+            pipe(
+                prompts[start : start + _BATCH],
+                height=SIZE,
+                width=SIZE,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
                 generator=generator,
                 output_type="pt",
             ).images

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from opd_ray.world.dataset import Recipe
 from opd_ray.world.training import Fit
+from opd_ray.world.unet import UnetFit
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ def _specialists() -> dict[str, Specialist]:
     }
 
 
+_UNET_RECIPE = replace(BASE_RECIPE, styles=(0.8, 0.1, 0.1), captions=2)
+_UNET_FIT = UnetFit(steps=3000, batch=96, matrix_rate=0.015, other_rate=2e-3, dropout=0.12)
+_FEW_FIT = UnetFit(steps=2000, batch=96, matrix_rate=0.01, other_rate=1e-3)
+
+
 @dataclass(frozen=True)
 class Settings:
     """One build. `scaled` makes a shorter one of it."""
@@ -76,6 +82,12 @@ class Settings:
     last_phase: Fit = _LAST_PHASE
     shift: float = 1.0
     lora_rank: int = 32
+    unet_recipe: Recipe = _UNET_RECIPE
+    unet_pictures: int = 20_000
+    unet_fit: UnetFit = _UNET_FIT
+    unet_guidance: float = 2.0
+    few_paths: int = 8192
+    few_fit: UnetFit = _FEW_FIT
     specialists: dict[str, Specialist] = field(default_factory=_specialists)
     guidance: float = STUDENT_GUIDANCE
     sweep: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 3.0)
@@ -105,6 +117,10 @@ class Settings:
                 )
                 for name, one in self.specialists.items()
             },
+            unet_pictures=times(self.unet_pictures, 32),
+            unet_fit=replace(self.unet_fit, steps=times(self.unet_fit.steps, 2)),
+            few_paths=times(self.few_paths, 4),
+            few_fit=replace(self.few_fit, steps=times(self.few_fit.steps, 2)),
             sweep_prompts=min(self.sweep_prompts, times(self.sweep_prompts, 4)),
             score_prompts=min(self.score_prompts, times(self.score_prompts, 4)),
         )

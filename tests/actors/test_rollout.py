@@ -1,6 +1,7 @@
 """The rollout actor against a loop written by hand, and the names of its noise."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from opd_ray.diffusion import flow, flow_sigmas
 from opd_ray.digest import checksum, digest
 from opd_ray.errors import ModelError, NotFiniteError, StaleWeightsError
 from opd_ray.seeds import fold, noise
+from opd_ray.storage.packing import join_trajectories, pack_trajectory, unpack_trajectory
 from opd_ray.types import Prompt, WeightVersion, WorkItem
 from tests.algorithms.parts import LORA, TEXTS, VERSION, bind, give, item, load, prompt, rollout_actor, write_loras
 
@@ -192,3 +194,44 @@ def test_a_student_that_draws_nan_says_so_itself_and_blames_no_reader(actor, mon
     monkeypatch.setattr(one.family, "velocity", lambda x, *rest: torch.full_like(x, math.nan))
     with pytest.raises(NotFiniteError, match=r"the student of weights .* drew NaN .*lower optimizer\.lr"):
         draw(one, item())
+
+
+def test_velocities_that_travel_are_those_that_drew_the_path(actor) -> None:
+    """Each step is mean + std eps with the kernel's mean at exactly this velocity; in parts they are the same."""
+    one = actor(noise_level=0.7, velocities=True)
+    work = item(round=3)
+    path = draw(one, work)
+    assert path.velocities.shape == (len(work.prompts), 4, *one.family.latent_shape)
+    ids = [(prompt.id, sample) for prompt, sample in zip(work.prompts, work.samples, strict=True)]
+    for j in range(4):
+        step = flow(path.state(j), path.velocities[:, j], float(path.sigmas[j]), float(path.sigmas[j + 1]), 0.7)
+        eps = noise([fold(7, "step_noise", 3, *names, j) for names in ids], one.family.latent_shape)
+        assert torch.equal(path.state(j + 1), step.mean + step.std * eps)
+    first = one.draw(work, VERSION, one.sha256, last=2)
+    second = one.draw(work, VERSION, one.sha256, before=first)
+    joined = join_trajectories([unpack_trajectory(*pack_trajectory(part)) for part in (first, second)])
+    assert torch.equal(joined.velocities, path.velocities) and torch.equal(joined.latents, path.latents)
+    one.policy = replace(one.policy, velocities=False)
+    assert draw(one, work).velocities is None
+
+
+def test_images_of_a_prompt_may_begin_with_the_same_noise_and_go_their_own_ways(actor) -> None:
+    pair = WorkItem(0, "a", 0, 0, tuple(prompt(text, "a") for text in TEXTS[:2] for _ in range(2)), (0, 1, 0, 1), (0,))
+    one = actor(noise_level=0.7)
+    for shared in (False, True):
+        one.policy = replace(one.policy, shared_noise=shared)
+        path = draw(one, pair)
+        x = path.state(0)
+        assert torch.equal(x[0], x[1]) == shared and not torch.equal(x[1], x[2])
+        assert not torch.equal(path.state(1)[0], path.state(1)[1])
+
+
+def test_an_algorithm_chooses_what_is_pictured(actor, whole) -> None:
+    """Two pictures of each image here, its second state and its last."""
+    one = actor(pictured=lambda path: path.latents[:, [1, 4]])
+    path = draw(one, item())
+    rows = len(path.latents)
+    images = one.decode(path)
+    assert images.shape[0] == 2 * rows
+    assert torch.equal(images[1::2], whole.decode(path.latents[:, [1, 4]].flatten(0, 1))[1::2])
+    assert torch.allclose(images[1::2], whole.decode(path.state(4)), atol=1e-5)

@@ -103,7 +103,14 @@ def write_specialists(
     }
 
 
-def rollout_actor(tiny: Path, *, family: Family | None = None, num_steps: int = 4, **changes: Any) -> RolloutActor:
+def rollout_actor(
+    tiny: Path,
+    *,
+    family: Family | None = None,
+    num_steps: int = 4,
+    pictured: Callable[[Trajectory], Tensor | None] = lambda path: None,
+    **changes: Any,
+) -> RolloutActor:
     """An actor that has bound non-zero weights of version 0.0.0."""
     policy: dict[str, Any] = {
         "lora": LORA,
@@ -116,7 +123,7 @@ def rollout_actor(tiny: Path, *, family: Family | None = None, num_steps: int = 
         "negatives": True,
     }
     family = family or load(tiny, whole=True)
-    return RolloutActor(family, Policy(**(policy | changes)), family.sigmas(num_steps))
+    return RolloutActor(family, Policy(**(policy | changes)), family.sigmas(num_steps), pictured)
 
 
 def bind(actor: RolloutActor, seed: int = 5) -> str:

@@ -269,7 +269,7 @@ class TestModels:
             ("world/nope", "world has no specialist 'nope'. Known: compose, text, look"),
             (
                 tmp_path / "unfinished",
-                "has no lora/pytorch_lora_weights.safetensors or transformer/config.json yet; let the run end",
+                "has no lora/pytorch_lora_weights.safetensors, transformer/config.json or unet/config.json yet; let",
             ),
             (tmp_path / "unfinnished", f"no such run; {tmp_path} has unfinished"),
         ]:

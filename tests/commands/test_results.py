@@ -219,7 +219,6 @@ class TestEvaluate:
 
 def test_the_worlds_models_are_drawn_as_in_the_demo(monkeypatch):
     monkeypatch.setattr("opd_ray.evaluation.models.check_lora", lambda model, path: None)
-    monkeypatch.setattr("opd_ray.evaluation.models.read_shift", lambda model: 1.0)
     demo = load("demo")
     own = {f"world/{task}": demo.teachers[task].guidance for task in ("compose", "text", "look")}
     for name, guidance in [("world", demo.student.guidance), *own.items()]:

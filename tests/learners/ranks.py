@@ -1,21 +1,31 @@
 """One of two rank processes without Ray, which go through every backend and every pair of them.
 
-Run as ``python -m tests.learners.ranks FOLDER MODEL`` with RANK set; what it saw is left in the folder.
+Run as ``python -m tests.learners.ranks FOLDER MODEL PART`` with RANK set; what it saw is left in the folder.
 """
 
+import gc
 import json
 import os
 import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from opd_ray.algorithms.opd import Opd
-from opd_ray.config import EmaConfig, LearnerPlacement, OpdConfig, OptimizerConfig
-from opd_ray.learners import Engine, Learner, LearnerState, make_engine
+from opd_ray.config import EmaConfig, LearnerPlacement, LoraConfig, OpdConfig, OptimizerConfig
+from opd_ray.learners import Engine, Learner, LearnerState, fsdp2, make_engine
+from opd_ray.learners.deepspeed import DeepSpeedEngine
+from opd_ray.learners.fsdp2 import FsdpEngine
 from opd_ray.storage import checkpoint, run_folder
-from tests.algorithms.parts import LORA, fill, item, learner, load, random_experience
+from tests.algorithms.parts import fill, item, learner, load, random_experience
+from tests.learners.live import Live
 
 BACKENDS = {
     "ddp": {"backend": "ddp"},
@@ -26,9 +36,13 @@ BACKENDS = {
 }
 OFFLOADED = {f"{name}-offload": BACKENDS[name] | {"cpu_offload": True} for name in ("zero1", "zero2", "zero3")}
 ROUNDS, SAVED = 5, 3
+LORA = LoraConfig(rank=4, alpha=8, targets=("attn.to_q", "attn.to_out.0", "attn.add_k_proj"))
+"""Over a few layers: of ZeRO-3 each one takes its time."""
 FULL = "full-"
 """Before the name of a backend that trains every weight of the network."""
-IN_FULL = tuple(FULL + name for name in (*BACKENDS, "zero2-offload"))
+IN_FULL = tuple(FULL + name for name in BACKENDS)
+OFFLOADED_TOO = (*OFFLOADED, FULL + "zero2-offload")
+SPREADING = ("fsdp2", "zero3", FULL + "fsdp2", FULL + "zero3")
 NEXT = dict(zip(BACKENDS, [*list(BACKENDS)[1:], "ddp"], strict=True))
 """Each backend goes on once from another one's full weights, and another once from its."""
 ORDER = (("a", 0), ("a", 1), ("b", 0))
@@ -46,11 +60,16 @@ class Following(Opd):
 
 
 def make(tiny: Path, engine: Engine, **changes) -> Learner:
-    options = {"ema": EmaConfig(decay=0.5, every=2), "optimizer": OptimizerConfig(lr=1e-3, weight_decay=0.1, clip=1e-4)}
+    options = {
+        "lora": LORA,
+        "ema": EmaConfig(decay=0.5, every=2),
+        "optimizer": OptimizerConfig(lr=1e-3, weight_decay=0.1, clip=1e-4),
+    }
     filled = changes.pop("filled", True)
-    if changes.get("lora", LORA) is None:
-        return learner(tiny, Opd(OpdConfig()), engine=engine, **(options | changes))
-    one = learner(tiny, Following(OpdConfig()), engine=engine, **(options | changes))
+    options |= changes
+    if options["lora"] is None:
+        return learner(tiny, Opd(OpdConfig()), engine=engine, **options)
+    one = learner(tiny, Following(OpdConfig()), engine=engine, **options)
     if filled:
         start(one, tiny)
     return one
@@ -89,13 +108,6 @@ def train(one: Learner, rounds, family) -> list[dict]:
     return [{**report, "gradients": gradients} for report, gradients in zip(reports, seen, strict=True)]
 
 
-def write(folder: Path, name: str, rounds: list[dict]) -> None:
-    numbers = [{key: value for key, value in one.items() if key != "gradients"} for one in rounds]
-    folder.joinpath(f"{name}.json").write_text(json.dumps(numbers))
-    gradients = {f"{n}:{key}": g for n, one in enumerate(rounds) for key, g in one["gradients"].items()}
-    save_file({key: g.contiguous() for key, g in gradients.items()}, folder / f"{name}.safetensors")
-
-
 def save(one: Learner, folder: Path) -> None:
     """A real checkpoint, by the first rank; every rank gathers."""
     state = one.state()
@@ -112,44 +124,186 @@ def restore(one: Learner, folder: Path) -> None:
     one.load_state(LearnerState(saved.tensors, saved.state["learner"]))
 
 
-def main(folder: Path, tiny: Path, rank: int) -> None:
-    torch.set_num_threads(1)
-    family = load(tiny)
+def of_all(name: str) -> tuple[str, dict[str, Any]]:
+    """The backend of a name, and what makes its learner train all weights."""
+    return name.removeprefix(FULL), {"lora": None} if name.startswith(FULL) else {}
 
-    def engine(name):
-        placement = LearnerPlacement(ranks=2, **(BACKENDS | OFFLOADED)[name])
-        return make_engine(placement, rank)
 
-    for name in (*BACKENDS, *OFFLOADED, *IN_FULL):
-        of_all, backend = {"lora": None} if name.startswith(FULL) else {}, name.removeprefix(FULL)
-        one = make(tiny, engine(backend), **of_all)
-        rounds = train(one, range(SAVED), family)
+@contextmanager
+def replaced(owner: Any, name: str, new: Any) -> Iterator[Any]:
+    """Another attribute meanwhile; gives what was there."""
+    real = getattr(owner, name)
+    setattr(owner, name, new)
+    try:
+        yield real
+    finally:
+        setattr(owner, name, real)
+
+
+class Rank:
+    """What one rank sees, into files of the folder."""
+
+    def __init__(self, folder: Path, tiny: Path, rank: int) -> None:
+        self.folder, self.tiny, self.rank, self.family = folder, tiny, rank, load(tiny)
+
+    def engine(self, name: str) -> Engine:
+        return make_engine(LearnerPlacement(ranks=2, **(BACKENDS | OFFLOADED)[name]), self.rank)
+
+    def note(self, name: str, found: Any) -> None:
+        self.folder.joinpath(f"{name}-{self.rank}.json").write_text(json.dumps(found))
+
+    def write(self, name: str, rounds: list[dict]) -> None:
+        self.note(name, [{key: value for key, value in one.items() if key != "gradients"} for one in rounds])
+        gradients = {f"{n}:{key}": g for n, one in enumerate(rounds) for key, g in one["gradients"].items()}
+        save_file({key: g.contiguous() for key, g in gradients.items()}, self.file(f"{name}-{self.rank}"))
+
+    def file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def run(self, name: str) -> None:
+        """All rounds of one backend, with a checkpoint on the way."""
+        backend, changes = of_all(name)
+        one = make(self.tiny, self.engine(backend), **changes)
+        rounds = train(one, range(SAVED), self.family)
         if backend in BACKENDS:
-            save(one, folder / f"saved-{name}")
-        rounds += train(one, range(SAVED, ROUNDS), family)
-        write(folder, f"{name}-{rank}", rounds)
-        proof = {"probe": one.probe(), "mean": one.probe(average=True), **one.weights(average=True)}
-        save_file({key: t.clone() for key, t in proof.items()}, folder / f"proof-{name}-{rank}.safetensors")
-        folder.joinpath(f"hashes-{name}-{rank}.json").write_text(json.dumps(one.hashes()))
+            save(one, self.folder / f"saved-{name}")
+        rounds += train(one, range(SAVED, ROUNDS), self.family)
+        self.write(name, rounds)
+        proof = {"probe": one.probe(), "mean": one.probe(average=True), **dict(one.gather(average=True))}
+        save_file({key: t.clone() for key, t in proof.items()}, self.file(f"proof-{name}-{self.rank}"))
+        self.note(f"hashes-{name}", one.hashes())
+        if name in IN_FULL:
+            self.note(f"alive-{name}", alive(one, self.folder / "exported"))
+
+    def go_on(self, source: str, target: str) -> None:
+        """The last rounds, from what another backend saved."""
+        _, changes = of_all(source)
+        one = make(self.tiny, self.engine(target), **(changes or {"filled": False, "seed": 99}))
+        restore(one, self.folder / f"saved-{source}")
+        self.write(f"{source}-{target}", train(one, range(SAVED, ROUNDS), self.family))
+        if changes:
+            one.export(self.folder / f"{source}-{target}")
+
+    def in_half(self, name: str, form: str) -> None:
+        """A few rounds with weights, or where all are trained with autocast alone, in half precision."""
+        backend, changes = of_all(name)
+        changes |= {"gradient_checkpointing": True} | ({} if changes else {"dtype": getattr(torch, form)})
+        one = make(self.tiny, self.engine(backend), **changes)
+        one.family.dtype = getattr(torch, form)
+        self.write(f"{name}-{form}", train(one, range(2), self.family))
+        first = one.family.network.transformer_blocks[0].attn.to_q
+        assert getattr(first, "base_layer", first).weight.dtype == changes.get("dtype", torch.float32)
+
+    def spread(self, name: str) -> list[tuple[int, int]]:
+        """How a network gets onto a rank's device: see ``spread_by``."""
+        backend, changes = of_all(name)
+        family = load(self.tiny)
+        family.add_student("student", changes.get("lora", LORA), 0)
+        family.train_adapter("student")
+        engine = self.engine(backend)
+        with spread_by(engine, family.network) as steps:
+            engine.prepare(family.network, partial(family.adapter_parameters, "student"), OptimizerConfig())
+        return steps
+
+    def refused(self) -> dict[str, str]:
+        """What engines say that did not get what they asked for."""
+
+        def start(make_one: Callable[[], Engine]) -> str:
+            family = load(self.tiny)
+            family.add_own("student")
+            family.train_adapter("student")
+            try:
+                make_one().prepare(family.network, partial(family.adapter_parameters, "student"), OptimizerConfig())
+            except RuntimeError as error:
+                return str(error)
+            return "started"
+
+        class Lower(DeepSpeedEngine):
+            def _config(self, *args: Any) -> dict[str, Any]:
+                config = super()._config(*args)
+                config["zero_optimization"]["stage"] = 1
+                return config
+
+        found = {
+            f"{backend} of 3": start(partial(make_engine, LearnerPlacement(backend=backend, ranks=3), self.rank))
+            for backend in ("fsdp2", "deepspeed")
+        }
+        found["fsdp2 as another rank"] = start(lambda: FsdpEngine(1 - self.rank, 2))
+        found["deepspeed of another stage"] = start(lambda: Lower(self.rank, 2, stage=2))
+        with replaced(fsdp2, "fully_shard", lambda module, **options: module):
+            found["fsdp2 that shards nothing"] = start(lambda: FsdpEngine(self.rank, 2))
+        return found
+
+
+@contextmanager
+def spread_by(engine: Engine, network: torch.nn.Module) -> Iterator[list[tuple[int, int]]]:
+    """For each step in which an engine spreads weights: bytes that go to the device, and bytes left whole anywhere.
+
+    torch moves what a module has and is not sharded yet; DeepSpeed one parameter, which it empties then, and in
+    ``initialize`` whatever is not empty.
+    """
+    weights, steps = [weakref.ref(parameter) for parameter in network.parameters()], list[tuple[int, int]]()
+
+    def whole() -> int:
+        return sum(p.nbytes for p in (ref() for ref in weights) if p is not None and not isinstance(p, DTensor))
+
+    def shard(module: torch.nn.Module, **options: Any) -> Any:
+        moved = sum(p.nbytes for p in module.parameters() if not isinstance(p, DTensor))
+        found = real(module, **options)
+        steps.append((moved, whole()))
+        return found
+
+    def initialize(*args: Any, **options: Any) -> Any:
+        steps.append((whole(), whole()))
+        return real(*args, **options)
+
+    owner, name, new = (
+        (engine._deepspeed, "initialize", initialize)
+        if isinstance(engine, DeepSpeedEngine)
+        else (fsdp2, "fully_shard", shard)
+    )
+    with replaced(owner, name, new) as real:
+        yield steps
+
+
+def alive(one: Learner, folder: Path) -> dict[str, int]:
+    """Bytes of new tensors that are alive at a time while weights are gathered, by what they are gathered for."""
+    asked = {
+        "state": one.state,
+        "hashes": one.hashes,
+        "export": lambda: one.export(folder),
+    }
+    found = {}
+    for name, ask in asked.items():
+        with Live() as live:
+            ask()
+        found[name] = live.peak
+    return found
+
+
+def main(folder: Path, tiny: Path, part: str, rank: int) -> None:
+    torch.set_num_threads(1)
+    gc.freeze()  # DeepSpeed collects garbage for each engine, and looks through all that was imported
+    one = Rank(folder, tiny, rank)
+    if part == "more":
+        for name in OFFLOADED_TOO:
+            one.run(name)
+        for name in BACKENDS:
+            for form in ("bfloat16", "float16"):
+                one.in_half(name, form)
+            one.in_half(FULL + name, "bfloat16")
+        return
+    for name in (*BACKENDS, *IN_FULL):
+        one.run(name)
     for source in BACKENDS:
         for target in BACKENDS:
-            one = make(tiny, engine(target), filled=False, seed=99)
-            restore(one, folder / f"saved-{source}")
-            write(folder, f"{source}-{target}-{rank}", train(one, range(SAVED, ROUNDS), family))
+            one.go_on(source, target)
     for source, target in NEXT.items():
-        one = make(tiny, engine(target), lora=None)
-        restore(one, folder / f"saved-{FULL}{source}")
-        write(folder, f"{FULL}{source}-{target}-{rank}", train(one, range(SAVED, ROUNDS), family))
-        one.export(folder / f"{FULL}{source}-{target}")
-    for name in BACKENDS:
-        for form in ("bfloat16", "float16"):
-            one = make(tiny, engine(name), dtype=getattr(torch, form), gradient_checkpointing=True)
-            write(folder, f"{name}-{form}-{rank}", train(one, range(2), family))
-            assert one.family.network.transformer_blocks[0].attn.to_q.base_layer.weight.dtype == one.family.dtype
-        one = make(tiny, engine(name), lora=None, gradient_checkpointing=True)
-        one.family.dtype = torch.bfloat16
-        write(folder, f"{FULL}{name}-bfloat16-{rank}", train(one, range(2), family))
+        one.go_on(FULL + source, target)
+    for name in SPREADING:
+        one.note(f"spread-{name}", one.spread(name))
+    one.note("refused", one.refused())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(os.environ["RANK"]))

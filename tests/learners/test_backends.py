@@ -18,8 +18,20 @@ from opd_ray.errors import ConfigError
 from opd_ray.learners import DdpEngine, make_engine
 from opd_ray.learners.engine import MEETING, LossScale
 from opd_ray.preflight import check_backend
-from tests.algorithms.parts import load
-from tests.learners.ranks import BACKENDS, FULL, IN_FULL, NEXT, OFFLOADED, ROUNDS, SAVED, make, train
+from opd_ray.roles import Bases, make_learner
+from tests.algorithms.parts import load, run_config
+from tests.learners.ranks import (
+    BACKENDS,
+    FULL,
+    IN_FULL,
+    NEXT,
+    OFFLOADED_TOO,
+    ROUNDS,
+    SAVED,
+    SPREADING,
+    make,
+    train,
+)
 from tests.runtime.runs import LOOPBACK
 
 ROOT = Path(__file__).parents[2]
@@ -28,11 +40,20 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def seen(tiny, tmp_path_factory):
-    """What two ranks of each backend wrote down, started once: importing torch is most of the time."""
-    folder = tmp_path_factory.mktemp("ranks")
+    """What two ranks of each backend wrote down, started once: importing torch takes a while."""
+    return two_ranks(tiny, tmp_path_factory.mktemp("ranks"), "first")
+
+
+@pytest.fixture(scope="module")
+def seen_more(tiny, tmp_path_factory):
+    """The same of what adds less: moments in CPU memory, and half precision."""
+    return two_ranks(tiny, tmp_path_factory.mktemp("ranks-more"), "more")
+
+
+def two_ranks(tiny, folder, part):
     meeting = {MEETING: str(folder / "meeting"), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     meeting |= {"MASTER_ADDR": "127.0.0.1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-m", "tests.learners.ranks", str(folder), str(tiny)]
+    command = [sys.executable, "-m", "tests.learners.ranks", str(folder), str(tiny), part]
     logs = [folder / f"rank-{rank}.log" for rank in range(2)]
     ranks = []
     for rank, log in enumerate(logs):
@@ -66,13 +87,17 @@ def alone_in_full(tiny):
 def by_itself(tiny, **changes):
     one = make(tiny, DdpEngine(0, 1), **changes)
     rounds = train(one, range(ROUNDS), load(tiny))
-    proof = {"probe": one.probe(), "mean": one.probe(average=True), **one.weights(average=True)}
+    proof = {"probe": one.probe(), "mean": one.probe(average=True), **dict(one.gather(average=True))}
     return rounds, proof
+
+
+def by_rank(folder: Path, name: str):
+    return [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(2)]
 
 
 def read(folder: Path, name: str):
     """Loss over both ranks, norm and whole gradients of each round."""
-    ranks = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(2)]
+    ranks = by_rank(folder, name)
     gradients = [load_file(folder / f"{name}-{rank}.safetensors") for rank in range(2)]
     assert all(torch.equal(gradient, gradients[1][key]) for key, gradient in gradients[0].items())
     rounds = []
@@ -100,15 +125,25 @@ def test_the_rounds_that_are_compared_clip_and_differ(alone):
     assert len({round(one["loss"], 5) for one in rounds}) == ROUNDS
 
 
-@pytest.mark.parametrize("name", [*BACKENDS, *OFFLOADED, *IN_FULL])
+@pytest.mark.parametrize("name", [*BACKENDS, *IN_FULL])
 def test_two_ranks_of_each_backend_are_a_single_rank(seen, alone, alone_in_full, name):
-    rounds, proof = alone_in_full if name in IN_FULL else alone
+    are_one(seen, name, alone_in_full if name.startswith(FULL) else alone)
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("name", OFFLOADED_TOO)
+def test_two_ranks_whose_moments_are_in_cpu_memory_are_a_single_rank(seen_more, alone, alone_in_full, name):
+    are_one(seen_more, name, alone_in_full if name.startswith(FULL) else alone)
+
+
+def are_one(seen, name, one):
+    rounds, proof = one
     same(read(seen, name), rounds)
     for rank in range(2):
         for key, tensor in load_file(seen / f"proof-{name}-{rank}.safetensors").items():
             # Adam divides small gradients by their own size, so that weights agree less than gradients do.
             torch.testing.assert_close(tensor, proof[key], rtol=1e-3, atol=1e-5)
-    hashes = [json.loads((seen / f"hashes-{name}-{rank}.json").read_text()) for rank in range(2)]
+    hashes = by_rank(seen, f"hashes-{name}")
     assert hashes[0] == hashes[1] and hashes[0]["student_sha256"] != hashes[0]["ema_sha256"]
 
 
@@ -130,23 +165,108 @@ def test_full_weights_of_one_backend_go_on_on_another_and_diffusers_loads_them(s
     assert torch.equal(written.pos_embed.pos_embed, load(tiny).network.pos_embed.pos_embed)
 
 
+@pytest.mark.verify
 @pytest.mark.parametrize("name", BACKENDS)
-def test_full_weights_stay_in_float32_where_half_is_computed_in(seen, alone_in_full, name):
-    found, first = read(seen, f"{FULL}{name}-bfloat16")[0], read(seen, f"{FULL}ddp-bfloat16")[0]
+def test_full_weights_stay_in_float32_where_half_is_computed_in(seen_more, alone_in_full, name):
+    found, first = read(seen_more, f"{FULL}{name}-bfloat16")[0], read(seen_more, f"{FULL}ddp-bfloat16")[0]
     assert found["loss"] == pytest.approx(alone_in_full[0][0]["loss"], rel=2e-2)
     assert found["loss"] == pytest.approx(first["loss"], rel=1e-3)
     assert found["norm"] == pytest.approx(first["norm"], rel=1e-2)
 
 
+@pytest.mark.verify
 @pytest.mark.parametrize("form", ["bfloat16", "float16"])
-def test_half_precision_with_gradient_checkpointing_is_the_same_on_each_backend(seen, alone, form):
+def test_half_precision_with_gradient_checkpointing_is_the_same_on_each_backend(seen_more, alone, form):
     """The scale of an fp16 loss is in none of the numbers; the first round is that of float32, but for its rounding."""
-    first = read(seen, f"ddp-{form}")[0]
+    first = read(seen_more, f"ddp-{form}")[0]
     assert first["loss"] == pytest.approx(alone[0][0]["loss"], rel=2e-2)
     for name in BACKENDS:
-        (found,) = read(seen, f"{name}-{form}")[:1]
+        (found,) = read(seen_more, f"{name}-{form}")[:1]
         assert found["loss"] == pytest.approx(first["loss"], rel=1e-3)
         assert found["norm"] == pytest.approx(first["norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize("name", SPREADING)
+def test_a_network_is_spread_block_by_block(seen, tiny, name):
+    """So that a card which cannot hold it never has to."""
+    network = load(tiny).network
+    blocks = [sum(p.nbytes for p in block.parameters()) for block in network.transformer_blocks]
+    whole = sum(p.nbytes for p in network.parameters())
+    for steps in by_rank(seen, f"spread-{name}"):
+        if name.endswith("zero3"):
+            assert steps == [[0, 0]], "parameter by parameter, before DeepSpeed would move what is whole"
+            continue
+        moved, left = zip(*steps, strict=True)
+        assert moved[:-1] == pytest.approx(blocks, rel=0.2), "an adapter may be over them"
+        assert sum(moved) >= whole and max(moved) < whole / 2
+        assert list(left) == [sum(moved[number:]) for number in range(1, len(moved) + 1)], "nothing holds a whole one"
+
+
+@pytest.mark.parametrize("name", IN_FULL)
+def test_a_rank_holds_one_gathered_tensor_at_a_time(seen, tiny, name):
+    parameters = [p.nbytes for p in load(tiny).network.parameters()]
+    total, largest = sum(parameters), max(parameters)
+    # A gather has its result, what the ranks sent, and perhaps a padded copy of that.
+    allowed = {"state": 4 * largest, "hashes": 4 * largest, "export": 4 * largest}
+    first, other = by_rank(seen, f"alive-{name}")
+    assert allowed["state"] < total / 3, "else nothing is shown"
+    if name == FULL + "ddp":
+        assert max(*other.values(), first["state"], first["hashes"]) < largest, "live tensors, and no copy of them"
+        return
+    for asked, peak in other.items():
+        assert peak <= allowed[asked], asked
+    kept = {"state": 4 * total, "hashes": 0, "export": total}  # weights, average and two moments in CPU memory
+    for asked, peak in first.items():
+        assert peak <= kept[asked] + allowed[asked], asked
+    if name in SPREADING:
+        assert first["state"] >= kept["state"], "what is gathered is counted"
+
+
+class Loaded(Exception):
+    """Where a model would have been loaded."""
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        ({"backend": "ddp"}, "cuda"),
+        ({"backend": "deepspeed", "zero_stage": 2}, "cuda"),
+        ({"backend": "deepspeed", "zero_stage": 3}, "cpu"),
+        ({"backend": "fsdp2"}, "cpu"),
+    ],
+)
+def test_a_base_that_is_spread_is_read_beside_the_card(tiny, backend, device):
+    class Noted(Bases):
+        def load(self, model, device, dtype, **parts):
+            raise Loaded(device)
+
+    config = run_config(
+        tiny,
+        teachers={"a": {"lora": "unread"}},
+        prompts={"train": {"a": "unread"}},
+        cluster={"runtime": "local", "learner": {**backend, "resources": {"gpu": 1}}},
+    )
+    with pytest.raises(Loaded, match=device):
+        make_learner(config, 0, Noted())
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("fsdp2 of 3", "asked for rank {rank} of 3, this process is rank {rank} of 2"),
+        ("deepspeed of 3", "asked for rank {rank} of 3, this process is rank {rank} of 2"),
+        ("fsdp2 as another rank", "asked for rank {other} of 2, this process is rank {rank} of 2"),
+        ("fsdp2 that shards nothing", "asked torch for fsdp2, and {weights} weights are not sharded: ['pos_embed.pro"),
+        (
+            "deepspeed of another stage",
+            "asked DeepSpeed for (ZeRO stage, CPU offload, rank, ranks) (2, False, {rank}, 2), got (1, False, {rank},",
+        ),
+    ],
+)
+def test_an_engine_that_got_another_backend_or_world_stops_at_its_start(seen, tiny, what, message):
+    weights = len(list(load(tiny).network.parameters()))
+    for rank, refused in enumerate(by_rank(seen, "refused")):
+        assert message.format(rank=rank, other=1 - rank, weights=weights) in refused[what]
 
 
 def test_each_backend_says_what_it_got():

@@ -104,13 +104,13 @@ def test_the_average_moves_once_per_step_at_its_interval_with_a_warm_up(tiny, fa
             decay = {2: 3 / 12, 4: 5 / 14, 6: 0.4}[done]
             expected = decay * expected + (1 - decay) * flat(one.student)
         seen = expected if done >= 2 else flat(one.student)  # before the first average it is the untrained start
-        torch.testing.assert_close(flat(one.weights(average=True)), seen, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(flat(dict(one.gather(average=True))), seen, rtol=1e-5, atol=1e-7)
 
 
 def test_without_an_average_the_raw_weights_stand_for_it(tiny, family):
     one = learner(tiny)
     train(one, family, range(1))
-    assert torch.equal(flat(one.weights(average=True)), flat(one.student))
+    assert torch.equal(flat(dict(one.gather(average=True))), flat(one.student))
     assert one.hashes() == {"student_sha256": digest(one.student), "ema_sha256": None}
 
 
@@ -192,14 +192,14 @@ def test_extra_adapters_start_as_copies_and_follow_after_each_round(tiny, family
     start = flat(one.student).clone()
     old, frozen = (one.family.adapter_parameters(name) for name in ("old", "frozen"))
     assert torch.equal(flat(old), start) and torch.equal(flat(frozen), start)
-    assert digest(one.weights()) == digest(old)  # what is published is the behaviour policy
+    assert digest(dict(one.gather())) == digest(old)  # what is published is the behaviour policy
     train(one, family, range(1))
     first = flat(one.student).clone()
     torch.testing.assert_close(flat(old), 0.5 * start + 0.5 * first)
     train(one, family, range(1, 2))
     torch.testing.assert_close(flat(old), 0.25 * start + 0.25 * first + 0.5 * flat(one.student))
     assert torch.equal(flat(frozen), start)
-    assert digest(one.weights()) == digest(old) != digest(one.weights(average=True))
+    assert digest(dict(one.gather())) == digest(old) != digest(dict(one.gather(average=True)))
 
 
 def test_an_adapter_that_keeps_nothing_is_the_student_to_the_last_bit(tiny, family):
@@ -250,7 +250,7 @@ def test_the_probe_is_that_of_the_weights_that_are_published(tiny, family):
         twin = learner(tiny)
         with torch.no_grad():
             for name, parameter in twin.student.items():
-                parameter.copy_(one.weights(average=average)[name])
+                parameter.copy_(dict(one.gather(average=average))[name])
         assert torch.equal(probe, twin.probe())
     assert digest(one.student) == raw and one.family.active == "student"
 
@@ -374,6 +374,12 @@ def test_an_algorithm_sees_the_scores_before_its_first_update(tiny, family):
     for update in range(2):
         one.update(update)
     assert algorithm.seen == [[("round 0 a[0]", ["look"])], 0, 1]
+
+
+def test_a_model_is_where_its_engine_computes_wherever_it_was_loaded(tiny):
+    engine = Engine()
+    engine.device = "meta"
+    assert learner(tiny, engine=engine).family.device == "meta"
 
 
 def test_a_rank_without_work_is_an_error_and_the_engine_says_what_it_got(tiny, family):

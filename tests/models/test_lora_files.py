@@ -11,7 +11,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from opd_ray.config import LoraConfig, ModelConfig, TeacherConfig
+from opd_ray.config import ATTENTION, LoraConfig, ModelConfig, TeacherConfig
 from opd_ray.errors import ModelError
 from opd_ray.models import check_adapters, load_family
 from tests.models.conftest import fill
@@ -327,7 +327,7 @@ def test_a_lora_that_changes_nothing_is_refused(family, saved, half):
 @pytest.mark.parametrize("where", ["lora_alpha", "alpha_pattern"])
 def test_a_lora_of_no_strength_is_refused(family, saved, where):
     told = json.loads(header(saved / FILE)["lora_adapter_metadata"])
-    told[f"transformer.{where}"] = 0 if where == "lora_alpha" else dict.fromkeys(LoraConfig().targets, 0)
+    told[f"transformer.{where}"] = 0 if where == "lora_alpha" else dict.fromkeys(ATTENTION, 0)
     rewrite(saved, dict, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(told)})
     assert "changes nothing: alpha, lora_A or lora_B" in refused(family, saved)
 

@@ -119,7 +119,7 @@ def test_an_average_that_is_due_at_a_skipped_step_is_taken(tiny):
     one.scale.load_state_dict(one.scale.state_dict() | {"scale": 2.0**40})
     assert round_of(one, 1).skipped
     assert torch.equal(flat(one.student), trained)
-    average = flat(one.weights(average=True))
+    average = flat(dict(one.gather(average=True)))
     assert not torch.equal(average, trained) and apart(average, trained) < 1, "no longer the untrained start"
 
 

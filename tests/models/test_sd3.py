@@ -288,7 +288,7 @@ def test_a_specialist_that_the_world_lacks_is_refused(family):
 
 def test_a_family_is_found_by_name_or_by_class():
     assert family_class("sd3") is family_class("opd_ray.models.sd3:SD3")
-    with pytest.raises(ConfigError, match=r"family 'flux' is unknown. Known: sd3"):
+    with pytest.raises(ConfigError, match=r"family 'flux' is unknown. Known: sd, sd3, sdxl"):
         family_class("flux")
     with pytest.raises(ConfigError, match=r"not a subclass of opd_ray.models.Family"):
         family_class("pathlib:Path")

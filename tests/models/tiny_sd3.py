@@ -24,7 +24,7 @@ CLIP_WIDTH, T5_WIDTH = 16, 40
 LETTERS = string.ascii_lowercase + string.digits + ",."
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer() -> CLIPTokenizer:
     words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
 
@@ -118,7 +118,7 @@ def make_tiny_sd3(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip, second = _clip_tokenizer(), _t5_tokenizer()
+        clip, second = clip_tokenizer(), _t5_tokenizer()
         parts: dict[str, Any] = {
             "transformer": _transformer(width, largest),
             "vae": _vae(blocks),

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import grpc
 import pytest
 import ray
 import torch
@@ -90,6 +91,18 @@ def test_a_worker_that_sees_another_run_folder_is_refused_and_names_node_and_pat
     assert [path.name for path in (tmp_path / "logs").iterdir()] == ["folder-0.log"], "nothing is written elsewhere"
     for worker in (same, other):
         worker.kill()
+
+
+def test_a_node_that_has_just_gone_does_not_keep_the_store_from_being_asked_for(backend, monkeypatch) -> None:
+    """Ray asks one node after the other, among them one that it does not know to be gone."""
+
+    def refused(address):
+        with grpc.insecure_channel("127.0.0.1:1") as channel:  # nobody listens there
+            channel.unary_unary("/x/x")(b"", timeout=5)
+
+    assert backend.object_store().smallest > 0
+    monkeypatch.setattr(cluster, "get_memory_info_reply", refused)
+    assert backend.object_store() is None
 
 
 def gone(pid) -> bool:

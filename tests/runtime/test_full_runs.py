@@ -58,7 +58,7 @@ def test_the_run_is_a_model_to_draw_with(whole):
     assert all(torch.equal(parameter, file[name]) for name, parameter in family.network.named_parameters())
     (folder / "transformer" / "config.json").rename(folder / "aside.json")
     try:
-        with pytest.raises(RunFolderError, match=r"or transformer/config\.json yet"):
+        with pytest.raises(RunFolderError, match=r"transformer/config\.json or unet/config\.json yet"):
             find_model(str(folder))
     finally:
         (folder / "aside.json").rename(folder / "transformer" / "config.json")

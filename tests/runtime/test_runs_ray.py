@@ -13,6 +13,7 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 from opd_ray.errors import PlacementError
 from opd_ray.runtime.cluster import RayBackend, RayHandle
 from opd_ray.runtime.handle import WorkerSpec
+from opd_ray.storage import checkpoint
 from tests.runtime.runs import LOOPBACK, Killer, alive, go, listeners, nowhere, pid_of, same, tensors_in
 from tests.runtime.toys import Toy
 
@@ -126,9 +127,9 @@ def test_killed_workers_change_no_bit(make_config, ray_session, reference, tmp_p
 def test_an_evaluation_whose_reward_worker_is_killed_scores_as_local(
     make_config, ray_session, prompts, tiny, tiny_teachers, tmp_path, monkeypatch
 ) -> None:
-    """All paths are relative to a directory in which Ray's workers are not."""
+    """All paths are relative to a directory in which Ray's workers are not, and what is written is shipped."""
     monkeypatch.chdir(tmp_path)
-    bright, killers = "tests.commands.scoring:brightness", []
+    bright, killers, shipped = "tests.commands.scoring:brightness", [], {"storage": "ship"}
     settings = {
         "rounds": 1,
         "model": {"path": os.path.relpath(tiny)},
@@ -139,13 +140,17 @@ def test_an_evaluation_whose_reward_worker_is_killed_scores_as_local(
     }
     local = go(make_config(**settings), Path("local"))
     done = go(
-        make_config("ray", cluster=SHARED | {"rewards": {"default": SMALL | {"workers": 2}}}, **settings),
+        make_config("ray", cluster=SHARED | shipped | {"rewards": {"default": SMALL | {"workers": 2}}}, **settings),
         Path("run"),
         watch=lambda run, live: killers.append(Killer(run, {"reward": 1})),
     )
     assert len(killers[0].killed) == 1 and killers[0].killed[0].startswith("reward")
     assert same(done, local) and done.result["scores"] == local.result["scores"]
     assert len(list(Path("run/samples").glob("*/*.png"))) == 4 * 2 * 4, "models, tasks, pictures"
+    for made in [*Path("local/samples").glob("*/*.png"), *Path("local/lora").rglob("*.safetensors")]:
+        assert made.read_bytes() == Path("run", made.relative_to("local")).read_bytes(), made
+    saved, _ = checkpoint.newest(Path("run"))
+    assert saved is not None and saved.round == 1
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from opd_ray.world import (
     TASKS,
+    UNETS,
     lora_path,
     pipeline_path,
     prompts_path,
@@ -46,10 +47,11 @@ def test_unknown_names_are_refused_with_what_is_there():
         prompts_path("mixed", "train")
 
 
-def test_everything_shipped_is_under_twelve_megabytes():
+def test_everything_shipped_is_under_twelve_megabytes_and_the_unets_under_twelve_more():
     root = pipeline_path().parent
     files = [path for path in root.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 12e6
+    unets = sum(path.stat().st_size for path in files if path.relative_to(root).parts[0] in UNETS)
+    assert unets < 12e6 and sum(path.stat().st_size for path in files) - unets < 12e6
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 
@@ -131,6 +133,7 @@ def test_build_makes_a_world_and_resumes(tmp_path):
     console = Console(quiet=True)
     record = build(tmp_path, settings, console)
     assert set(record["scores"]["models"]) == {"base", *TASKS}
+    assert set(record["unet_scores"]["models"]) == set(UNETS)
     stamp = (tmp_path / "pipeline" / "model_index.json").stat().st_mtime_ns
     again = build(tmp_path, settings, console)
     assert again == record

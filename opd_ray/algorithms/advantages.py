@@ -1,0 +1,113 @@
+"""What a reward is compared with: the mean and deviation of earlier rewards of the same prompt."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_ray.errors import RewardError
+from opd_ray.types import WorkItem
+
+__all__ = ["PromptStatistics", "combined", "preferences"]
+
+Scores = Mapping[str, Tensor]
+
+
+def combined(item: WorkItem, scores: Scores, weights: Mapping[str, float]) -> Tensor:
+    """The weighted mean of the rewards that apply to each prompt.
+
+    Args:
+        item: whose pictures were scored.
+        scores: reward -> [B] or [B, K]; NaN where one does not apply.
+        weights: reward -> weight; 1 where it is not named.
+
+    Returns:
+        [B] or [B, K] float32.
+
+    Raises:
+        RewardError: none applies to a prompt.
+    """
+    stacked = torch.stack([scores[name] for name in sorted(scores)])
+    weight = torch.tensor([weights.get(name, 1.0) for name in sorted(scores)]).reshape(-1, *[1] * (stacked.ndim - 1))
+    applies = ~stacked.isnan()
+    total = (applies * weight).sum(0)
+    if not (total > 0).all():
+        row = int((total <= 0).reshape(len(item.prompts), -1).any(1).nonzero()[0])
+        raise RewardError(
+            f"no reward of {', '.join(sorted(scores))} scores prompt {item.prompts[row].text!r} of task {item.task}; "
+            "add one that does, or take the task's prompts out"
+        )
+    return (stacked.nan_to_num() * weight).sum(0) / total
+
+
+def preferences(item: WorkItem, scores: Scores, weights: Mapping[str, float], group: int, *, pareto: bool) -> Tensor:
+    """The best and the worst image of each prompt.
+
+    Args:
+        item: whose pictures were scored.
+        scores: reward -> [B].
+        weights: of ``combined``.
+        group: neighbouring rows that are of one prompt.
+        pareto: the best has to be at least as good by every single reward, else it is a tie.
+
+    Returns:
+        [P, 3] int64 for P prompts: row of the best, row of the worst, and 1, or 0 where they tie.
+    """
+    total, found = combined(item, scores, weights), list[tuple[int, int, int]]()
+    for first in range(0, len(total), group):
+        rows = range(first, first + group)
+        values = total[first : first + group]
+        best, worst = rows[int(values.argmax())], rows[int(values.argmin())]
+        better = bool(total[best] > total[worst])
+        if pareto:
+            better &= all(not bool(score[best] < score[worst]) for score in scores.values())
+        found.append((best, worst, int(better)))
+    return torch.tensor(found)
+
+
+class PromptStatistics:
+    """Whitens rewards by the last ones of their prompt, as DDPO and SDPO do.
+
+    Args:
+        length: how many of each prompt are remembered.
+        least: with fewer of them the round's own mean and deviation stand in.
+        eps: added to the deviation.
+    """
+
+    def __init__(self, length: int, least: int, eps: float = 1e-6) -> None:
+        self._length, self._least, self._eps = length, least, eps
+        self._seen: dict[str, deque[list[float]]] = {}
+
+    def advantages(self, prompts: Sequence[str], values: Tensor) -> Tensor:
+        """Remember a round's values, then compare each with those of its prompt.
+
+        Args:
+            prompts: [N] names.
+            values: [N, T], a value a step, or [N, 1]; steps are compared among themselves.
+
+        Returns:
+            [N, T] float32: (value - mean) / (deviation + eps).
+        """
+        for name, row in zip(prompts, values.tolist(), strict=True):
+            self._seen.setdefault(name, deque(maxlen=self._length)).append(row)
+        whole, found = _mean_and_deviation(values), list[Tensor]()
+        for name, row in zip(prompts, values, strict=True):
+            own = self._seen[name]
+            mean, deviation = _mean_and_deviation(torch.tensor([*own])) if len(own) >= self._least else whole
+            found.append((row - mean) / (deviation + self._eps))
+        return torch.stack(found)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was remembered, as JSON values."""
+        return {name: [*rows] for name, rows in self._seen.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+        self._seen = {name: deque(rows, maxlen=self._length) for name, rows in state.items()}
+
+
+def _mean_and_deviation(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each column; the deviation is that of a population, as numpy's."""
+    return values.mean(0), values.std(0, correction=0)

@@ -1,0 +1,59 @@
+"""Diffusion-DPO (arXiv 2311.12908 Eq. 14), for models of velocity Flow-DPO (arXiv 2501.13918), and two relatives.
+
+With e the squared error of a prediction at a noised image, of the student (s) or the frozen start (r), the same noise
+and time for the better (w) and the worse (l) image of a pair:
+
+    h = -1/2 [(e_s^w - e_r^w) - (e_s^l - e_r^l)]
+    dpo   L = -log sigmoid(beta h)
+    ipo   L = (beta h - 1/2)^2                     (arXiv 2310.12036 Eq. 17, times beta^2)
+    sft   L = e_s^w                                the papers' baseline: fine-tuning on the better image alone
+
+beta holds T omega(lambda_t), as in the published code (5000 for errors of the noise; about 100 for velocities).
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from opd_ray.algorithms.base import Forward, Loss
+from opd_ray.algorithms.noised_pairs import NoisedPairs
+from opd_ray.config import DpoConfig
+from opd_ray.diffusion import over_samples
+
+__all__ = ["DiffusionDpo", "preference_loss"]
+
+
+class DiffusionDpo(NoisedPairs):
+    """Makes the better image of a pair the likelier one, against the frozen start."""
+
+    def __init__(self, config: DpoConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        if config.loss == "sft":
+            self.velocities, self.worse = (), False  # one image, and nothing to compare it with
+
+    def loss(self, forward: Forward, velocity: Mapping[str, Tensor]) -> Loss:
+        """Of each pair, mean over the batch; a tie weighs nothing."""
+        if self.config.loss == "sft":
+            t = over_samples(forward.t, forward.x)
+            weight = {"velocity": torch.ones_like(t), "eps": (1 - t).square(), "x0": t.square()}[self.settings.space]
+            value = (weight * (velocity["student"] - forward.inputs["target"]).square()).mean()
+            return Loss(value, {"error_better": value.detach()})
+        found, decided = self.errors(forward, velocity), forward.inputs["decided"].chunk(2)[0]
+        h = -0.5 * (found.gain_better - found.gain_worse)
+        value = (preference_loss(h, self.config.beta, ipo=self.config.loss == "ipo") * decided).mean()
+        told = {
+            "error_better": found.better,
+            "error_worse": found.worse,
+            "reference_better": found.reference_better,
+            "reference_worse": found.reference_worse,
+            "implicit_accuracy": (h.detach() > 0).float(),
+        }
+        return Loss(value, {name: one.mean() for name, one in told.items()})
+
+
+def preference_loss(h: Tensor, beta: float, *, ipo: bool = False) -> Tensor:
+    """The loss of each pair [P] from how much more the student prefers the better image than the reference does."""
+    return (beta * h - 0.5).square() if ipo else -logsigmoid(beta * h)

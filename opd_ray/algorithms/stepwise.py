@@ -1,0 +1,133 @@
+"""What DDPO, SDPO and PSO share: the student's own drawings, each step of which has a likelihood.
+
+A round's drawings are gone through step by step: update number u trains on each image's u-th step, in an order that is
+shuffled for each image (for each pair where images are compared).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from opd_ray.algorithms.base import Algorithm, Forward
+from opd_ray.config import StepwiseConfig
+from opd_ray.diffusion import KERNELS, log_ratio, trained_steps
+from opd_ray.errors import ConfigError, Stopped
+from opd_ray.seeds import generator
+from opd_ray.types import Experience, WorkItem
+
+__all__ = ["Stepwise"]
+
+DRIFT = 0.1
+"""Of the clip range: so much may rollout and learner differ before anything was learned."""
+
+
+class Stepwise(Algorithm):
+    """Subclasses say what a row's step is compared with (``inputs``) and what its loss is."""
+
+    needs_rewards = True
+    paired: ClassVar[bool] = False
+    """Neighbouring rows are two images of one prompt, and go through their steps together."""
+
+    def __init__(self, config: StepwiseConfig) -> None:
+        self.settings = config
+        self.kernel = config.kernel
+        self.noise_level = config.noise_level
+        self.task_weights = config.task_weights
+
+    @property
+    def updates_per_round(self) -> int:  # type: ignore[override]  # follows from the run's steps
+        """As many as it takes to go through every trained step once."""
+        return -(-len(self.trained_steps(self.facts.num_steps)) // self.settings.steps_per_update)
+
+    def trained_steps(self, num_steps: int) -> tuple[int, ...]:
+        """The first int(fraction * N): the last one of most kernels is deterministic."""
+        return trained_steps(num_steps, self.settings.timestep_fraction)
+
+    def check(self, sigmas: Tensor) -> None:
+        """Every trained step has a density, and images to compare come in pairs."""
+        point, name = torch.zeros(1, 1, 1, 1), self.settings.name  # type: ignore[attr-defined]  # of every subclass
+        if self.paired and self.facts.images_per_prompt < 2:
+            raise ConfigError(
+                f"algorithm {name} compares images of one prompt, and batch.images_per_prompt is "
+                f"{self.facts.images_per_prompt}; set it to 2 or more"
+            )
+        for j in self.trained_steps(len(sigmas) - 1):
+            try:
+                step = KERNELS[self.kernel](point, point, float(sigmas[j]), float(sigmas[j + 1]), self.noise_level)
+            except ValueError as error:
+                raise ConfigError(f"algorithm.noise_level with kernel {self.kernel}: {error}") from None
+            if not bool((step.std > 0).all()):
+                raise ConfigError(
+                    f"algorithm {name} needs the density of every trained step, and kernel {self.kernel} has no noise "
+                    f"at step {j}; lower algorithm.timestep_fraction, or use diffusion_dpo, which needs none"
+                )
+
+    def forwards(self, experience: Experience, update: int) -> Iterator[Forward]:
+        """The student at its own states: one forward for each step of this update."""
+        path, item = experience.trajectory, experience.item
+        assert path is not None
+        inputs, rows = self.inputs(experience), self.rows(experience)
+        order = self.orders(item)[rows.cpu()]
+        per = self.settings.steps_per_update
+        for place in range(update * per, min((update + 1) * per, order.shape[1])):
+            at, device = order[:, place], path.latents.device
+            now, then = path.sigmas[at].to(device), path.sigmas[at + 1].to(device)
+            own = {name: value[rows, at.to(device)] for name, value in inputs.items()}
+            if update == 0:
+                own["first"] = torch.ones(len(rows), device=device)
+            yield Forward(
+                x=path.latents[rows, at.to(device)],
+                t=now,
+                t_next=then,
+                step=place if self.settings.shuffle_steps else int(at[0]),
+                cond={name: tensor[rows] for name, tensor in path.cond.items()},
+                uncond=path.uncond,
+                inputs={"x_next": path.latents[rows, at.to(device) + 1], "step": at.to(device)} | own,
+            )
+
+    def inputs(self, experience: Experience) -> Mapping[str, Tensor]:
+        """What a loss needs beside the velocity, each [B, N, ...] by row of the item and step of the path."""
+        return {}
+
+    def rows(self, experience: Experience) -> Tensor:
+        """The rows [P] that are trained on; all of them here."""
+        assert experience.trajectory is not None
+        return torch.arange(len(experience.item.prompts), device=experience.trajectory.latents.device)
+
+    def orders(self, item: WorkItem) -> Tensor:
+        """The order [B, T] in which each row goes through the item's trained steps."""
+        steps = torch.tensor(item.steps)
+        if not self.settings.shuffle_steps:
+            return steps.expand(len(item.prompts), -1)
+        found = []
+        for row in range(len(item.prompts)):
+            number = row // self.facts.images_per_prompt if self.paired else row
+            rng = generator(self.facts.seed, "order", "steps", item.round, item.position, number)
+            found.append(steps[torch.randperm(len(steps), generator=rng)])
+        return torch.stack(found)
+
+    def log_ratio(self, forward: Forward, velocity: Tensor, other: Tensor) -> Tensor:
+        """How likely the step that was made is with one velocity, against the other one: [B]."""
+        kernel = KERNELS[self.kernel]
+        mine = kernel(forward.x, velocity, forward.t, forward.t_next, self.noise_level)
+        theirs = kernel(forward.x, other, forward.t, forward.t_next, self.noise_level)
+        return log_ratio(forward.inputs["x_next"], mine.mean, theirs.mean, mine.std)
+
+    def require_same_policy(self, forward: Forward, ratio: Tensor, clip: float) -> Tensor:
+        """The largest log-ratio of a forward, which has to vanish in a round's first update.
+
+        There the learner has the very weights that drew: what it finds is how far its arithmetic is from the rollouts'.
+
+        Raises:
+            Stopped: they differ by more than a part of the clip range: their difference is what would be learned.
+        """
+        largest = ratio.detach().abs().max()
+        if "first" in forward.inputs and not self.facts.max_staleness and clip and float(largest) > DRIFT * clip:
+            raise Stopped(
+                f"before the first update the learner finds the likelihood of drawn steps changed by "
+                f"{float(largest):.2g}, more than {DRIFT:g} of algorithm.clip_range {clip:g}: rollout and learner "
+                "compute differently. Give both the same precision, device and attention kernels, or raise clip_range"
+            )
+        return largest

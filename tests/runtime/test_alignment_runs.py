@@ -1,0 +1,137 @@
+"""DDPO, SDPO and PSO as whole runs on the tiny model."""
+
+import math
+
+import pytest
+import torch
+
+from opd_ray.algorithms import make_algorithm
+from opd_ray.algorithms.sdpo import Sdpo
+from opd_ray.errors import ConfigError, Stopped
+from opd_ray.run import Run
+from opd_ray.types import Prompt, WorkItem
+from tests.runtime.runs import go, same
+
+BRIGHT = "tests.commands.scoring:brightness"
+ALIGNMENT = ("ddpo", "sdpo_stepwise", "pso_pairwise")
+
+
+@pytest.fixture
+def config(make_config):
+    def made(name, runtime="local", rounds=2, **changes):
+        algorithm = {"name": name, **changes.pop("algorithm", {})}
+        settings = {
+            "rounds": rounds,
+            "rewards": {BRIGHT: {}},
+            "batch": {"images_per_task": 4, "item_size": 4, "images_per_prompt": 2},
+            "teachers": {},
+        }
+        return make_config(runtime, **(settings | {"algorithm": algorithm} | changes))
+
+    return made
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """The reports of every update of every round."""
+    found, finish = [], Run.finish_round
+
+    def finishing(run, batch, updates, weights):
+        found.append([report for (report,) in updates])
+        finish(run, batch, updates, weights)
+
+    monkeypatch.setattr(Run, "finish_round", finishing)
+    return found
+
+
+def metric(report, name):
+    return [s / n for steps in report.steps.values() for metrics in steps.values() for s, n in [metrics[name]]]
+
+
+@pytest.mark.parametrize("name", ALIGNMENT)
+def test_a_run_learns_from_its_first_update_on_and_goes_on_bit_for_bit(config, reports, tmp_path, name):
+    whole = go(config(name), tmp_path / "whole")
+    for updates in reports[:2]:
+        assert len(updates) == (1 if name == "pso_pairwise" else 3)  # of four steps three are trained on
+        assert all(report.grad_norm > 0 for report in updates)
+    if name == "pso_pairwise":
+        assert max(metric(reports[0][0], "ratio")) == 0, "the student is the reference"
+        assert reports[0][0].loss == pytest.approx(math.log(2), abs=1e-6) and max(metric(reports[0][0], "ties")) == 0
+    else:
+        for updates in reports[:2]:
+            assert max(metric(updates[0], "ratio")) == 0, "the learner finds exactly what was drawn with"
+            assert max(metric(updates[-1], "ratio")) > 0
+    go(config(name, rounds=1), tmp_path / "parts")
+    assert same(go(config(name), tmp_path / "parts", resume=True), whole)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "sft"])
+def test_pairs_that_are_drawn_are_learned_from(config, reports, tmp_path, loss):
+    algorithm = {"loss": loss, "pairs": "online", "beta": 100.0}
+    whole = go(config("diffusion_dpo", algorithm=algorithm), tmp_path / "whole")
+    ((first,), (second,)) = reports
+    assert first.grad_norm > 0 and second.grad_norm > 0
+    if loss == "dpo":
+        assert first.loss == pytest.approx(math.log(2), abs=1e-6) and first.loss != second.loss
+    go(config("diffusion_dpo", rounds=1, algorithm=algorithm), tmp_path / "parts")
+    assert same(go(config("diffusion_dpo", algorithm=algorithm), tmp_path / "parts", resume=True), whole)
+
+
+def test_a_learner_that_computes_otherwise_than_the_rollouts_stops_the_run(config, tmp_path, monkeypatch):
+    def other(self, forward, velocity, drawn, original=Sdpo.log_ratio):
+        return original(self, forward, velocity + 0.01, drawn)
+
+    monkeypatch.setattr(Sdpo, "log_ratio", other)
+    done = go(config("sdpo_stepwise"), tmp_path / "run")
+    assert isinstance(done.error, Stopped) and "rollout and learner compute differently" in str(done.error)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "ddpo",
+            {"algorithm": {"timestep_fraction": 1.0}},
+            "needs the density of every trained step.*no noise at step 3",
+        ),
+        ("ddpo", {"algorithm": {"noise_level": 2.0}}, r"algorithm\.noise_level with kernel ddim"),
+        (
+            "sdpo_stepwise",
+            {"batch": {"images_per_task": 4, "item_size": 2}},
+            "images_per_prompt is 1; set it to 2 or more",
+        ),
+        (
+            "pso_pairwise",
+            {"batch": {"images_per_task": 4, "item_size": 2}},
+            "images_per_prompt is 1; set it to 2 or more",
+        ),
+        (
+            "sdpo_stepwise",
+            {"batch": {"images_per_task": 6, "item_size": 3, "images_per_prompt": 3}},
+            "compares pairs, and batch.images_per_prompt is 3",
+        ),
+        ("ddpo", {"rewards": {}}, "rewards is empty"),
+        ("ddpo", {"sampling": {"steps": 1}}, "trains no step"),
+    ],
+)
+def test_what_an_algorithm_cannot_train_on_is_refused(config, tmp_path, name, changes, message):
+    with pytest.raises((ConfigError, ValueError), match=message):
+        go(config(name, **changes), tmp_path / "run")
+
+
+def test_noise_of_zero_has_no_density(config):
+    with pytest.raises(ValueError, match="greater than 0"):
+        config("ddpo", algorithm={"noise_level": 0.0})
+
+
+def test_pairs_go_through_their_steps_together_and_images_alone(config):
+    for name, together in (("sdpo_stepwise", True), ("ddpo", False)):
+        algorithm = make_algorithm(config(name, sampling={"steps": 10}))
+        work = WorkItem(
+            0, "a", 0, 0, tuple(Prompt(str(n // 2), "", "a") for n in range(8)), (0, 1) * 4, tuple(range(9))
+        )
+        orders = algorithm.orders(work)
+        assert all(sorted(row) == list(range(9)) for row in orders.tolist())
+        assert torch.equal(orders[::2], orders[1::2]) == together
+        assert len({tuple(row) for row in orders.tolist()}) == (4 if together else 8)
+        assert algorithm.updates_per_round == 9
