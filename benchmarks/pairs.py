@@ -5,8 +5,8 @@
 A Parquet file in Pick-a-Pic v2's columns is written, several times as large as the object store, with JPEGs of noise
 at the size that is asked for. In one run and in turns, each repeat reads the same pairs in both ways: `python` reads
 row groups, decodes, resizes and encodes one item after the other in one process; `pipeline` is the reader of a run,
-whose pictures are read and decoded by Ray Data's tasks meanwhile. Then it reads on through the whole file, and the
-resident memory of the reader, the object store in use and what was spilled are taken at every quarter.
+whose pictures are read and decoded by Ray Data's tasks meanwhile. Then rows at the JPEGs' full size go through the
+store, without a model, and the resident memory of the reader, the object store in use and what was spilled are told.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,8 @@ class Reader:
     """A worker process that reads items."""
 
     def __init__(self, path: str, model: str, size: int, window: int, decoders: int) -> None:
-        order = Order(index_pairs(PairsConfig(files=(path,))), 0, window)
+        self.order = order = Order(index_pairs(PairsConfig(files=(path,))), 0, window)
+        self.rows = None
         self.family = load_family(ModelConfig(path=model), text=True, image=True)
 
         def rows(side: int):
@@ -83,6 +85,15 @@ class Reader:
         for number in range(first, first + items):
             self.actor.read(number)
         return time.perf_counter() - start
+
+    def through(self, edge: int, decoders: int, first: int, count: int) -> None:
+        """Read so many rows at full size, as fast as they come; nothing is encoded."""
+        from opd_ray.runtime import datasets
+
+        if self.rows is None:
+            self.rows = datasets.rows(self.order, Reading(edge), decoders, first)
+        for _ in islice(self.rows, count):
+            pass
 
     def memory(self) -> float:
         """MB that are resident."""
@@ -129,15 +140,20 @@ def measure(args: argparse.Namespace, path: str, backend: RayBackend) -> None:
     for name, found in rates.items():
         table.add_row(name, f"{statistics.median(found):.1f}", ", ".join(f"{rate:.1f}" for rate in found))
     console.print(table)
-    table = Table("pairs read", "reader MB", "store MB", "spilled MB")
-    start, quarter = items, items // 2
-    for step in range(5):
-        store = backend.object_store()
-        memory = ask(readers["pipeline"], "memory")
-        told = (memory, store.used / 2**20, store.spilled / 2**20)
-        table.add_row(str((start + step * quarter) * args.item_size), *(f"{value:.0f}" for value in told))
-        if step < 4:
-            ask(readers["pipeline"], "read", start + step * quarter, quarter)
+    flow(args, readers["pipeline"], backend)
+
+
+def flow(args: argparse.Namespace, reader, backend: RayBackend) -> None:
+    """Rows of several times the store's size."""
+    table = Table("pairs through", "MB decoded", "reader MB", "store MB at most", "spilled MB")
+    part = args.pairs // 4
+    for step in range(1, 6):
+        under_way, most = reader.through.remote(args.edge, args.decoders, 0, part), 0
+        while not ray.wait([under_way], timeout=0.5, fetch_local=False)[0]:
+            most = max(most, backend.object_store().used)
+        decoded = step * part * 2 * 3 * args.edge**2
+        told = (decoded, ask(reader, "memory") * 2**20, most, backend.object_store().spilled)
+        table.add_row(str(step * part), *(f"{value / 2**20:.0f}" for value in told))
     console.print(table)
 
 

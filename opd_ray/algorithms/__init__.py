@@ -3,7 +3,7 @@
 from typing import Any
 
 from opd_ray.algorithms.base import Algorithm, Facts, Forward, Loss
-from opd_ray.config import Config, PluginAlgorithmConfig
+from opd_ray.config import REFERENCE, Config, PluginAlgorithmConfig
 from opd_ray.diffusion import KERNELS
 from opd_ray.errors import ConfigError
 from opd_ray.plugins import check_construction, load
@@ -38,7 +38,11 @@ def make_algorithm(config: Config) -> Algorithm:
         algorithm = kind(chosen)
     assert isinstance(algorithm, Algorithm)
     algorithm.facts = Facts(
-        config.seed, config.sampling.steps, config.batch.images_per_prompt, config.cluster.max_staleness
+        config.seed,
+        config.sampling.steps,
+        config.batch.images_per_prompt,
+        config.cluster.max_staleness,
+        reference=REFERENCE in config.teachers,
     )
     _check_needs(config, algorithm)
     return algorithm

@@ -52,6 +52,8 @@ class Facts:
     max_staleness: int = 0
     sigmas: tuple[float, ...] = ()
     """Of a drawing, where the model is at hand."""
+    reference: bool = False
+    """Whether a teacher called `reference` gives the frozen start's velocities at the states of drawings."""
     times: tuple[float, ...] = ()
     """That the model was trained at, where these are a table and it is at hand."""
 
@@ -69,7 +71,7 @@ class Algorithm(ABC):
     """False: experience is recorded, and comes from a data set."""
     whole_paths: ClassVar[bool] = True
     """False: it reads no state behind the last trained step, so that a drawing without pictures stops there."""
-    needs_teachers: ClassVar[bool] = False
+    needs_teachers: bool = False
     needs_rewards: bool = False
     needs_velocities: ClassVar[bool] = False
     """The behaviour policy's velocities travel with its drawings (``Trajectory.velocities``)."""

@@ -28,7 +28,7 @@ __all__ = ["Opd"]
 class Opd(Algorithm):
     """One optimizer step a round over all tasks, each marked by its own teacher."""
 
-    needs_teachers: ClassVar[bool] = True
+    needs_teachers = True
     whole_paths: ClassVar[bool] = False
     streams = True
 

@@ -28,13 +28,22 @@ __all__ = ["Pso", "pairwise_loss"]
 class Pso(Stepwise):
     """Prefers the better of the student's own images."""
 
-    velocities = ("reference",)
     paired: ClassVar[bool] = True
 
     def __init__(self, config: PsoConfig) -> None:
         super().__init__(config)
         self.config = config
         self.shared_noise = config.shared_noise
+
+    @property
+    def needs_teachers(self) -> bool:  # type: ignore[override]  # follows from the run's teachers
+        """Where one of them is the reference."""
+        return self.facts.reference
+
+    @property
+    def velocities(self) -> tuple[str, ...]:  # type: ignore[override]  # as above
+        """The learner's own reference, its adapter switched off, unless a teacher is it."""
+        return () if self.facts.reference else ("reference",)
 
     def rows(self, experience: Experience) -> Tensor:
         """The best image of each prompt, then the worst ones: [2 P]."""
@@ -47,7 +56,11 @@ class Pso(Stepwise):
         assert path is not None
         decided = torch.zeros(len(path.latents), len(path.sigmas) - 1, device=path.latents.device)
         decided[found[:, 0]] = decided[found[:, 1]] = found[:, 2:].float()
-        return {"decided": decided}
+        if experience.answer is None:
+            return {"decided": decided}
+        reference = path.latents.new_zeros(len(path.latents), len(path.sigmas) - 1, *path.latents.shape[2:])
+        reference[:, list(experience.answer.steps)] = experience.answer.velocity
+        return {"decided": decided, "reference": reference}
 
     def _preferences(self, experience: Experience) -> Tensor:
         item, scores = experience.item, {name: one.cpu() for name, one in experience.scores.items()}
@@ -59,7 +72,8 @@ class Pso(Stepwise):
 
     def loss(self, forward: Forward, velocity: Mapping[str, Tensor]) -> Loss:
         """The loss of each pair at one step; a tie weighs nothing, and counts in the mean."""
-        ratio = self.log_ratio(forward, velocity["student"], velocity["reference"])
+        reference = forward.inputs["reference"] if self.facts.reference else velocity["reference"]
+        ratio = self.log_ratio(forward, velocity["student"], reference)
         decided = forward.inputs["decided"].chunk(2)[0]
         each, margin = pairwise_loss(ratio, self.config.beta, self.config.clip_range)
         right = ((margin.detach() > 0).float() * decided).sum() / decided.sum().clamp(min=1)

@@ -34,10 +34,11 @@ from opd_ray.config.method import (
     TeacherConfig,
     WandbConfig,
 )
-from opd_ray.config.run import Config, parse
+from opd_ray.config.run import REFERENCE, Config, parse
 
 __all__ = [
     "ATTENTION",
+    "REFERENCE",
     "AlgorithmConfig",
     "Autoscale",
     "BatchConfig",

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from opd_ray.config.alignment import PsoConfig
 from opd_ray.config.cluster import ClusterConfig
 from opd_ray.config.method import (
     ALGORITHMS,
@@ -29,8 +30,10 @@ from opd_ray.config.method import (
 from opd_ray.config.section import Frozen
 from opd_ray.errors import ConfigError
 
-__all__ = ["Config", "parse"]
+__all__ = ["REFERENCE", "Config", "parse"]
 
+REFERENCE = "reference"
+"""The teacher that stands for the frozen start, where an algorithm compares with it."""
 ROLES = (
     *("rollout", "teacher", "reward", "learner", "default"),
     *("base", "student", "behaviour", "reference", "old"),
@@ -111,7 +114,7 @@ class Config(Frozen):
         if isinstance(self.algorithm, OpdConfig):
             self._check_opd(self.algorithm)
         for name in self.teachers:
-            if name in ROLES or not re.match(NAME, name):
+            if (name in ROLES and not self._is_reference(name)) or not re.match(NAME, name):
                 raise ValueError(f"teacher name {name!r} is not free; roles are {', '.join(ROLES)}. Choose another")
         self._check_placement()
         tasks = self.teacher_of_task or self._own_files() or ((self.pairs.task,) if self.pairs else ())
@@ -133,6 +136,17 @@ class Config(Frozen):
         if self._own_files():
             self.check_tasks(self._own_files())
         return self
+
+    def _is_reference(self, name: str) -> bool:
+        """Whether a teacher stands for the frozen start; the only one there is, and drawn from as the student is."""
+        if name != REFERENCE or not isinstance(self.algorithm, PsoConfig):
+            return False
+        if len(self.teachers) > 1 or self.teachers[name].guidance != self.student.guidance:
+            raise ValueError(
+                f"teachers.{name} stands for the frozen start of algorithm {self.algorithm.name}: it is the only "
+                f"teacher, its tasks are all tasks, and its guidance is student.guidance ({self.student.guidance:g})"
+            )
+        return True
 
     def _check_placement(self) -> None:
         learner = self.cluster.learner

@@ -135,3 +135,35 @@ def test_pairs_go_through_their_steps_together_and_images_alone(config):
         assert torch.equal(orders[::2], orders[1::2]) == together
         assert len({tuple(row) for row in orders.tolist()}) == (4 if together else 8)
         assert algorithm.updates_per_round == 9
+
+
+def test_the_reference_is_the_adapter_off_or_a_teacher_of_that_name(config, tiny, tmp_path):
+    """Another process, another forward batch order, the same numbers."""
+    teacher = {"model": str(tiny), "guidance": 2.0, "tasks": ["a", "b"]}
+    own = go(config("pso_pairwise"), tmp_path / "own")
+    taught = go(config("pso_pairwise", teachers={"reference": teacher}), tmp_path / "taught")
+    assert [row["loss"] for row in own.rows] == [row["loss"] for row in taught.rows]
+    assert own.result["student_sha256"] == taught.result["student_sha256"]
+    assert taught.rows[0]["forwards"]["teacher"] > 0
+
+
+def test_a_whole_model_is_compared_with_a_teacher_that_is_its_start(config, reports, tiny, tmp_path):
+    teacher = {"model": str(tiny), "guidance": 2.0, "tasks": ["a", "b"]}
+    go(
+        config("pso_pairwise", teachers={"reference": teacher}, student={"lora": None, "guidance": 2.0}),
+        tmp_path / "run",
+    )
+    assert max(metric(reports[0][0], "ratio")) == 0 < max(metric(reports[1][0], "ratio"))
+    with pytest.raises(ConfigError, match="also needs reference"):
+        go(config("pso_pairwise", **whole), tmp_path / "without")
+
+
+@pytest.mark.parametrize("name", ["ddpo", "opd"])
+def test_other_algorithms_have_no_teacher_of_that_name(config, tiny, name):
+    with pytest.raises(ValueError, match="teacher name 'reference' is not free"):
+        config(name, teachers={"reference": {"model": str(tiny), "tasks": ["a", "b"]}})
+
+
+def test_a_reference_at_another_guidance_is_refused(config, tiny):
+    with pytest.raises(ValueError, match=r"its guidance is student.guidance \(2\)"):
+        config("pso_pairwise", teachers={"reference": {"model": str(tiny), "guidance": 1.0, "tasks": ["a", "b"]}})
