@@ -149,10 +149,8 @@ def test_the_reference_is_the_adapter_off_or_a_teacher_of_that_name(config, tiny
 
 def test_a_whole_model_is_compared_with_a_teacher_that_is_its_start(config, reports, tiny, tmp_path):
     teacher = {"model": str(tiny), "guidance": 2.0, "tasks": ["a", "b"]}
-    go(
-        config("pso_pairwise", teachers={"reference": teacher}, student={"lora": None, "guidance": 2.0}),
-        tmp_path / "run",
-    )
+    whole = {"student": {"lora": None, "guidance": 2.0}}
+    go(config("pso_pairwise", teachers={"reference": teacher}, **whole), tmp_path / "run")
     assert max(metric(reports[0][0], "ratio")) == 0 < max(metric(reports[1][0], "ratio"))
     with pytest.raises(ConfigError, match="also needs reference"):
         go(config("pso_pairwise", **whole), tmp_path / "without")
