@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from opd_ray import __version__
+from opd_ray.commands.accuracy import accuracy
 from opd_ray.commands.config import config
 from opd_ray.commands.demo import demo
 from opd_ray.commands.doctor import doctor
@@ -45,7 +46,7 @@ def _options(
     pass
 
 
-for verb in (demo, train, sample, evaluate, pairs, scale, status, config, plan, report, doctor):
+for verb in (demo, train, sample, evaluate, pairs, accuracy, scale, status, config, plan, report, doctor):
     app.command()(verb)
 
 

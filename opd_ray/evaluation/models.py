@@ -8,11 +8,16 @@ import torch
 from opd_ray.config import ModelConfig
 from opd_ray.errors import RunFolderError
 from opd_ray.models.base import Family, check_lora, family_class, load_family, resolve, trained_folder
-from opd_ray.models.checkpoint import check_complete
+from opd_ray.models.checkpoint import check_complete, read_config
 from opd_ray.models.precision import dtype_of
 from opd_ray.recipes import load, read
 
 __all__ = ["Found", "find_model"]
+
+PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl", "StableDiffusion3Pipeline": "sd3"}
+"""Which family a checkpoint of diffusers is of; any other is told by that of sd3."""
+UNETS = {"unet": (2.0, 50), "few": (1.0, 4)}
+"""The built-in U-Nets: guidance and steps that they are meant for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,10 @@ def find_model(name: str) -> Found:
 
 
 def _world(name: str) -> Found:
-    demo = load("demo")
+    demo, own = load("demo"), name.partition("/")[2]
+    if own in UNETS:
+        guidance, steps = UNETS[own]
+        return Found(name, ModelConfig(family="sd", path=name), guidance=guidance, steps=steps)
     teachers = {teacher.lora: teacher.guidance for teacher in demo.teachers.values()}
     guidance = teachers.get(name, demo.student.guidance)
     lora = name if "/" in name else None
@@ -79,7 +87,9 @@ def _other(path: Path) -> Found:
         inside = ", ".join(sorted(run.parent.name for run in path.glob("*/run.json")))
         hint = f"its runs are {inside}" if inside else "there is neither model_index.json nor run.json in it"
         raise RunFolderError(f"{path} is no diffusers folder and no run folder; {hint}")
-    return Found(str(path), ModelConfig(path=str(path)))
+    model = ModelConfig(path=str(path))
+    kind = str(read_config(model, "model_index.json").get("_class_name"))
+    return Found(str(path), model.model_copy(update={"family": PIPELINES.get(kind, model.family)}))
 
 
 def _run(folder: Path) -> Found:
