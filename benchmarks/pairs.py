@@ -5,9 +5,9 @@
 A Parquet file in Pick-a-Pic v2's columns is written, several times as large as the object store, with JPEGs of noise
 at the size that is asked for. In one run and in turns, each repeat reads the same pairs in both ways: `python` reads
 row groups, decodes, resizes and encodes one item after the other in one process; `pipeline` is the reader of a run,
-whose pictures are read and decoded by Ray Data's tasks meanwhile. Each turn begins with nothing read ahead, and the time
-to its first item is told apart. Then rows at the JPEGs' full size go through the
-store, without a model, and the resident memory of the reader, the object store in use and what was spilled are told.
+whose pictures are read and decoded by Ray Data's tasks meanwhile. Each turn begins with nothing read ahead, and the
+time to its first item is told apart. Then rows at the JPEGs' full size go through the store, without a model, and the
+resident memory of the reader, the object store in use and what was spilled are told.
 """
 
 import argparse
