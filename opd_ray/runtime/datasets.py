@@ -21,7 +21,7 @@ WINDOWS = 64
 """Of one data set; the next one follows it."""
 BLOCK = 4 * 2**20
 """Bytes of rows that travel together."""
-SHARE = 0.2
+SHARE = 0.1
 """Of the smallest node's object store, for rows that are read ahead."""
 
 
