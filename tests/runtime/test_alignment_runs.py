@@ -9,8 +9,9 @@ from opd_ray.algorithms import make_algorithm
 from opd_ray.algorithms.sdpo import Sdpo
 from opd_ray.errors import ConfigError, Stopped
 from opd_ray.run import Run
+from opd_ray.storage import checkpoint
 from opd_ray.types import Prompt, WorkItem
-from tests.runtime.runs import go, same
+from tests.runtime.runs import Killer, go, same
 
 BRIGHT = "tests.commands.scoring:brightness"
 ALIGNMENT = ("ddpo", "sdpo_stepwise", "pso_pairwise")
@@ -165,3 +166,35 @@ def test_other_algorithms_have_no_teacher_of_that_name(config, tiny, name):
 def test_a_reference_at_another_guidance_is_refused(config, tiny):
     with pytest.raises(ValueError, match=r"its guidance is student.guidance \(2\)"):
         config("pso_pairwise", teachers={"reference": {"model": str(tiny), "guidance": 1.0, "tasks": ["a", "b"]}})
+
+
+SMALL = {"resources": {"cpu": 0.25}}
+
+
+@pytest.mark.ray
+def test_pairs_drawn_by_two_workers_one_of_which_dies_give_the_student_of_one_process(config, ray_session, tmp_path):
+    """Dense rewards: velocities, three pictures of each image and their shares all travel."""
+    killers = []
+    many = {"rollout": SMALL | {"workers": 2}, "rewards": {"default": SMALL | {"workers": 2}}}
+    done = go(
+        config("sdpo_stepwise", "ray", cluster=many),
+        tmp_path / "ray",
+        watch=lambda run, live: killers.append(Killer(run, {"rollout": 1, "reward": 1})),
+    )
+    assert len(killers[0].killed) == 2
+    assert same(done, go(config("sdpo_stepwise"), tmp_path / "local"))
+
+
+@pytest.mark.ray
+@pytest.mark.verify
+@pytest.mark.parametrize("name", ["sdpo_stepwise", "ddpo"])
+def test_two_ranks_see_the_same_statistics_and_agree_with_one(config, ray_session, tmp_path, name):
+    alone = go(config(name), tmp_path / "local")
+    both = go(config(name, "ray", cluster={"learner": SMALL | {"ranks": 2}}), tmp_path / "ray")
+    for row, other in zip(both.rows, alone.rows, strict=True):
+        assert row["loss"]["total"] == pytest.approx(other["loss"]["total"], abs=1e-5)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    states = [checkpoint.newest(tmp_path / place)[0].state["learner"]["algorithm"] for place in ("local", "ray")]
+    assert states[0].keys() == states[1].keys()
+    for key, seen in states[0].items():
+        assert seen.keys() == states[1][key].keys(), "every prompt of every rank"
