@@ -37,7 +37,8 @@ def evaluate(
     ],
     images: Annotated[int, typer.Option(min=1, help="Held-out prompts of each task.")] = 256,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps; a run's and the world's own, else 10.")
+        str | None,
+        typer.Option(help="Denoising steps, or several as in 1,2,4,8; a run's and the world's own, else 10."),
     ] = None,
     guidance: Annotated[
         list[str] | None,
@@ -59,7 +60,7 @@ def evaluate(
     from opd_ray.rewards import make_rewards
     from opd_ray.world import prompts_path
 
-    scales = _scales(models, guidance or [])
+    scales, counts = _scales(models, guidance or []), _counts(steps)
     _require_file(out)
     found = [find_model(name) for name in models]  # all of them before the first one costs minutes
     for name, model in zip(models, found, strict=True):
@@ -71,26 +72,40 @@ def evaluate(
     result: dict[str, Any] = {"seed": seed, "images_per_task": images, "models": {}}
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, disable=json, transient=True) as progress:
-        total = len(models) * sum(len(rows) for rows in prompts.values())
+        total = len(models) * max(len(counts), 1) * sum(len(rows) for rows in prompts.values())
         bar = progress.add_task("drawing and scoring", total=total)
         for name, model in zip(models, found, strict=True):
             scale = scales.get(name, model.guidance if model.guidance is not None else 4.5)
-            chosen = steps or model.steps or 10
-            how = (scale, chosen, seed, batch)
             if not (json or errors.is_terminal):
                 errors.print(f"drawing and scoring {name}", soft_wrap=True)
-            scores = _score(model.load(), prompts, rewards, how, lambda done: progress.advance(bar, done))
-            means = {key: mean(values) for key, values in scores.items()}
-            result["models"][name] = {"guidance": scale, "steps": chosen, "scores": means}
+            family = model.load()
+            for chosen in counts or [model.steps or 10]:
+                how = (scale, chosen, seed, batch)
+                scores = _score(family, prompts, rewards, how, lambda done: progress.advance(bar, done))
+                means = {key: mean(values) for key, values in scores.items()}
+                label = name if len(counts) < 2 else f"{name}, {chosen} step{'s' * (chosen > 1)}"
+                result["models"][label] = {"guidance": scale, "steps": chosen, "scores": means}
     if json:
         console.print_json(data=result)
     else:
-        console.print(_table(result))
-        for name, model in result["models"].items():
-            console.print(f"{name}: guidance {model['guidance']:g}, {model['steps']} steps", soft_wrap=True)
-        console.print(f"The same held-out prompts and first noises for all, seed {seed}.")
+        _tell(result)
     if out is not None:
         out.write_text(json_module.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _tell(result: Mapping[str, Any]) -> None:
+    console.print(_table(result))
+    for name, model in result["models"].items():
+        console.print(f"{name}: guidance {model['guidance']:g}, {model['steps']} steps", soft_wrap=True)
+    console.print(f"The same held-out prompts and first noises for all, seed {result['seed']}.")
+
+
+def _counts(steps: str | None) -> list[int]:
+    """The numbers of steps that were asked for; none where every model has its own."""
+    found = [part.strip() for part in (steps or "").split(",") if part.strip()]
+    if wrong := [part for part in found if not part.isdecimal() or not 1 <= int(part) <= 1000]:
+        raise ConfigError(f"--steps {steps}: {wrong[0]!r} is no number from 1 to 1000; for instance 10, or 1,2,4,8")
+    return list(dict.fromkeys(map(int, found)))
 
 
 def _require_pixels(name: str, found: "Found") -> None:
@@ -156,7 +171,7 @@ def _score(
     return scores
 
 
-def _table(result: dict[str, Any]) -> Table:
+def _table(result: Mapping[str, Any]) -> Table:
     """A line for each score and model, so that any number of models fits on 80 columns."""
     keys = list(dict.fromkeys(key for model in result["models"].values() for key in model["scores"]))
     table = Table(box=box.SIMPLE_HEAD)

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +17,8 @@ from opd_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from opd_ray.evaluation.models import Found
-    from opd_ray.pairs.feedback import Score
+    from opd_ray.pairs.feedback import Parts, Score
+    from opd_ray.pairs.given import Given
 
 __all__ = ["pairs"]
 
@@ -25,6 +26,8 @@ PART = 32
 """Prompts of one part of the file: so much is done again by whoever goes on."""
 Tables = Iterator[tuple[Any, dict[str, int]]]
 """Parts of the file, and what was counted in each."""
+Maker = Callable[[int, Callable[[float], None]], Tables]
+"""Given how many parts are there and whom to tell of progress, the others."""
 VERSIONS = ("opd-ray", "torch", "diffusers", "transformers")
 
 
@@ -47,6 +50,17 @@ def pairs(
     reward: Annotated[str, typer.Option(help="Who judges: a built-in name or package.module:attr.")] = "",
     count: Annotated[int, typer.Option("--pairs", min=1, help="Pairs to draw; ties among them are left out.")] = 1000,
     images_per_prompt: Annotated[int, typer.Option(min=2, help="The best is paired with the worst of so many.")] = 2,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            help="In place of --prompts and --reward: a .jsonl file with rows {prompt, image}, each of which is "
+            "preferred to what MODEL draws of its prompt: a style or a concept from a handful of pictures."
+        ),
+    ] = None,
+    beside: Annotated[
+        str | None,
+        typer.Option(help="With --pictures: what MODEL draws instead, for instance `a photo of a dog` of one dog."),
+    ] = None,
     relabel: Annotated[
         Path | None, typer.Option(help="In place of MODEL and --prompts: a Parquet file whose pairs get new labels.")
     ] = None,
@@ -63,38 +77,37 @@ def pairs(
     json: Json = False,
 ) -> None:
     """Write pairs in Pick-a-Pic's columns, labelled by a reward; the key `pairs` of a recipe trains on them."""
-    _require_source(model, prompts, relabel, reward, guidance)
+    _require_source(model, prompts, relabel, reward, pictures, guidance)
     import torch
 
     from opd_ray.evaluation.models import find_model
     from opd_ray.pairs.feedback import Parts
-    from opd_ray.rewards.base import make_rewards
 
-    score: Score = make_rewards({reward: {}})[reward]
-    about: dict[str, Any] = {
-        "reward": reward,
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-    }
     torch.set_num_threads(threads)
-    make: Callable[[int, Callable[[float], None]], Tables]
     if relabel is None:
-        found, texts = find_model(str(model)), _texts(str(prompts))
+        found = find_model(str(model))
         scale = guidance if guidance is not None else 4.5 if found.guidance is None else found.guidance
-        how = {"steps": steps or found.steps or 40, "guidance": scale, "images_per_prompt": images_per_prompt}
-        about |= {"model": found.label, "prompts": str(prompts), "seed": seed, "batch": batch, "pairs": count} | how
+        about = {"model": found.label, "prompts": str(prompts), "seed": seed, "batch": batch, "pairs": count}
+        about |= {"steps": steps or found.steps or 40, "guidance": scale, "images_per_prompt": images_per_prompt}
+        about |= {"pictures": str(pictures), "beside": beside} if pictures is not None else {}
         sizes = [min(PART, count - start) for start in range(0, count, PART)]
-        make = partial(_drawn, found, about, texts, score)
     else:
-        about |= {"relabel": str(relabel)}
-        sizes, make = _sizes(relabel), partial(_relabelled, relabel, score)
+        found, about, sizes = None, {"relabel": str(relabel)}, _sizes(relabel)
+    about |= {"reward": reward, "versions": {name: importlib.metadata.version(name) for name in VERSIONS}}
+    make = _source(found, about, relabel, pictures)
     require_folder(out.parent)
     parts = Parts(out, about)
+    _write(parts, sizes, make, quiet=json or not errors.is_terminal)
+    _tell(out, about, parts.finish(), json)
+
+
+def _write(parts: "Parts", sizes: Sequence[int], make: Maker, *, quiet: bool) -> None:
+    """Those that are not there yet, with the rate and the time left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, disable=json or not errors.is_terminal, transient=True) as progress:
+    with Progress(*columns, console=errors, disable=quiet, transient=True) as progress:
         bar = progress.add_task("scoring pairs", total=sum(sizes), completed=sum(sizes[: parts.done]))
         for table, counts in make(parts.done, lambda amount: progress.advance(bar, amount)):
             parts.write(table, counts)
-    _tell(out, about, parts.finish(), json)
 
 
 def _tell(out: Path, about: Mapping[str, Any], counts: Mapping[str, int], json: bool) -> None:
@@ -105,17 +118,41 @@ def _tell(out: Path, about: Mapping[str, Any], counts: Mapping[str, int], json: 
     console.print(f"{counts['pairs']} pairs in {out}" + (f"; left out: {rest}" if rest else ""), soft_wrap=True)
 
 
+def _source(found: "Found | None", about: Mapping[str, Any], relabel: Path | None, pictures: Path | None) -> Maker:
+    """What makes the file's parts, from one on."""
+    from opd_ray.pairs.given import given_pictures
+    from opd_ray.rewards.base import make_rewards
+
+    if pictures is not None:
+        assert found is not None
+        return partial(_beside, found, about, given_pictures(pictures))
+    score: Score = make_rewards({about["reward"]: {}})[about["reward"]]
+    if relabel is not None:
+        return partial(_relabelled, relabel, score)
+    assert found is not None
+    return partial(_drawn, found, about, _texts(about["prompts"]), score)
+
+
 def _require_source(
-    model: str | None, prompts: str | None, relabel: Path | None, reward: str, guidance: float | None
+    model: str | None,
+    prompts: str | None,
+    relabel: Path | None,
+    reward: str,
+    pictures: Path | None,
+    guidance: float | None,
 ) -> None:
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise ConfigError(f"--guidance {guidance}: expected a number from 0 on")
+    if pictures is not None:
+        if model is None or prompts is not None or relabel is not None or reward:
+            raise ConfigError("--pictures needs MODEL, and none of --prompts, --reward and --relabel")
+        return
     if not reward:
         raise ConfigError("--reward is missing; name a built-in reward or package.module:attr")
     if relabel is not None and (model is not None or prompts is not None):
         raise ConfigError("--relabel takes its pictures from a file; leave out MODEL and --prompts")
     if relabel is None and (model is None or prompts is None):
         raise ConfigError("give MODEL and --prompts to draw pairs, or --relabel FILE to label a file's anew")
-    if guidance is not None and not 0 <= guidance < math.inf:
-        raise ConfigError(f"--guidance {guidance}: expected a number from 0 on")
 
 
 def _texts(file: str) -> tuple[str, ...]:
@@ -159,6 +196,36 @@ def _drawn(
         images = torch.cat(pictures).unflatten(0, (len(chosen), each))
         seeds = [fold(how["seed"], "pairs", n) for n in range(start, end)]
         yield drawn_pairs(images, [prompt.text for prompt in chosen], torch.cat(scores).view(-1, each), seeds)
+
+
+def _beside(
+    found: "Found",
+    how: Mapping[str, Any],
+    given: "Sequence[Given]",
+    done: int,
+    advance: Callable[[float], None],
+) -> Tables:
+    """Parts of pairs of a given picture, which is the better one, and a drawing."""
+    import torch
+
+    from opd_ray.actors.rollout import SampleRequest, draw_pictures
+    from opd_ray.pairs.feedback import drawn_pairs
+    from opd_ray.pairs.given import as_tensor
+    from opd_ray.seeds import fold
+    from opd_ray.types import Prompt
+
+    family = found.load()
+    for start in range(done * PART, how["pairs"], PART):
+        numbers = range(start, min(start + PART, how["pairs"]))
+        rows = [given[n % len(given)] for n in numbers]
+        asked = tuple(Prompt(text, text, "") for row in rows for text in [how["beside"] or row.prompt])
+        request = SampleRequest("", None, how["guidance"], how["steps"], how["seed"], asked, tuple(numbers))
+        drawn = draw_pictures(family, request).cpu()
+        ours = torch.stack([as_tensor(row, drawn.shape[-1]) for row in rows])
+        better = torch.tensor([[1.0, 0.0]]).expand(len(rows), -1)
+        seeds = [fold(how["seed"], "pairs", n) for n in numbers]
+        yield drawn_pairs(torch.stack([ours, drawn], 1), [row.prompt for row in rows], better, seeds)
+        advance(len(rows))
 
 
 def _sizes(path: Path) -> list[int]:

@@ -1,10 +1,13 @@
 """``opd-ray pairs``: preferences of a reward between pictures of a model, or of a file."""
 
+import io
 import json
+import re
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from opd_ray.commands import pairs as command
 from opd_ray.config import PairsConfig
@@ -105,3 +108,58 @@ def test_another_files_pairs_get_a_rewards_labels(cli, tmp_path):
 def test_what_is_wrong_is_said_in_one_line(cli, tmp_path, args, message):
     more = ("--pairs", 2, "--steps", 1) if args and args[0] == "world" else ()
     assert message in cli("pairs", *args, *more, "--out", tmp_path / "o.parquet").error
+
+
+@pytest.fixture
+def given(tmp_path):
+    """Two pictures, one of them asked for twice."""
+    for name, color in (("red", (250, 10, 10)), ("blue", (10, 10, 250))):
+        Image.new("RGB", (40, 32), color).save(tmp_path / f"{name}.png")
+    path = tmp_path / "given.jsonl"
+    rows = [{"prompt": f"a {name} thing", "image": f"{name}.png"} for name in ("red", "blue", "red")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_given_pictures_are_preferred_to_drawings_of_their_prompts(cli, tiny, given, tmp_path):
+    out = tmp_path / "style.parquet"
+    done = cli("pairs", tiny, "--pictures", given, "--pairs", 7, "--steps", 2, "--guidance", 1, "--out", out)
+    assert "7 pairs in" in done.out
+    rows = pq.read_table(out).to_pylist()
+    assert [row["caption"] for row in rows] == [f"a {n} thing" for n in ("red", "blue", "red") * 2 + ("red",)]
+    winners = [row["jpg_0" if row["label_0"] == 1 else "jpg_1"] for row in rows]
+    colors = [Image.open(io.BytesIO(data)).resize((1, 1)).getpixel((0, 0)) for data in winners]
+    assert [color[0] > 200 for color in colors] == [row["caption"] == "a red thing" for row in rows]
+    losers = {row["jpg_1" if row["label_0"] == 1 else "jpg_0"] for row in rows}
+    assert len(losers) == 7, "each drawing is another one"
+
+
+def test_the_other_picture_may_be_of_another_prompt(cli, tiny, given, tmp_path):
+    drawn = []
+    for beside in ((), ("--beside", "a thing")):
+        out = tmp_path / f"{len(beside)}.parquet"
+        cli("pairs", tiny, "--pictures", given, *beside, "--pairs", 2, "--steps", 2, "--guidance", 1, "--out", out)
+        rows = pq.read_table(out).to_pylist()
+        assert [row["caption"] for row in rows] == ["a red thing", "a blue thing"]
+        drawn.append([row["jpg_1" if row["label_0"] == 1 else "jpg_0"] for row in rows])
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no rows"),
+        ('{"prompt": "x"}', "given.jsonl:1 is no row"),
+        ('\n{"prompt": " ", "image": "red.png"}', "given.jsonl:2 is no row .*empty"),
+        ('{"prompt": "x", "image": "green.png"}', r"given.jsonl:1: there is no .*green\.png"),
+        ("{", "given.jsonl:1 is no row"),
+    ],
+)
+def test_what_is_wrong_with_given_pictures_is_said_in_one_line(cli, tiny, given, tmp_path, content, message):
+    given.write_text(content)
+    assert re.search(message, cli("pairs", tiny, "--pictures", given, "--out", tmp_path / "x.parquet").error)
+
+
+def test_given_pictures_need_no_judge(cli, tiny, given, tmp_path):
+    told = cli("pairs", tiny, "--pictures", given, "--reward", "look", "--out", tmp_path / "x.parquet").error
+    assert "--pictures needs MODEL, and none of --prompts, --reward and --relabel" in told

@@ -204,6 +204,12 @@ class TestEvaluate:
         assert first["look"]["n"] == 3 and first["look"]["low"] <= first["look"]["value"] <= first["look"]["high"]
         assert first["text"] == {"value": None, "low": None, "high": None, "n": 0}, "captions of no word"
 
+    def test_several_numbers_of_steps_are_rows_of_their_own(self, scores):
+        models, _, told = scores("--steps", "1,2", "--json")
+        assert list(told["models"]) == [f"{model}, {steps}" for model in models for steps in ("1 step", "2 steps")]
+        base = [told["models"][f"{models[0]}, {steps}"] for steps in ("1 step", "2 steps")]
+        assert [one["steps"] for one in base] == [1, 2] and base[0]["scores"] != base[1]["scores"]
+
     def test_the_table_is_readable_on_80_columns(self, scores):
         models, done, told = scores()
         lines = done.out.splitlines()
