@@ -22,10 +22,13 @@ from torch import Tensor
 
 from opd_ray.actors import SampleRequest
 from opd_ray.actors.rollout import draw_pictures
+from opd_ray.commands.accuracy import Asked, ask
 from opd_ray.commands.train import run_training
-from opd_ray.config import Config, ModelConfig
+from opd_ray.config import Config, ModelConfig, PairsConfig
 from opd_ray.evaluation.gauges import diversity, kernel_distance
+from opd_ray.evaluation.models import find_model
 from opd_ray.models import Family, load_family
+from opd_ray.pairs.index import index_pairs
 from opd_ray.prompts import read_prompts
 from opd_ray.recipes import load
 from opd_ray.storage.run_folder import read_json, write_json_atomic
@@ -105,15 +108,15 @@ def trained(claim: Claim, arm: Arm, rate: str, seed: int, out: Path, *, tuning: 
     return folder
 
 
-def labelled(out: Path) -> Path:
+def labelled(out: Path, split: str = "train") -> Path:
     """A preference set: two drawings of each caption, labelled by a scorer that no method sees, some labels turned."""
-    path = out.resolve() / "pairs.parquet"
+    path = out.resolve() / f"pairs-{split}.parquet"
     if path.exists():
         return path
     family = load_family(ModelConfig(family="sd", path="world/unet"), text=True, image=True)
     rng, rows = random.Random(0), list[dict[str, Any]]()
     for task in TASKS:
-        prompts = prompts_of("train")[task][: LABELLED // len(TASKS)]
+        prompts = prompts_of(split)[task][: LABELLED // len(TASKS)]
         both = [pictures(family, prompts, (number,) * len(prompts), STEPS) for number in (0, 1)]
         first, second = (HIDDEN[task](images, [prompt.text for prompt in prompts]).tolist() for images in both)
         for number, prompt in enumerate(prompts):
@@ -243,6 +246,18 @@ def verdicts(claim: Claim, found: dict[str, dict[str, list[dict[str, float]]]]) 
             print(f"{first} - {second}, {steps} steps, {what}: {mean:+.3f} +- {error:.3f}: {verdict}", flush=True)
 
 
+def preferences(claim: Claim, seeds: Sequence[int], out: Path) -> None:
+    """Implicit reward accuracy at held-out pairs whose labels are turned as often as those that were trained on."""
+    known, chosen = read_json(out / f"{claim.name}.json"), PairsConfig(files=(str(labelled(out, "heldout")),))
+    index = index_pairs(chosen)
+    asked = Asked(min(512, index.pairs), 8, 0, 32)
+    for arm in claim.arms:
+        runs = [trained(claim, arm, known[f"{arm.name}/rate"], seed, out, tuning=False) for seed in seeds]
+        found = [ask(find_model(str(run)), chosen, index, asked, lambda done: None)["value"] or 0.0 for run in runs]
+        spread = f"{statistics.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"
+        print(f"{arm.name}: implicit accuracy {spread}; at most {1 - FLIPPED:.2f} can be had", flush=True)
+
+
 def worth(row: dict[str, float], what: str) -> float:
     """The mean of the strict scores, or a gauge."""
     return statistics.mean(row[task] for task in TASKS) if what == "score" else row[what]
@@ -262,6 +277,8 @@ def main() -> None:
             found = rows_of(claim, args.seeds, args.out)
             table(claim, found)
             verdicts(claim, found)
+            if RECORDED[0] in claim.arms[0].changes:
+                preferences(claim, args.seeds, args.out)
 
 
 if __name__ == "__main__":

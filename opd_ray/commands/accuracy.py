@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from opd_ray.pairs.index import PairIndex
     from opd_ray.types import Experience
 
-__all__ = ["accuracy"]
+__all__ = ["Asked", "accuracy", "ask"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def accuracy(
     with Progress(*columns, console=errors, disable=json, transient=True) as progress:
         bar = progress.add_task("asking", total=len(found) * asked.pairs)
         for name, model in found.items():
-            result["runs"][name] = _ask(model, chosen, index, asked, lambda done: progress.advance(bar, done))
+            result["runs"][name] = ask(model, chosen, index, asked, lambda done: progress.advance(bar, done))
     if json:
         console.print_json(data=result)
         return
@@ -71,9 +71,10 @@ def accuracy(
         console.print(f"{name}: {one['value']:.3f} ({one['low']:.3f} to {one['high']:.3f}) of {one['n']} pairs")
 
 
-def _ask(
+def ask(
     model: "Found", chosen: PairsConfig, index: "PairIndex", asked: Asked, advance: Callable[[int], None]
 ) -> dict[str, float | None]:
+    """The accuracy of one run, as ``implicit_accuracy``; ``advance`` is told of pairs that are done."""
     from opd_ray.algorithms.dpo import DiffusionDpo
     from opd_ray.config import DpoConfig
     from opd_ray.evaluation.implicit import implicit_accuracy
