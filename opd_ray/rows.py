@@ -30,9 +30,10 @@ def learned(batch: Round, updates: Sequence[Sequence[UpdateReport]]) -> dict[str
     Raises:
         NotFiniteError: a reward is infinite.
     """
-    last = updates[-1]
-    tasks = _merge([report.tasks for report in last])
-    loss = {"total": sum(report.loss for report in last)} | {task: s / n for task, (s, n) in tasks.items()}
+    last, every = updates[-1], [report for reports in updates for report in reports]
+    tasks = _merge([report.tasks for report in every])
+    total = sum(report.loss for report in every) / len(updates)
+    loss = {"total": total} | {task: s / n for task, (s, n) in tasks.items()}
     row: dict[str, Any] = {
         "round": batch.number,
         "time": time.time(),
@@ -41,9 +42,11 @@ def learned(batch: Round, updates: Sequence[Sequence[UpdateReport]]) -> dict[str
         "lr": last[0].lr,
         "skipped_steps": sum(reports[0].skipped for reports in updates),
     }
-    found = [metrics for report in last for steps in report.steps.values() for metrics in steps.values()]
+    found = [metrics for report in every for steps in report.steps.values() for metrics in steps.values()]
     for metric in dict.fromkeys(name for metrics in found for name in metrics):
-        row.setdefault(metric, _steps(last, metric))
+        row.setdefault(metric, _steps(every, metric))
+    if any("ratio" in metrics for metrics in found):  # before anything was learned: rollout and learner agree so far
+        row["first_ratio"] = _steps(updates[0], "ratio")
     scores = _scores(batch)
     return row | _pairs(batch) | ({"scores": scores} if scores else {})
 
@@ -139,11 +142,15 @@ def told_of_pairs(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _scores(batch: Round) -> dict[str, float]:
-    """Mean of each reward over the pictures it applies to."""
+    """Mean of each reward over the pictures it applies to; of several of an image the last, and the first apart."""
     values: dict[str, list[float]] = {}
     for one in batch.collected:
+        rows = len(one.item.prompts)
         for name, scores in (one.share().scores or {}).items():
-            values.setdefault(name, []).extend(score for score in scores if not math.isnan(score))
+            each = max(len(scores) // rows, 1)
+            parts = {name: scores[each - 1 :: each]} | ({f"{name}, first step": scores[::each]} if each > 1 else {})
+            for label, part in parts.items():
+                values.setdefault(label, []).extend(score for score in part if not math.isnan(score))
     if any(math.isinf(score) for scores in values.values() for score in scores):
         raise NotFiniteError(f"a reward of round {batch.number} is infinite")
     return {name: sum(scores) / len(scores) for name, scores in values.items() if scores}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opd_ray.errors import RewardError
-from opd_ray.types import WorkItem
+from opd_ray.types import Prompt, WorkItem
 
 __all__ = ["PromptStatistics", "combined", "preferences"]
 
@@ -72,7 +72,7 @@ class PromptStatistics:
 
     Args:
         length: how many of each prompt are remembered.
-        least: with fewer of them the round's own mean and deviation stand in.
+        least: with fewer of them mean and deviation of the round's own values of the task stand in.
         eps: added to the deviation.
     """
 
@@ -80,24 +80,34 @@ class PromptStatistics:
         self._length, self._least, self._eps = length, least, eps
         self._seen: dict[str, deque[list[float]]] = {}
 
-    def advantages(self, prompts: Sequence[str], values: Tensor) -> Tensor:
+    def advantages(self, prompts: Sequence[Prompt], values: Tensor) -> Tensor:
         """Remember a round's values, then compare each with those of its prompt.
 
+        In float64: the mean of equal float32 numbers is then exactly that number, and a tie no advantage.
+
         Args:
-            prompts: [N] names.
+            prompts: N of them.
             values: [N, T], a value a step, or [N, 1]; steps are compared among themselves.
 
         Returns:
             [N, T] float32: (value - mean) / (deviation + eps).
         """
-        for name, row in zip(prompts, values.tolist(), strict=True):
-            self._seen.setdefault(name, deque(maxlen=self._length)).append(row)
-        whole, found = _mean_and_deviation(values), list[Tensor]()
-        for name, row in zip(prompts, values, strict=True):
-            own = self._seen[name]
-            mean, deviation = _mean_and_deviation(torch.tensor([*own])) if len(own) >= self._least else whole
+        values = values.double()
+        if any(len(row) != values.shape[1] for rows in self._seen.values() for row in rows):
+            self._seen.clear()  # of a run with other steps
+        for prompt, row in zip(prompts, values.tolist(), strict=True):
+            self._seen.setdefault(prompt.id, deque(maxlen=self._length)).append(row)
+        of_task: dict[str, tuple[Tensor, Tensor]] = {}
+        for task in {prompt.task for prompt in prompts}:
+            rows = [number for number, prompt in enumerate(prompts) if prompt.task == task]
+            of_task[task] = _mean_and_deviation(values[rows])  # tasks have rewards of their own, on scales of their own
+        found = list[Tensor]()
+        for prompt, row in zip(prompts, values, strict=True):
+            own = self._seen[prompt.id]
+            known = len(own) >= self._least
+            mean, deviation = _mean_and_deviation(row.new_tensor([*own])) if known else of_task[prompt.task]
             found.append((row - mean) / (deviation + self._eps))
-        return torch.stack(found)
+        return torch.stack(found).float()
 
     def state_dict(self) -> dict[str, Any]:
         """What was remembered, as JSON values."""

@@ -38,8 +38,8 @@ class Ddpo(Stepwise):
     def observe(self, scores: Sequence[tuple[WorkItem, Mapping[str, Tensor]]]) -> None:
         """Whiten the round's rewards by the last ones of their prompts."""
         rewards = torch.cat([combined(item, found, self.settings.reward_weights) for item, found in scores])
-        names = [prompt.id for item, _ in scores for prompt in item.prompts]
-        whitened = self._statistics.advantages(names, rewards[:, None])
+        prompts = [prompt for item, _ in scores for prompt in item.prompts]
+        whitened = self._statistics.advantages(prompts, rewards[:, None])
         parts = whitened.split([len(item.prompts) for item, _ in scores])
         self._advantages = {item.position: part for (item, _), part in zip(scores, parts, strict=True)}
 
@@ -65,4 +65,4 @@ class Ddpo(Stepwise):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
-        self._statistics.load_state_dict(state["rewards"])
+        self._statistics.load_state_dict(state.get("rewards", {}))  # --force may come from another algorithm

@@ -8,12 +8,11 @@ and time for the better (w) and the worse (l) image of a pair:
     ipo   L = (beta h - 1/2)^2                     (arXiv 2310.12036 Eq. 17, times beta^2)
     sft   L = e_s^w                                the papers' baseline: fine-tuning on the better image alone
 
-beta holds T omega(lambda_t), as in the published code (5000 for errors of the noise; about 100 for velocities).
+beta holds T omega(lambda_t), as in the published code.
 """
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -25,6 +24,9 @@ from opd_ray.diffusion import over_samples
 __all__ = ["DiffusionDpo", "preference_loss"]
 
 
+BETAS = {"eps": 5000.0, "velocity": 100.0}
+
+
 class DiffusionDpo(NoisedPairs):
     """Makes the better image of a pair the likelier one, against the frozen start."""
 
@@ -34,16 +36,20 @@ class DiffusionDpo(NoisedPairs):
         if config.loss == "sft":
             self.velocities, self.worse = (), False  # one image, and nothing to compare it with
 
+    @property
+    def beta(self) -> float:
+        """As asked for, or the one that is vetted for the space of errors."""
+        return self.config.beta or BETAS.get(self.space, 100.0)
+
     def loss(self, forward: Forward, velocity: Mapping[str, Tensor]) -> Loss:
         """Of each pair, mean over the batch; a tie weighs nothing."""
         if self.config.loss == "sft":
-            t = over_samples(forward.t, forward.x)
-            weight = {"velocity": torch.ones_like(t), "eps": (1 - t).square(), "x0": t.square()}[self.settings.space]
+            weight = self.weight(over_samples(forward.t, forward.x))
             value = (weight * (velocity["student"] - forward.inputs["target"]).square()).mean()
             return Loss(value, {"error_better": value.detach()})
         found, decided = self.errors(forward, velocity), forward.inputs["decided"].chunk(2)[0]
         h = -0.5 * (found.gain_better - found.gain_worse)
-        value = (preference_loss(h, self.config.beta, ipo=self.config.loss == "ipo") * decided).mean()
+        value = (preference_loss(h, self.beta, ipo=self.config.loss == "ipo") * decided).mean()
         told = {
             "error_better": found.better,
             "error_worse": found.worse,

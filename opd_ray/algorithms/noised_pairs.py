@@ -60,6 +60,15 @@ class NoisedPairs(Algorithm):
         self.kernel, self.noise_level = config.kernel, config.noise_level
         self.task_weights = config.task_weights
 
+    @property
+    def space(self) -> str:
+        """As asked for, or the network's own: a table of training times is that of one that predicts noise."""
+        return self.settings.space or ("eps" if self.facts.times else "velocity")
+
+    def weight(self, t: Tensor) -> Tensor:
+        """What makes an error of the velocity one of that space; t is [B, 1, 1, 1]."""
+        return {"velocity": torch.ones_like(t), "eps": (1 - t).square(), "x0": t.square()}[self.space]
+
     def check(self, sigmas: Tensor) -> None:
         """Images to compare come in pairs, and captions can be dropped where there is an empty one."""
         settings, name = self.settings, self.settings.name  # type: ignore[attr-defined]  # of every subclass
@@ -70,6 +79,12 @@ class NoisedPairs(Algorithm):
             )
         if settings.pairs == "online" and settings.caption_dropout:
             raise ConfigError("algorithm.caption_dropout needs recorded pairs; set it to 0, or pairs: recorded")
+
+        if settings.space == "eps" and settings.times == "steps" and float(sigmas[0]) >= 1:
+            raise ConfigError(
+                f"algorithm {name}: errors of the noise vanish at t = 1, which is one of this model's steps; set "
+                "algorithm.space: velocity"
+            )
 
     def forwards(self, experience: Experience, update: int) -> Iterator[Forward]:
         """The student at the noised images of each draw: the better ones, then the worse ones."""
@@ -130,8 +145,7 @@ class NoisedPairs(Algorithm):
 
     def errors(self, forward: Forward, velocity: Mapping[str, Tensor]) -> Errors:
         """Of student and reference, in the space that the configuration names."""
-        t = over_samples(forward.t, forward.x)
-        weight = {"velocity": torch.ones_like(t), "eps": (1 - t).square(), "x0": t.square()}[self.settings.space]
+        weight = self.weight(over_samples(forward.t, forward.x))
         return errors(velocity["student"], velocity["reference"], forward.inputs["target"], weight)
 
 

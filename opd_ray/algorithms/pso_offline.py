@@ -35,8 +35,8 @@ class PsoOffline(NoisedPairs):
         """Of each pair, mean over the batch."""
         beta, gamma = self.config.beta, self.config.gamma
         if self.config.loss == "hinge":
-            t = over_samples(forward.t, forward.x)
-            error = ((1 - t).square() * (velocity["student"] - forward.inputs["target"]).square()).flatten(1).mean(1)
+            weight = self.weight(over_samples(forward.t, forward.x))
+            error = (weight * (velocity["student"] - forward.inputs["target"]).square()).flatten(1).mean(1)
             wanted, other = error.chunk(2)
             value = hinge(wanted, other, beta, gamma, self.config.keep).mean()
             return Loss(value, {"error_better": wanted.detach().mean(), "error_worse": other.detach().mean()})

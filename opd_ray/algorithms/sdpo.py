@@ -28,7 +28,7 @@ from opd_ray.algorithms.stepwise import Stepwise
 from opd_ray.config import SdpoConfig
 from opd_ray.diffusion import x0_from_velocity
 from opd_ray.errors import ConfigError
-from opd_ray.types import Experience, Trajectory, WorkItem
+from opd_ray.types import Experience, Prompt, Trajectory, WorkItem
 
 __all__ = ["Sdpo", "discounted", "interpolation", "reward_difference"]
 
@@ -73,13 +73,14 @@ class Sdpo(Stepwise):
 
     def observe(self, scores: Sequence[tuple[WorkItem, Mapping[str, Tensor]]]) -> None:
         """Interpolate, sum up and whiten the round's rewards."""
-        returns, names = list[Tensor](), list[str]()
+        returns, prompts = list[Tensor](), list[Prompt]()
         for item, found in scores:
             three = combined(item, {n: one for n, one in found.items() if n != SHARES}, self.settings.reward_weights)
-            shares = found[SHARES].reshape(len(item.prompts), -1, 3)
-            returns.append(discounted((shares * three[:, None]).sum(-1), self.config.gamma))
-            names += [prompt.id for prompt in item.prompts]
-        whitened = self._statistics.advantages(names, torch.cat(returns))
+            shares = found[SHARES].reshape(len(item.prompts), -1, 3).double()  # float32 shares add up to 1 but for 6e-8
+            rewards = (shares * three[:, None]).sum(-1) / shares.sum(-1)
+            returns.append(discounted(rewards, self.config.gamma))
+            prompts += item.prompts
+        whitened = self._statistics.advantages(prompts, torch.cat(returns))
         parts = whitened.split([len(item.prompts) for item, _ in scores])
         self._advantages = {item.position: part for (item, _), part in zip(scores, parts, strict=True)}
 
@@ -110,7 +111,7 @@ class Sdpo(Stepwise):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
-        self._statistics.load_state_dict(state["returns"])
+        self._statistics.load_state_dict(state.get("returns", {}))  # --force may come from another algorithm
 
 
 def clean_predictions(trajectory: Trajectory) -> Tensor:

@@ -43,7 +43,13 @@ class Stepwise(Algorithm):
 
     def trained_steps(self, num_steps: int) -> tuple[int, ...]:
         """The first int(fraction * N): the last one of most kernels is deterministic."""
-        return trained_steps(num_steps, self.settings.timestep_fraction)
+        try:
+            return trained_steps(num_steps, self.settings.timestep_fraction)
+        except ValueError:
+            raise ConfigError(
+                f"algorithm.timestep_fraction {self.settings.timestep_fraction} of {num_steps} steps leaves no step to "
+                "train on: the last one has no density. Raise sampling.steps"
+            ) from None
 
     def check(self, sigmas: Tensor) -> None:
         """Every trained step has a density, and images to compare come in pairs."""

@@ -80,10 +80,8 @@ def ask(
     from opd_ray.evaluation.implicit import implicit_accuracy
 
     family = model.load()
-    times = family.schedule.training_times()  # a table is that of a network that predicts noise
-    space: Any = "eps" if times else "velocity"
-    algorithm = DiffusionDpo(DpoConfig(name="diffusion_dpo", draws=asked.draws, space=space))
-    algorithm.facts = replace(algorithm.facts, seed=asked.seed, times=times)
+    algorithm = DiffusionDpo(DpoConfig(name="diffusion_dpo", draws=asked.draws))
+    algorithm.facts = replace(algorithm.facts, seed=asked.seed, times=family.schedule.training_times())
     return implicit_accuracy(family, "lora", algorithm, _items(family, chosen, index, asked, advance))
 
 

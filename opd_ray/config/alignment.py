@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from opd_ray.config.section import Frozen
 
@@ -31,7 +31,8 @@ class StepwiseConfig(Frozen):
     timestep_fraction: float = Field(0.99, gt=0, le=1)
     """The first int(fraction * steps) steps are trained on; the last one of most kernels has no density."""
     steps_per_update: int = Field(1, ge=1)
-    """Trained steps of each image in one optimizer step; the round has as many updates as that takes."""
+    """Trained steps of each image in one optimizer step; the round has as many updates as that takes. 1 is SDPO's;
+    DDPO's published runs take many steps of a part of the images in each of their few updates."""
     shuffle_steps: bool = True
     """Each image, or pair, goes through its steps in an order of its own."""
     reward_weights: dict[str, Positive] = {}
@@ -40,34 +41,39 @@ class StepwiseConfig(Frozen):
     """Relative weight of each task's loss; 1 where not given."""
 
 
-class DdpoConfig(StepwiseConfig):
+class WhitenedConfig(StepwiseConfig):
+    """What those have in common that compare a reward with the last ones of its prompt."""
+
+    advantage_clip: float = Field(5.0, gt=0)
+    """Largest advantage, in deviations."""
+    buffer: int = Field(32, ge=1)
+    """Last values of each prompt that its mean and deviation are taken of."""
+    buffer_least: int = Field(16, ge=1)
+    """With fewer of them the mean and deviation of the round's own values of the task stand in."""
+
+    @model_validator(mode="after")
+    def _can_be_reached(self) -> "WhitenedConfig":
+        if self.buffer_least > self.buffer:
+            raise ValueError(f"buffer_least {self.buffer_least} is more than buffer {self.buffer} ever holds; lower it")
+        return self
+
+
+class DdpoConfig(WhitenedConfig):
     """Denoising diffusion policy optimization with importance sampling (DDPO, arXiv 2305.13301)."""
 
     name: Literal["ddpo"]
     """`ddpo`."""
     clip_range: float = Field(1e-4, gt=0, lt=1)
     """Of the likelihood's ratio, which is a mean over C, H, W."""
-    advantage_clip: float = Field(5.0, gt=0)
-    """Largest advantage, in deviations."""
-    buffer: int = Field(32, ge=1)
-    """Last rewards of each prompt that its mean and deviation are taken of."""
-    buffer_least: int = Field(16, ge=1)
-    """With fewer of them the round's own mean and deviation stand in."""
 
 
-class SdpoConfig(StepwiseConfig):
+class SdpoConfig(WhitenedConfig):
     """Stepwise diffusion policy optimization (SDPO, arXiv 2411.11727): dense reward differences of pairs."""
 
     name: Literal["sdpo_stepwise"]
     """`sdpo_stepwise`."""
     clip_range: float = Field(1e-4, ge=0)
     """Of the log-likelihood's ratio, which is a mean over C, H, W; 0: none."""
-    advantage_clip: float = Field(5.0, gt=0)
-    """Largest advantage, in deviations."""
-    buffer: int = Field(32, ge=1)
-    """Last returns of each prompt and step that their mean and deviation are taken of."""
-    buffer_least: int = Field(16, ge=1)
-    """With fewer of them the round's own mean and deviation stand in."""
     gamma: float = Field(0.99, ge=0, le=1)
     """Discount of later steps' rewards in a step's return; 0: a step's reward alone."""
     step_decay: float = Field(0.99, gt=0, le=1)
@@ -98,8 +104,8 @@ class NoisedPairsConfig(Frozen):
 
     pairs: Literal["recorded", "online"] = "recorded"
     """`recorded`: of a data set. `online`: the best and the worst of each prompt's drawings, by the rewards."""
-    space: Literal["velocity", "eps", "x0"] = "velocity"
-    """What the errors are errors of: `velocity` (SD3: Flow-DPO), `eps` (U-Nets: Diffusion-DPO), or `x0`."""
+    space: Literal["velocity", "eps", "x0"] | None = None
+    """What the errors are errors of; `eps` (Diffusion-DPO) where null and the model is a U-Net, else `velocity`."""
     times: Literal["model", "steps", "uniform", "logit_normal"] = "model"
     """Where pairs are noised to. `model`: the network's own training times, logit-normal where these are continuous;
     `steps`: those of sampling.steps alone, for few-step models."""
@@ -124,8 +130,9 @@ class DpoConfig(NoisedPairsConfig):
     """`diffusion_dpo`."""
     loss: Literal["dpo", "ipo", "sft"] = "dpo"
     """`dpo`; `ipo`, which does not run away where preferences are certain; `sft`, which sees the better image alone."""
-    beta: float = Field(100.0, gt=0)
-    """How much a preference counts against staying with the frozen start: about 100 for velocities, 5000 for `eps`."""
+    beta: float | None = Field(None, gt=0)
+    """How much a preference counts against staying with the frozen start; 5000 for errors of the noise where null (the
+    published code's), else 100 (Flow-DPO's)."""
 
 
 class PsoOfflineConfig(NoisedPairsConfig):
@@ -135,8 +142,8 @@ class PsoOfflineConfig(NoisedPairsConfig):
     """`pso_offline`."""
     loss: Literal["pairwise", "hinge"] = "pairwise"
     """`pairwise` against the frozen start; `hinge` without it, for a concept from a handful of pictures."""
-    space: Literal["eps"] = "eps"
-    """Errors of the noise."""
+    space: Literal["eps", "velocity"] = "eps"
+    """Errors of the noise; `velocity` for models of velocity, whose steps begin where noise is all there is."""
     times: Literal["steps"] = "steps"
     """The model's few times alone: elsewhere it would be trained to blur."""
     pairs: Literal["recorded"] = "recorded"

@@ -113,6 +113,7 @@ class Config(Frozen):
             )
         if isinstance(self.algorithm, OpdConfig):
             self._check_opd(self.algorithm)
+        self._check_weights()
         for name in self.teachers:
             if (name in ROLES and not self._is_reference(name)) or not re.match(NAME, name):
                 raise ValueError(f"teacher name {name!r} is not free; roles are {', '.join(ROLES)}. Choose another")
@@ -137,10 +138,28 @@ class Config(Frozen):
             self.check_tasks(self._own_files())
         return self
 
+    def _check_weights(self) -> None:
+        """A misspelt name must not become a weight of 1."""
+        rewards: dict[str, float] = getattr(self.algorithm, "reward_weights", {})
+        for name in sorted(rewards.keys() - self.rewards.keys()):
+            known = ", ".join(self.rewards) or "none"
+            raise ValueError(f"algorithm.reward_weights.{name}: no such reward; known: {known}")
+        tasks: dict[str, float] = getattr(self.algorithm, "task_weights", {})
+        known_tasks = (*self.teacher_of_task, *self._own_files(), *((self.pairs.task,) if self.pairs else ()))
+        for task in sorted(tasks.keys() - set(known_tasks)) if known_tasks else ():
+            raise ValueError(
+                f"algorithm.task_weights.{task}: no such task; known: {', '.join(dict.fromkeys(known_tasks))}"
+            )
+
     def _is_reference(self, name: str) -> bool:
         """Whether a teacher stands for the frozen start; the only one there is, and drawn from as the student is."""
         if name != REFERENCE or not isinstance(self.algorithm, PsoConfig):
             return False
+        if self.batch.images_per_prompt > 2:
+            raise ValueError(
+                f"teachers.{name} marks every image, and of batch.images_per_prompt {self.batch.images_per_prompt} two "
+                "are trained on; set it to 2, or leave the reference to the learner"
+            )
         if len(self.teachers) > 1 or self.teachers[name].guidance != self.student.guidance:
             raise ValueError(
                 f"teachers.{name} stands for the frozen start of algorithm {self.algorithm.name}: it is the only "

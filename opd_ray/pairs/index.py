@@ -152,6 +152,12 @@ def opened(path: Path, columns: Sequence[str] = COLUMNS) -> Any:
     missing = [name for name in columns if name not in there]
     if missing:
         raise PromptError(f"has no column {', '.join(missing)}; it has {', '.join(there) or 'none'}")
+    for name in columns if file.metadata.num_rows else ():
+        kind = file.schema_arrow.field(name).type
+        if name.startswith("jpg") and not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+            raise PromptError(f"has column {name} of type {kind}, expected binary: the bytes of a picture's file")
+        if name.startswith("label") and not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+            raise PromptError(f"has column {name} of type {kind}, expected a number: 1, 0, or 0.5 for a tie")
     return file
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BadPicture", "decoded", "prepared"]
 
+LONGEST = 16
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 
@@ -37,6 +38,8 @@ def prepared(data: bytes | None, side: int) -> npt.NDArray[np.uint8]:
     picture = decoded(data)
     width, height = picture.size
     short = min(width, height)
+    if max(width, height) > LONGEST * short:  # it would be as long once the other side has its size
+        raise BadPicture(f"is {width} x {height}, longer than {LONGEST} times its other side")
     if short != side:
         width, height = (side if edge == short else max(side, int(side * edge / short)) for edge in (width, height))
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)

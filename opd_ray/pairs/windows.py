@@ -132,7 +132,7 @@ class _Group:
         cells = {name: self._rows[name][row].as_py() for name in COLUMNS}
         better = int(cells["label_1"] > cells["label_0"])
         pictures = {name: cells[name] for name in (f"jpg_{better}", f"jpg_{1 - better}")}
-        return Pair(where, cells["caption"].strip(), pictures)
+        return Pair(where, str(cells["caption"]).strip(), pictures)
 
     def _read(self) -> Any:
         """A table, or the lines."""
@@ -153,6 +153,6 @@ class _Group:
 
 def _content(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
-    except OSError:  # it is missing then, as where a cell of a Parquet file is empty
+        return path.read_bytes() if path.is_file() else None  # a pipe would be waited for
+    except (OSError, ValueError):  # it is missing then, as where a cell of a Parquet file is empty
         return None

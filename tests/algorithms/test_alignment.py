@@ -163,18 +163,44 @@ class TestPairs:
             combined(item(), {"x": scores["x"]}, {})
 
 
+def named(*names, task="a"):
+    return [Prompt(name, name, task) for name in names]
+
+
 class TestStatistics:
     def test_by_hand(self):
-        """Two rewards of a prompt, 1 and 3: mean 2, deviation 1. One of another: the round's mean 2, sqrt(2 / 3)."""
-        found = PromptStatistics(4, 2, eps=0.0).advantages(["p", "q", "p"], torch.tensor([[1.0], [2.0], [3.0]]))
+        """Two rewards of a prompt, 1 and 3: mean 2, deviation 1. One of another: the round's mean 2."""
+        found = PromptStatistics(4, 2, eps=0.0).advantages(named("p", "q", "p"), torch.tensor([[1.0], [2.0], [3.0]]))
         assert found.flatten().tolist() == pytest.approx([-1, 0, 1])
 
     def test_they_remember_across_rounds_and_checkpoints_and_forget_the_oldest(self):
         one = PromptStatistics(2, 2)
-        one.advantages(["p"], torch.tensor([[100.0, 1.0]]))
-        one.advantages(["p"], torch.tensor([[1.0, 1.0]]))
+        one.advantages(named("p"), torch.tensor([[100.0, 1.0]]))
+        one.advantages(named("p"), torch.tensor([[1.0, 1.0]]))
         other = PromptStatistics(2, 2)
         other.load_state_dict(one.state_dict())
-        found = [each.advantages(["p"], torch.tensor([[3.0, 1.0]])) for each in (one, other)]
+        found = [each.advantages(named("p"), torch.tensor([[3.0, 1.0]])) for each in (one, other)]
         assert torch.equal(*found)
         assert found[0].tolist() == [pytest.approx([1.0, 0.0], abs=1e-5)]  # of 1 and 3, and of 1 and 1
+
+    def test_a_prompt_that_is_not_known_is_compared_within_its_task(self):
+        """Two tasks whose rewards have nothing in common: 20 and 22, and 0.4 and 0.6."""
+        prompts = [*named("p", "q"), *named("r", "s", task="b")]
+        found = PromptStatistics(4, 2, eps=0.0).advantages(prompts, torch.tensor([[20.0], [22.0], [0.4], [0.6]]))
+        assert found.flatten().tolist() == pytest.approx([-1, 1, -1, 1])
+
+    @pytest.mark.parametrize("reward", [22.3, 0.1, 1.0])
+    def test_equal_rewards_are_no_advantage(self, reward):
+        """In float32 the mean of equal numbers may be off by the last bit, and the deviation is as small."""
+        prompts = named(*(f"p{n}" for n in range(23)))
+        assert PromptStatistics(4, 2).advantages(prompts, torch.full((23, 3), reward)).abs().max() == 0
+        algorithm = Sdpo(SdpoConfig(name="sdpo_stepwise"))
+        shares = interpolation(noise(range(4), (9, 2, 2, 2)))
+        work = WorkItem(0, "a", 0, 0, tuple(named("p", "p", "q", "q")), (0, 1, 0, 1), (0,))
+        algorithm.observe([(work, {"look": torch.full((4, 3), reward), "shares": shares.flatten(1)})])
+        assert algorithm._advantages[0].abs().max() < 1e-6
+
+    def test_values_of_a_run_with_other_steps_are_forgotten(self):
+        one = PromptStatistics(4, 1)
+        one.load_state_dict({"p": [[1.0, 2.0, 3.0]]})
+        assert one.advantages(named("p"), torch.tensor([[1.0, 2.0]])).shape == (1, 2)

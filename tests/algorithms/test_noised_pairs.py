@@ -164,3 +164,16 @@ class TestDraws:
         algorithm.facts = Facts(images_per_prompt=2 if "dropout" in message else 1)
         with pytest.raises(ConfigError, match=message):
             algorithm.check(torch.tensor([1.0, 0.0]))
+
+    def test_errors_of_the_noise_are_refused_where_a_step_is_all_noise(self):
+        """There (1 - t)^2 is 0, and nothing would be learned."""
+        algorithm = PsoOffline(PsoOfflineConfig(name="pso_offline"))
+        algorithm.check(torch.tensor([0.94, 0.5, 0.0]))
+        with pytest.raises(ConfigError, match=r"set algorithm\.space: velocity"):
+            algorithm.check(torch.tensor([1.0, 0.5, 0.0]))
+
+    def test_space_and_beta_are_the_networks_own_unless_given(self):
+        flow, table = dpo(), dpo()
+        table.facts = Facts(times=(0.1, 0.5, 0.9))
+        assert (flow.space, flow.beta, table.space, table.beta) == ("velocity", 100.0, "eps", 5000.0)
+        assert (dpo(beta=7.0).beta, dpo(space="x0").beta) == (7.0, 100.0)

@@ -20,3 +20,8 @@ def total(images, prompts):
 def greenness(images, prompts):
     """In steps of a tenth, so that compression makes no difference."""
     return (10 * images[:, 1].std(dim=(1, 2))).round() / 10
+
+
+def constant(images, prompts):
+    """A reward that likes everything as much."""
+    return torch.full((len(images),), 22.3)

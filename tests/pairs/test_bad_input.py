@@ -1,19 +1,23 @@
 """One line for each way in which files of pairs can be wrong."""
 
+import io
 import json
+import os
 import re
 from itertools import islice
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from opd_ray.config import PairsConfig
 from opd_ray.errors import PromptError
 from opd_ray.pairs.index import index_pairs
 from opd_ray.pairs.order import Order
 from opd_ray.pairs.pictures import BadPicture, prepared
-from opd_ray.pairs.windows import Reading
+from opd_ray.pairs.windows import Reading, _content
 from tests.pairs import files
 
 
@@ -53,7 +57,7 @@ def test_labels_that_are_no_numbers(tmp_path):
     table = files.table(2)
     table = table.set_column(2, "label_0", [["first", "second"]])
     pq.write_table(table, tmp_path / "a.parquet")
-    assert "row group 0 cannot be read as labels (numbers) and captions (text)" in refused(tmp_path / "a.parquet")
+    assert "has column label_0 of type string, expected a number" in refused(tmp_path / "a.parquet")
 
 
 def test_rows_of_a_jsonl_file(tmp_path):
@@ -145,3 +149,32 @@ def test_the_digest_names_which_rows_count(tmp_path):
     other = index_pairs(PairsConfig(files=str(files.parquet(tmp_path / "a.parquet", 5, ties={2}))))
     assert one.digest() == moved.digest() != other.digest()
     assert json.dumps(one.digest())
+
+
+def test_a_picture_that_is_a_line_is_no_picture():
+    """Brought to the model's size along its shorter side it would take all memory."""
+    file = io.BytesIO()
+    Image.new("RGB", (6000, 2)).save(file, "JPEG")
+    with pytest.raises(BadPicture, match="is 6000 x 2, longer than 16 times its other side"):
+        prepared(file.getvalue(), 16)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("jpg_0", [{"bytes": b"x", "path": None}], "has column jpg_0 of type struct.*expected binary"),
+        ("jpg_1", ["text"], "has column jpg_1 of type string, expected binary"),
+        ("label_0", ["1"], "has column label_0 of type string, expected a number"),
+    ],
+)
+def test_a_column_of_another_kind_is_named(tmp_path, column, values, message):
+    whole = files.table(1)
+    place = whole.column_names.index(column)
+    pq.write_table(whole.set_column(place, column, pa.array(values)), tmp_path / "a.parquet")
+    with pytest.raises(PromptError, match=message):
+        index_pairs(PairsConfig(files=str(tmp_path / "a.parquet")))
+
+
+def test_a_path_that_is_no_file_is_a_missing_picture(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert [_content(tmp_path / name) for name in ("pipe", "none", "a\0b", ".")] == [None] * 4

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from opd_ray.algorithms import make_algorithm
+from opd_ray.algorithms.ddpo import Ddpo
 from opd_ray.algorithms.sdpo import Sdpo
+from opd_ray.config import DdpoConfig, SdpoConfig
 from opd_ray.errors import ConfigError, Stopped
 from opd_ray.run import Run
 from opd_ray.storage import checkpoint
@@ -112,12 +114,64 @@ def test_a_learner_that_computes_otherwise_than_the_rollouts_stops_the_run(confi
             "compares pairs, and batch.images_per_prompt is 3",
         ),
         ("ddpo", {"rewards": {}}, "rewards is empty"),
-        ("ddpo", {"sampling": {"steps": 1}}, "trains no step"),
+        ("ddpo", {"sampling": {"steps": 1}}, "leaves no step to train on"),
     ],
 )
 def test_what_an_algorithm_cannot_train_on_is_refused(config, tmp_path, name, changes, message):
-    with pytest.raises((ConfigError, ValueError), match=message):
+    with pytest.raises(ConfigError, match=message):
         go(config(name, **changes), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("ddpo", {"algorithm": {"reward_weights": {"compoze": 5}}}, r"reward_weights.compoze: no such reward; known: "),
+        ("sdpo_stepwise", {"algorithm": {"buffer": 8}}, "buffer_least 16 is more than buffer 8 ever holds"),
+        (
+            "ddpo",
+            {"algorithm": {"task_weights": {"nope": 3}}, "prompts": {"train": {"a": "x.txt"}}},
+            "task_weights.nope: no such task; known: a",
+        ),
+    ],
+)
+def test_a_misspelt_weight_is_refused(config, name, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(name, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "algorithm", "rows"),
+    [
+        ("ddpo", {}, 8 * 3),  # images and trained steps, one forward each
+        ("sdpo_stepwise", {}, 8 * 3),
+        ("pso_pairwise", {}, 8 * 3 * 2),  # and the reference
+        ("diffusion_dpo", {"pairs": "online"}, 8 * 2 / 2),  # both images of a pair once, unguided; and the reference
+        ("diffusion_dpo", {"pairs": "online", "loss": "sft"}, 4 / 2),  # the better image alone
+    ],
+)
+def test_no_forward_is_wasted(config, tmp_path, name, algorithm, rows):
+    """Two tasks of four images, four steps of which three are trained on; a guided image is two rows."""
+    done = go(config(name, rounds=1, algorithm=algorithm), tmp_path / "run")
+    assert done.rows[0]["forwards"] == {"rollout": 8 * 4 * 2, "reward": 0, "learner": rows * 2}
+
+
+def test_rewards_that_are_all_equal_teach_nothing(config, reports, tmp_path):
+    for name in ("ddpo", "sdpo_stepwise", "pso_pairwise"):
+        settings = {"rewards": {"tests.commands.scoring:constant": {}}}
+        go(config(name, rounds=1, **settings), tmp_path / name)
+        assert max(report.grad_norm for report in reports[-1]) < 1e-6, name
+
+
+def test_going_on_with_another_algorithm_begins_its_statistics_anew():
+    Ddpo(DdpoConfig(name="ddpo")).load_state_dict({"returns": {"p": [[1.0]]}})
+    Sdpo(SdpoConfig(name="sdpo_stepwise")).load_state_dict({"rewards": {"p": [[1.0]]}})
+
+
+def test_a_reference_that_would_mark_what_nobody_trains_on_is_refused(config):
+    with pytest.raises(ValueError, match="two are trained on"):
+        teacher = {"reference": {"model": "x", "guidance": 2.0, "tasks": ["a", "b"]}}
+        batch = {"images_per_task": 4, "item_size": 4, "images_per_prompt": 4}
+        config("pso_pairwise", teachers=teacher, batch=batch)
 
 
 def test_noise_of_zero_has_no_density(config):
@@ -198,3 +252,5 @@ def test_two_ranks_see_the_same_statistics_and_agree_with_one(config, ray_sessio
     assert states[0].keys() == states[1].keys()
     for key, seen in states[0].items():
         assert seen.keys() == states[1][key].keys(), "every prompt of every rank"
+        for prompt, rows in seen.items():
+            assert rows == [pytest.approx(row, abs=1e-3) for row in states[1][key][prompt]]
