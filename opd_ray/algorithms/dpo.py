@@ -55,9 +55,10 @@ class DiffusionDpo(NoisedPairs):
             "error_worse": found.worse,
             "reference_better": found.reference_better,
             "reference_worse": found.reference_worse,
-            "implicit_accuracy": (h.detach() > 0).float(),
         }
-        return Loss(value, {name: one.mean() for name, one in told.items()})
+        preferred = (h.detach() > 0).float() + 0.5 * (h.detach() == 0).float()
+        right = (preferred * decided).sum() / decided.sum().clamp(min=1)
+        return Loss(value, {name: one.mean() for name, one in told.items()} | {"implicit_accuracy": right})
 
 
 def preference_loss(h: Tensor, beta: float, *, ipo: bool = False) -> Tensor:

@@ -106,11 +106,13 @@ class Config(Frozen):
                 f"{self.batch.item_size}; a prompt's images stay in one work item"
             )
         known_steps = self.model.distilled_steps
-        if known_steps is not None and self.sampling.steps not in known_steps:
-            raise ValueError(
-                f"sampling.steps {self.sampling.steps}: the model was distilled to "
-                f"{', '.join(map(str, known_steps)) or 'no'} steps (model.distilled_steps); take one of these"
-            )
+        for name, steps in (("sampling", self.sampling.steps), ("evaluation", self.evaluation.steps)):
+            used = name == "sampling" or name in self.model_fields_set
+            if known_steps is not None and used and steps not in known_steps:
+                raise ValueError(
+                    f"{name}.steps {steps}: the model was distilled to "
+                    f"{', '.join(map(str, known_steps)) or 'no'} steps (model.distilled_steps); take one of these"
+                )
         if isinstance(self.algorithm, OpdConfig):
             self._check_opd(self.algorithm)
         self._check_weights()
