@@ -107,7 +107,8 @@ class Config(Frozen):
             )
         known_steps = self.model.distilled_steps
         for name, steps in (("sampling", self.sampling.steps), ("evaluation", self.evaluation.steps)):
-            used = name == "sampling" or name in self.model_fields_set
+            held_out = self.prompts is not None and self.prompts.eval is not None
+            used = name == "sampling" or (held_out and self.evaluation.images_per_task > 0)
             if known_steps is not None and used and steps not in known_steps:
                 raise ValueError(
                     f"{name}.steps {steps}: the model was distilled to "
