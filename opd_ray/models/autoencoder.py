@@ -1,5 +1,6 @@
 """Pictures to latents and back, by diffusers' AutoencoderKL, for the families that have one."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -7,18 +8,40 @@ from torch import Tensor
 
 from opd_ray.config import ModelConfig
 from opd_ray.errors import ModelError
+from opd_ray.models.base import Family
 from opd_ray.models.checkpoint import read_config
 
 __all__ = ["KLAutoencoder", "vae_factor"]
 
 
-class KLAutoencoder:
-    """``decode`` and ``encode_images`` of a family."""
+class KLAutoencoder(Family):
+    """A family whose latents are those of an AutoencoderKL, and whose text encoders are a pipeline's of diffusers."""
 
-    model: ModelConfig
-    latent_shape: tuple[int, int, int]
-    _vae: Any
-    """In float32; None where it was not loaded."""
+    def __init__(
+        self,
+        model: ModelConfig,
+        network: Any,
+        *,
+        text: Any,
+        vae: Any,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """``vae`` is in float32; it and ``text`` are None where they were not loaded."""
+        size = self.latent_size(model, network.config)
+        shape = (network.config.in_channels, size, size)
+        super().__init__(model, network, latent_shape=shape, device=device, dtype=dtype)
+        self._text = text
+        self._vae = vae
+
+    @classmethod
+    @abstractmethod
+    def latent_size(cls, model: ModelConfig, network: Any) -> int:
+        """Height and width of the latents, from the configs of the run and of the network.
+
+        Raises:
+            ModelError: the asked for resolution is none of the network's.
+        """
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from opd_ray.config import ModelConfig
 from opd_ray.errors import ModelError
 from opd_ray.models.autoencoder import KLAutoencoder, vae_factor
-from opd_ray.models.base import Family, Shape, count_numbers
+from opd_ray.models.base import Shape, count_numbers
 from opd_ray.models.checkpoint import fetch_part, load_component, read_config, refusing
 from opd_ray.types import Conditioning
 
@@ -22,24 +22,27 @@ __all__ = ["SD3"]
 CLIP_TOKENS = 77
 
 
-class SD3(KLAutoencoder, Family):
+class SD3(KLAutoencoder):
     """StableDiffusion3Pipeline's checkpoints, with or without the T5 encoder."""
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        network: Any,
-        *,
-        text: Any,
-        vae: Any,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        size = _latent_size(model, network.config)
-        shape = (network.config.in_channels, size, size)
-        super().__init__(model, network, latent_shape=shape, device=device, dtype=dtype)
-        self._text = text
-        self._vae = vae
+    @classmethod
+    def latent_size(cls, model: ModelConfig, network: Any) -> int:
+        """See ``KLAutoencoder.latent_size``.
+
+        Raises:
+            ModelError: the asked for resolution does not divide into patches, or is larger than the position embedding.
+        """
+        if model.resolution is None:
+            return int(network.sample_size)
+        factor = vae_factor(model)
+        unit = factor * network.patch_size
+        largest = network.pos_embed_max_size * unit
+        if model.resolution % unit or model.resolution > largest:
+            raise ModelError(
+                f"model.resolution {model.resolution} does not fit {model.path!r}: expected a multiple of {unit} up to "
+                f"{largest}, for instance {min(max(round(model.resolution / unit), 1) * unit, largest)}"
+            )
+        return model.resolution // factor
 
     @classmethod
     def load(
@@ -74,7 +77,7 @@ class SD3(KLAutoencoder, Family):
             )
         with refusing(f"model {model.path!r}: its transformer"), torch.device("meta"):
             network: nn.Module = SD3Transformer2DModel.from_config(config)
-        _latent_size(model, network.config)
+        cls.latent_size(model, network.config)
         return network
 
     @classmethod
@@ -96,7 +99,7 @@ class SD3(KLAutoencoder, Family):
                     T5EncoderModel(T5Config(**config)) if t5 else CLIPTextModelWithProjection(CLIPTextConfig(**config))
                 )
         own: Any = network.config
-        size = _latent_size(model, own)
+        size = cls.latent_size(model, own)
         return Shape(
             parameters={
                 "denoiser": count_numbers(network),
@@ -162,25 +165,6 @@ class SD3(KLAutoencoder, Family):
             "prediction": "velocity",
             **cls.read_schedule(model).facts(),
         }
-
-
-def _latent_size(model: ModelConfig, network: Any) -> int:
-    """Height and width of the latents.
-
-    Raises:
-        ModelError: the asked for resolution does not divide into patches, or is larger than the position embedding.
-    """
-    if model.resolution is None:
-        return int(network.sample_size)
-    factor = vae_factor(model)
-    unit = factor * network.patch_size
-    largest = network.pos_embed_max_size * unit
-    if model.resolution % unit or model.resolution > largest:
-        raise ModelError(
-            f"model.resolution {model.resolution} does not fit {model.path!r}: expected a multiple of {unit} up to "
-            f"{largest}, for instance {min(max(round(model.resolution / unit), 1) * unit, largest)}"
-        )
-    return model.resolution // factor
 
 
 def _index(model: ModelConfig) -> dict[str, Any]:

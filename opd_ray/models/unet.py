@@ -7,6 +7,7 @@ Their networks know variance-preserving states; the change of coordinates to the
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,7 +17,7 @@ from opd_ray.config import ModelConfig
 from opd_ray.errors import ModelError
 from opd_ray.models.alphas import AlphaSchedule, read_alpha_schedule
 from opd_ray.models.autoencoder import KLAutoencoder, vae_factor
-from opd_ray.models.base import Family, Shape, count_numbers
+from opd_ray.models.base import Shape, count_numbers
 from opd_ray.models.checkpoint import fetch_part, load_component, read_config, refusing
 from opd_ray.types import Conditioning
 
@@ -32,7 +33,7 @@ OTHER_INPUTS = {
 }
 
 
-class UNet(KLAutoencoder, Family):
+class UNet(KLAutoencoder):
     """A UNet2DConditionModel that predicts noise (epsilon) or v, with CLIP text encoders."""
 
     denoiser_part: ClassVar[str] = "unet"
@@ -47,22 +48,34 @@ class UNet(KLAutoencoder, Family):
     """Of its text encoders."""
     schedule: AlphaSchedule
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        network: Any,
-        *,
-        text: Any,
-        vae: Any,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self._factor = vae_factor(model)
-        size = _latent_size(model, network.config, self._factor)
-        shape = (network.config.in_channels, size, size)
-        super().__init__(model, network, latent_shape=shape, device=device, dtype=dtype)
-        self._text = text
-        self._vae = vae
+    @cached_property
+    def _factor(self) -> int:
+        """Read once, not with every forward."""
+        return vae_factor(self.model)
+
+    @classmethod
+    def latent_size(cls, model: ModelConfig, network: Any) -> int:
+        """See ``KLAutoencoder.latent_size``.
+
+        Raises:
+            ModelError: the network says no size and none is asked for, or what is asked for cannot be halved at each
+                level.
+        """
+        factor = vae_factor(model)
+        unit = factor * 2 ** (len(network.block_out_channels) - 1)
+        own = network.sample_size
+        if model.resolution is None:
+            if not isinstance(own, int):
+                raise ModelError(
+                    f"model {model.path!r} has sample_size {own} in its unet's config; give model.resolution"
+                )
+            return own
+        if model.resolution % unit:
+            raise ModelError(
+                f"model.resolution {model.resolution} does not fit {model.path!r}: expected a multiple of {unit}, for "
+                f"instance {max(round(model.resolution / unit), 1) * unit}"
+            )
+        return model.resolution // factor
 
     @classmethod
     def load(
@@ -106,7 +119,7 @@ class UNet(KLAutoencoder, Family):
 
         network: Any = cls.skeleton(model)
         own, factor = network.config, vae_factor(model)
-        size, width = _latent_size(model, own, factor), own.block_out_channels[0]
+        size, width = cls.latent_size(model, own), own.block_out_channels[0]
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(read_config(model, "vae/config.json"))
             text = [
@@ -334,23 +347,3 @@ def _pooled_width(network: Any) -> int:
     if network.projection_class_embeddings_input_dim is None:
         return 0
     return int(network.projection_class_embeddings_input_dim) - NUM_TIME_IDS * int(network.addition_time_embed_dim)
-
-
-def _latent_size(model: ModelConfig, network: Any, factor: int) -> int:
-    """Height and width of the latents.
-
-    Raises:
-        ModelError: the network says no size and none is asked for, or what is asked for cannot be halved at each level.
-    """
-    unit = factor * 2 ** (len(network.block_out_channels) - 1)
-    own = network.sample_size
-    if model.resolution is None:
-        if not isinstance(own, int):
-            raise ModelError(f"model {model.path!r} has sample_size {own} in its unet's config; give model.resolution")
-        return own
-    if model.resolution % unit:
-        raise ModelError(
-            f"model.resolution {model.resolution} does not fit {model.path!r}: expected a multiple of {unit}, for "
-            f"instance {max(round(model.resolution / unit), 1) * unit}"
-        )
-    return model.resolution // factor
