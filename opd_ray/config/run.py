@@ -121,7 +121,7 @@ class Config(Frozen):
             if (name in ROLES and not self._is_reference(name)) or not re.match(NAME, name):
                 raise ValueError(f"teacher name {name!r} is not free; roles are {', '.join(ROLES)}. Choose another")
         self._check_placement()
-        tasks = self.teacher_of_task or self._own_files() or ((self.pairs.task,) if self.pairs else ())
+        tasks = self._tasks()
         items = len(tasks) * (self.batch.images_per_task // self.batch.item_size)
         if tasks and items < self.cluster.learner.ranks:
             raise ValueError("cluster.learner.ranks: a round has fewer work items than ranks; lower batch.item_size")
@@ -148,11 +148,9 @@ class Config(Frozen):
             known = ", ".join(self.rewards) or "none"
             raise ValueError(f"algorithm.reward_weights.{name}: no such reward; known: {known}")
         tasks: dict[str, float] = getattr(self.algorithm, "task_weights", {})
-        known_tasks = (*self.teacher_of_task, *self._own_files(), *((self.pairs.task,) if self.pairs else ()))
+        known_tasks = self._tasks()  # none where they are known once their file is read
         for task in sorted(tasks.keys() - set(known_tasks)) if known_tasks else ():
-            raise ValueError(
-                f"algorithm.task_weights.{task}: no such task; known: {', '.join(dict.fromkeys(known_tasks))}"
-            )
+            raise ValueError(f"algorithm.task_weights.{task}: no such task; known: {', '.join(known_tasks)}")
 
     def _is_reference(self, name: str) -> bool:
         """Whether a teacher stands for the frozen start; the only one there is, and drawn from as the student is."""
@@ -205,6 +203,10 @@ class Config(Frozen):
                 f"({', '.join(sorted(devices))}) have to be the same for all"
             )
 
+    def _tasks(self) -> tuple[str, ...]:
+        """As far as the configuration alone says."""
+        return tuple(self.teacher_of_task) or self._own_files() or ((self.pairs.task,) if self.pairs else ())
+
     def _own_files(self) -> tuple[str, ...]:
         """The tasks that have a prompt file of their own; the others are known once their file is read."""
         train = self.prompts.train if self.prompts else {}
@@ -225,9 +227,6 @@ class Config(Frozen):
             )
         if opd.objective == "kl" and opd.loss_target != "xt":
             raise ValueError(f"algorithm.loss_target {opd.loss_target} belongs to objective mean; kl compares xt")
-        known = ", ".join(self.teacher_of_task)
-        for task in sorted(opd.task_weights.keys() - self.teacher_of_task.keys()):
-            raise ValueError(f"algorithm.task_weights.{task}: no such task; known: {known}")
 
     @property
     def teacher_of_task(self) -> dict[str, str]:

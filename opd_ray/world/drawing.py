@@ -1,5 +1,7 @@
 """Pictures from a pipeline, as anyone with stock diffusers would draw them, and their scores."""
 
+from typing import Any
+
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from torch import Tensor
@@ -25,30 +27,18 @@ _SCORERS = {
 }
 
 
-@torch.no_grad()
 def draw(pipe: StableDiffusion3Pipeline, prompts: list[str], guidance: float, seed: int = 0) -> Tensor:
     """Draw one picture a prompt in STEPS Euler steps, [B, 3, 32, 32] in [0, 1]."""
-    generator = torch.Generator().manual_seed(seed)
-    images = []
-    for start in range(0, len(prompts), _BATCH):
-        images.append(
-            pipe(
-                prompts[start : start + _BATCH],
-                height=SIZE,
-                width=SIZE,
-                num_inference_steps=STEPS,
-                guidance_scale=guidance,
-                max_sequence_length=MAX_TOKENS,
-                generator=generator,
-                output_type="pt",
-            ).images
-        )
-    return torch.cat(images).float()
+    return _drawn(pipe, prompts, STEPS, guidance, seed, max_sequence_length=MAX_TOKENS)
+
+
+def draw_few(pipe: StableDiffusionPipeline, prompts: list[str], steps: int, guidance: float, seed: int = 0) -> Tensor:
+    """Draw one picture a prompt with the U-Net's own scheduler, [B, 3, 32, 32] in [0, 1]."""
+    return _drawn(pipe, prompts, steps, guidance, seed)
 
 
 @torch.no_grad()
-def draw_few(pipe: StableDiffusionPipeline, prompts: list[str], steps: int, guidance: float, seed: int = 0) -> Tensor:
-    """Draw one picture a prompt with the U-Net's own scheduler, [B, 3, 32, 32] in [0, 1]."""
+def _drawn(pipe: Any, prompts: list[str], steps: int, guidance: float, seed: int, **more: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     images = []
     for start in range(0, len(prompts), _BATCH):
@@ -61,6 +51,7 @@ def draw_few(pipe: StableDiffusionPipeline, prompts: list[str], steps: int, guid
                 guidance_scale=guidance,
                 generator=generator,
                 output_type="pt",
+                **more,
             ).images
         )
     return torch.cat(images).float()

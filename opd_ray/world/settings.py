@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, replace
 
 from opd_ray.world.dataset import Recipe
 from opd_ray.world.training import Fit
-from opd_ray.world.unet import UnetFit
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ def _specialists() -> dict[str, Specialist]:
 
 
 _UNET_RECIPE = replace(BASE_RECIPE, styles=(0.8, 0.1, 0.1), captions=2)
-_UNET_FIT = UnetFit(steps=3000, batch=96, matrix_rate=0.015, other_rate=2e-3, dropout=0.12)
-_FEW_FIT = UnetFit(steps=2000, batch=96, matrix_rate=0.01, other_rate=1e-3)
+_UNET_FIT = Fit(steps=3000, batch=96, matrix_rate=0.015, other_rate=2e-3, dropout=0.12)
+_FEW_FIT = Fit(steps=2000, batch=96, matrix_rate=0.01, other_rate=1e-3, dropout=0.0)
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,10 @@ class Settings:
     lora_rank: int = 32
     unet_recipe: Recipe = _UNET_RECIPE
     unet_pictures: int = 20_000
-    unet_fit: UnetFit = _UNET_FIT
+    unet_fit: Fit = _UNET_FIT
     unet_guidance: float = 2.0
     few_paths: int = 8192
-    few_fit: UnetFit = _FEW_FIT
+    few_fit: Fit = _FEW_FIT
     specialists: dict[str, Specialist] = field(default_factory=_specialists)
     guidance: float = STUDENT_GUIDANCE
     sweep: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 3.0)

@@ -28,9 +28,8 @@ from opd_ray.world.autoencoder import LATENT_CHANNELS, new_autoencoder
 from opd_ray.world.dataset import Dataset
 from opd_ray.world.network import LATENT_SIZE, TRAIN_TIMESTEPS
 from opd_ray.world.optimizer import Optimizer
+from opd_ray.world.training import Fit, Tick
 from opd_ray.world.vocabulary import MAX_TOKENS, clip_tokenizer
-
-Tick = Callable[[int, dict[str, float]], None]
 
 WIDTH, TEXT_WIDTH, HEADS = 80, 80, 4
 FEW = (999, 749, 499, 249)
@@ -49,17 +48,6 @@ _SCHEDULE = {
     "prediction_type": "epsilon",
 }
 """Stable Diffusion's own."""
-
-
-@dataclass(frozen=True)
-class UnetFit:
-    """How long and how hard to train."""
-
-    steps: int
-    batch: int
-    matrix_rate: float
-    other_rate: float
-    dropout: float = 0.0
 
 
 def centred(vae: AutoencoderKL) -> AutoencoderKL:
@@ -152,7 +140,7 @@ def tokens(pipe: StableDiffusionPipeline, captions: list[str]) -> Tensor:
     return ids
 
 
-def train_unet(pipe: StableDiffusionPipeline, data: Dataset, fit: UnetFit, seed: int, tick: Tick) -> None:
+def train_unet(pipe: StableDiffusionPipeline, data: Dataset, fit: Fit, seed: int, tick: Tick) -> None:
     """Train U-Net and text encoder together, in place, to predict the noise."""
     torch.manual_seed(seed)
     alphas = pipe.scheduler.alphas_cumprod
@@ -219,7 +207,7 @@ def teacher_ends(
     return Ends(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def train_few(pipe: StableDiffusionPipeline, ends: Ends, fit: UnetFit, seed: int, tick: Tick) -> None:
+def train_few(pipe: StableDiffusionPipeline, ends: Ends, fit: Fit, seed: int, tick: Tick) -> None:
     """Train the U-Net, in place, to see where a path ends; the text encoder stays the teacher's."""
     torch.manual_seed(seed)
     alphas = pipe.scheduler.alphas_cumprod

@@ -35,13 +35,14 @@ def _t5_tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=32)
 
 
-def _clip(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+def clip_encoder(tokenizer: CLIPTokenizer, kind: Any, width: int, layers: int) -> Any:
+    """A random text encoder of this class of transformers."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=CLIP_WIDTH,
+        hidden_size=width,
         intermediate_size=32,
-        projection_dim=CLIP_WIDTH,
-        num_hidden_layers=2,
+        projection_dim=width,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=77,
         bos_token_id=tokenizer.bos_token_id,
@@ -49,7 +50,7 @@ def _clip(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
         pad_token_id=tokenizer.pad_token_id,
         attention_dropout=0.5,  # an encoder that is not in eval mode shows
     )
-    return CLIPTextModelWithProjection(config)
+    return kind(config)
 
 
 def _t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
@@ -122,8 +123,8 @@ def make_tiny_sd3(
         parts: dict[str, Any] = {
             "transformer": _transformer(width, largest),
             "vae": _vae(blocks),
-            "text_encoder": _clip(clip),
-            "text_encoder_2": _clip(clip),
+            "text_encoder": clip_encoder(clip, CLIPTextModelWithProjection, CLIP_WIDTH, 2),
+            "text_encoder_2": clip_encoder(clip, CLIPTextModelWithProjection, CLIP_WIDTH, 2),
             "text_encoder_3": _t5(second) if t5 else None,
         }
     pipeline = StableDiffusion3Pipeline(

@@ -13,9 +13,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from tests.models.tiny_sd3 import clip_tokenizer
+from tests.models.tiny_sd3 import clip_encoder, clip_tokenizer
 
 WIDTH, SECOND, TIME = 16, 24, 8
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -31,23 +31,6 @@ def sd_scheduler(**changes: Any) -> DDIMScheduler:
 def turbo_scheduler(**changes: Any) -> EulerAncestralDiscreteScheduler:
     """SDXL-Turbo's."""
     return EulerAncestralDiscreteScheduler(**{**BETAS, "timestep_spacing": "trailing", "steps_offset": 1, **changes})
-
-
-def _text(tokenizer: CLIPTokenizer, kind: Any, width: int) -> Any:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=32,
-        projection_dim=width,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=77,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        attention_dropout=0.5,  # an encoder that is not in eval mode shows
-    )
-    return kind(config)
 
 
 def _unet(text_width: int, sample: int, **more: Any) -> UNet2DConditionModel:
@@ -86,7 +69,7 @@ def make_tiny_sd(folder: Path, *, seed: int = 0, scheduler: SchedulerMixin | Non
         parts = {
             "unet": _unet(WIDTH, 8, **unet),
             "vae": _vae(),
-            "text_encoder": _text(tokenizer, CLIPTextModel, WIDTH),
+            "text_encoder": clip_encoder(tokenizer, CLIPTextModel, WIDTH, 3),
             "tokenizer": tokenizer,
         }
     pipeline = StableDiffusionPipeline(
@@ -116,8 +99,8 @@ def make_tiny_sdxl(folder: Path, *, seed: int = 0, scheduler: SchedulerMixin | N
         parts = {
             "unet": unet,
             "vae": _vae(),
-            "text_encoder": _text(tokenizer, CLIPTextModel, WIDTH),
-            "text_encoder_2": _text(tokenizer, CLIPTextModelWithProjection, SECOND),
+            "text_encoder": clip_encoder(tokenizer, CLIPTextModel, WIDTH, 3),
+            "text_encoder_2": clip_encoder(tokenizer, CLIPTextModelWithProjection, SECOND, 3),
             "tokenizer": tokenizer,
             "tokenizer_2": tokenizer,
         }
