@@ -93,7 +93,8 @@ class PromptStatistics:
             [N, T] float32: (value - mean) / (deviation + eps).
         """
         values = values.double()
-        if any(len(row) != values.shape[1] for rows in self._seen.values() for row in rows):
+        some = next(iter(self._seen.values()), None)  # all are as long
+        if some and len(some[0]) != values.shape[1]:
             self._seen.clear()  # of a run with other steps
         for prompt, row in zip(prompts, values.tolist(), strict=True):
             self._seen.setdefault(prompt.id, deque(maxlen=self._length)).append(row)

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from opd_ray.diffusion import choose_steps
+from opd_ray.diffusion import KERNELS, Step, choose_steps
+from opd_ray.errors import ConfigError
 from opd_ray.seeds import fold
 from opd_ray.types import Conditioning, Experience, Trajectory, WorkItem
 
@@ -105,6 +107,19 @@ class Algorithm(ABC):
     def trained_steps(self, num_steps: int) -> tuple[int, ...]:
         """The steps that may be trained on, ascending."""
         return tuple(range(num_steps))
+
+    def transitions(self, sigmas: Tensor) -> Iterator[tuple[int, Step]]:
+        """Each step that may be trained on, as the kernel makes it at a single number.
+
+        Raises:
+            ConfigError: the kernel does not take the noise level.
+        """
+        point = torch.zeros(1, 1, 1, 1)
+        for j in self.trained_steps(len(sigmas) - 1):
+            try:
+                yield j, KERNELS[self.kernel](point, point, float(sigmas[j]), float(sigmas[j + 1]), self.noise_level)
+            except ValueError as error:
+                raise ConfigError(f"algorithm.noise_level with kernel {self.kernel}: {error}") from None
 
     def steps(self, num_steps: int, seed: int, *names: int | str) -> tuple[int, ...]:
         """The steps that the work item called ``names`` trains on."""

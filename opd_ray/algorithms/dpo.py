@@ -23,8 +23,8 @@ from opd_ray.diffusion import over_samples
 
 __all__ = ["DiffusionDpo", "preference_loss"]
 
-
 BETAS = {"eps": 5000.0, "velocity": 100.0}
+"""Vetted, by the space of errors."""
 
 
 class DiffusionDpo(NoisedPairs):

@@ -21,6 +21,10 @@ from opd_ray.types import Conditioning, Experience
 __all__ = ["Errors", "NoisedPairs", "errors"]
 
 
+END = 1e-3
+"""Nearer to a picture there is nothing to predict."""
+
+
 class Pairs(NamedTuple):
     """Clean latents [P, C, H, W] of the better and the worse images, and their prompts' conditioning."""
 
@@ -79,7 +83,6 @@ class NoisedPairs(Algorithm):
             )
         if settings.pairs == "online" and settings.caption_dropout:
             raise ConfigError("algorithm.caption_dropout needs recorded pairs; set it to 0, or pairs: recorded")
-
         if settings.space == "eps" and settings.times == "steps" and float(sigmas[0]) >= 1:
             raise ConfigError(
                 f"algorithm {name}: errors of the noise vanish at t = 1, which is one of this model's steps; set "
@@ -147,10 +150,6 @@ class NoisedPairs(Algorithm):
         """Of student and reference, in the space that the configuration names."""
         weight = self.weight(over_samples(forward.t, forward.x))
         return errors(velocity["student"], velocity["reference"], forward.inputs["target"], weight)
-
-
-END = 1e-3
-"""Nearer to a picture there is nothing to predict."""
 
 
 def errors(student: Tensor, reference: Tensor, target: Tensor, weight: Tensor) -> Errors:

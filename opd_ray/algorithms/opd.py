@@ -13,7 +13,6 @@ gradient, and the teacher's mean is a constant.
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from opd_ray.algorithms.base import Algorithm, Forward, Loss
@@ -45,12 +44,7 @@ class Opd(Algorithm):
 
     def check(self, sigmas: Tensor) -> None:
         """The kernel takes the noise level, and objective `kl` finds a positive std at every trained step."""
-        point = torch.zeros(1, 1, 1, 1)
-        for j in self.trained_steps(len(sigmas) - 1):
-            try:
-                step = KERNELS[self.kernel](point, point, float(sigmas[j]), float(sigmas[j + 1]), self.noise_level)
-            except ValueError as error:
-                raise ConfigError(f"algorithm.noise_level with kernel {self.kernel}: {error}") from None
+        for j, step in self.transitions(sigmas):
             if self.config.objective == "kl" and not bool((step.std > 0).all()):
                 raise ConfigError(
                     f"algorithm.objective kl divides by the variance of kernel {self.kernel}, which is 0 at trained "

@@ -16,19 +16,19 @@ Steps are trained on in an order of their own for each pair (step-shuffled updat
 
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from opd_ray.algorithms.advantages import PromptStatistics, combined
+from opd_ray.algorithms.advantages import combined
 from opd_ray.algorithms.base import Forward, Loss
-from opd_ray.algorithms.stepwise import Stepwise
+from opd_ray.algorithms.stepwise import Whitened
 from opd_ray.config import SdpoConfig
 from opd_ray.diffusion import x0_from_velocity
 from opd_ray.errors import ConfigError
-from opd_ray.types import Experience, Prompt, Trajectory, WorkItem
+from opd_ray.types import Trajectory, WorkItem
 
 __all__ = ["Sdpo", "discounted", "interpolation", "reward_difference"]
 
@@ -38,10 +38,10 @@ LEAST_SIMILARITY = 1e-3
 """Cosines may be negative, and their sum then zero."""
 
 
-class Sdpo(Stepwise):
+class Sdpo(Whitened):
     """Learns few-step quality from many-step drawings."""
 
-    needs_velocities: ClassVar[bool] = True
+    remembered = "returns"
     paired: ClassVar[bool] = True
     shared_noise = True
     pictures = 3
@@ -49,8 +49,6 @@ class Sdpo(Stepwise):
     def __init__(self, config: SdpoConfig) -> None:
         super().__init__(config)
         self.config = config
-        self._statistics = PromptStatistics(config.buffer, config.buffer_least)
-        self._advantages: dict[int, Tensor] = {}
 
     def check(self, sigmas: Tensor) -> None:
         """As ``Stepwise``, and images come in pairs."""
@@ -73,45 +71,26 @@ class Sdpo(Stepwise):
 
     def observe(self, scores: Sequence[tuple[WorkItem, Mapping[str, Tensor]]]) -> None:
         """Interpolate, sum up and whiten the round's rewards."""
-        returns, prompts = list[Tensor](), list[Prompt]()
+        returns = list[tuple[WorkItem, Tensor]]()
         for item, found in scores:
             three = combined(item, {n: one for n, one in found.items() if n != SHARES}, self.settings.reward_weights)
             shares = found[SHARES].reshape(len(item.prompts), -1, 3).double()  # float32 shares add up to 1 but for 6e-8
             rewards = (shares * three[:, None]).sum(-1) / shares.sum(-1)
-            returns.append(discounted(rewards, self.config.gamma))
-            prompts += item.prompts
-        whitened = self._statistics.advantages(prompts, torch.cat(returns))
-        parts = whitened.split([len(item.prompts) for item, _ in scores])
-        self._advantages = {item.position: part for (item, _), part in zip(scores, parts, strict=True)}
-
-    def inputs(self, experience: Experience) -> Mapping[str, Tensor]:
-        """What the drawing's policy would have done, and each step's advantage."""
-        path = experience.trajectory
-        assert path is not None and path.velocities is not None
-        advantage = self._advantages[experience.item.position].to(path.latents.device)
-        return {"drawn": path.velocities, "advantage": advantage}
+            returns.append((item, discounted(rewards, self.config.gamma)))
+        self.whiten(returns)
 
     def loss(self, forward: Forward, velocity: Mapping[str, Tensor]) -> Loss:
         """The regression of reward differences at one step of each pair, mean over the pairs."""
         ratio = self.log_ratio(forward, velocity["student"], forward.inputs["drawn"])
         drift = self.require_same_policy(forward, ratio, self.config.clip_range)
-        limit = self.config.advantage_clip
         value = reward_difference(
             ratio,
-            forward.inputs["advantage"].clamp(-limit, limit),
+            forward.inputs["advantage"],
             self.config.step_decay ** forward.inputs["step"][::2] / self.config.log_scale,
             self.config.clip_range,
         ).mean()
         clipped = (ratio.detach().abs() > self.config.clip_range).float().mean()
         return Loss(value, {"ratio": drift, "clipped": clipped})
-
-    def state_dict(self) -> dict[str, Any]:
-        """The last returns of each prompt and step."""
-        return {"returns": self._statistics.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` gave."""
-        self._statistics.load_state_dict(state.get("returns", {}))  # --force may come from another algorithm
 
 
 def clean_predictions(trajectory: Trajectory) -> Tensor:

@@ -4,20 +4,21 @@ A round's drawings are gone through step by step: update number u trains on each
 shuffled for each image (for each pair where images are compared).
 """
 
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from opd_ray.algorithms.advantages import PromptStatistics
 from opd_ray.algorithms.base import Algorithm, Forward
-from opd_ray.config import StepwiseConfig
+from opd_ray.config import StepwiseConfig, WhitenedConfig
 from opd_ray.diffusion import KERNELS, log_ratio, trained_steps
 from opd_ray.errors import ConfigError, Stopped
 from opd_ray.seeds import generator
-from opd_ray.types import Experience, WorkItem
+from opd_ray.types import Experience, Prompt, WorkItem
 
-__all__ = ["Stepwise"]
+__all__ = ["Stepwise", "Whitened"]
 
 DRIFT = 0.1
 """Of the clip range: so much may rollout and learner differ before anything was learned."""
@@ -53,17 +54,13 @@ class Stepwise(Algorithm):
 
     def check(self, sigmas: Tensor) -> None:
         """Every trained step has a density, and images to compare come in pairs."""
-        point, name = torch.zeros(1, 1, 1, 1), self.settings.name  # type: ignore[attr-defined]  # of every subclass
+        name = self.settings.name  # type: ignore[attr-defined]  # of every subclass
         if self.paired and self.facts.images_per_prompt < 2:
             raise ConfigError(
                 f"algorithm {name} compares images of one prompt, and batch.images_per_prompt is "
                 f"{self.facts.images_per_prompt}; set it to 2 or more"
             )
-        for j in self.trained_steps(len(sigmas) - 1):
-            try:
-                step = KERNELS[self.kernel](point, point, float(sigmas[j]), float(sigmas[j + 1]), self.noise_level)
-            except ValueError as error:
-                raise ConfigError(f"algorithm.noise_level with kernel {self.kernel}: {error}") from None
+        for j, step in self.transitions(sigmas):
             if not bool((step.std > 0).all()):
                 raise ConfigError(
                     f"algorithm {name} needs the density of every trained step, and kernel {self.kernel} has no noise "
@@ -137,3 +134,39 @@ class Stepwise(Algorithm):
                 "compute differently. Give both the same precision, device and attention kernels, or raise clip_range"
             )
         return largest
+
+
+class Whitened(Stepwise):
+    """Compares with the policy that drew, and weighs by rewards that are whitened by the last ones of their prompt."""
+
+    needs_velocities: ClassVar[bool] = True
+    remembered: ClassVar[str]
+    """What the last values of each prompt are called in a checkpoint."""
+
+    def __init__(self, config: WhitenedConfig) -> None:
+        super().__init__(config)
+        self._limit = config.advantage_clip
+        self._statistics = PromptStatistics(config.buffer, config.buffer_least)
+        self._advantages: dict[int, Tensor] = {}
+
+    def whiten(self, values: Sequence[tuple[WorkItem, Tensor]]) -> None:
+        """Remember a round's values, each [B, N] by step or [B, 1], and take their advantages."""
+        prompts: list[Prompt] = [prompt for item, _ in values for prompt in item.prompts]
+        whitened = self._statistics.advantages(prompts, torch.cat([one for _, one in values]))
+        parts = whitened.split([len(item.prompts) for item, _ in values])
+        self._advantages = {item.position: part for (item, _), part in zip(values, parts, strict=True)}
+
+    def inputs(self, experience: Experience) -> Mapping[str, Tensor]:
+        """What the drawing's policy would have done, and the advantage at every step."""
+        path = experience.trajectory
+        assert path is not None and path.velocities is not None
+        advantage = self._advantages[experience.item.position].to(path.latents.device).clamp(-self._limit, self._limit)
+        return {"drawn": path.velocities, "advantage": advantage.expand(-1, len(path.sigmas) - 1)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last values of each prompt."""
+        return {self.remembered: self._statistics.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave; nothing of another algorithm, from which --force may come."""
+        self._statistics.load_state_dict(state.get(self.remembered, {}))

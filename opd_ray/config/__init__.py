@@ -12,6 +12,7 @@ from opd_ray.config.alignment import (
     PsoOfflineConfig,
     SdpoConfig,
     StepwiseConfig,
+    WhitenedConfig,
 )
 from opd_ray.config.cluster import Autoscale, ClusterConfig, LearnerPlacement, Placement, RolePlacement
 from opd_ray.config.method import (
@@ -69,5 +70,6 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "WandbConfig",
+    "WhitenedConfig",
     "parse",
 ]

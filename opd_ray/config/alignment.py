@@ -14,6 +14,7 @@ __all__ = [
     "PsoOfflineConfig",
     "SdpoConfig",
     "StepwiseConfig",
+    "WhitenedConfig",
 ]
 
 Kernel = Literal["flow", "dance", "cps", "ddim"]
