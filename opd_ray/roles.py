@@ -77,7 +77,7 @@ def rollout(config: Config, algorithm: Algorithm, bases: Bases) -> Made:
         probe_tolerance=_probe_tolerance(config),
         negatives=any(guidance != 1 for guidance in guidances),
         velocities=algorithm.needs_velocities,
-        shared_noise=algorithm.shared_noise,
+        shared_noise=config.batch.images_per_prompt if algorithm.shared_noise else 1,
     )
     sigmas = tuple(sigmas_of(config.model, config.sampling.steps).tolist())
     return partial(RolloutHost, partial(make_rollout, config, policy, sigmas, bases))

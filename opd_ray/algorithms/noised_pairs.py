@@ -3,6 +3,7 @@
 Both images of a pair get the same noise at the same time: what the predictions' errors then differ by is the images.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -79,7 +80,6 @@ class NoisedPairs(Algorithm):
             )
         if settings.pairs == "online" and settings.caption_dropout:
             raise ConfigError("algorithm.caption_dropout needs recorded pairs; set it to 0, or pairs: recorded")
-
         if settings.space == "eps" and settings.times == "steps" and float(sigmas[0]) >= 1:
             raise ConfigError(
                 f"algorithm {name}: errors of the noise vanish at t = 1, which is one of this model's steps; set "
@@ -124,7 +124,9 @@ class NoisedPairs(Algorithm):
         found = preferences(
             experience.item, scores, self.settings.reward_weights, self.facts.images_per_prompt, pareto=False
         ).to(path.latents.device)
-        images, best = path.state(path.last), found[:, 0]
+        # A path that ends above 0 ends in a little noise, at the size of that time; recorded images are whole.
+        end, best = float(path.sigmas[-1]), found[:, 0]
+        images = path.state(path.last) / math.hypot(1 - end, end)
         cond = {name: tensor[best] for name, tensor in path.cond.items()}
         return Pairs(images[best], images[found[:, 1]], cond, path.uncond, found[:, 2].float())
 
@@ -147,6 +149,11 @@ class NoisedPairs(Algorithm):
         """Of student and reference, in the space that the configuration names."""
         weight = self.weight(over_samples(forward.t, forward.x))
         return errors(velocity["student"], velocity["reference"], forward.inputs["target"], weight)
+
+    def error(self, forward: Forward, velocity: Tensor) -> Tensor:
+        """Of one policy, at each image of a forward."""
+        squared = (velocity - forward.inputs["target"]).square()
+        return (self.weight(over_samples(forward.t, forward.x)) * squared).flatten(1).mean(1)
 
 
 END = 1e-3
