@@ -190,6 +190,10 @@ def make_learner(config: Config, rank: int, bases: Bases | None = None) -> Learn
     # Weights that are trained are not rounded to what they compute in.
     family = (bases or Bases()).load(config.model, device, torch.float32 if config.student.lora is None else dtype)
     family.dtype = dtype
+    if config.student.lora is None:  # buffers are not published: here they are what they are where it draws
+        drawn = dtype_of(config.precision.rollout, config.cluster.rollout.device)
+        for buffer in filter(torch.is_floating_point, family.network.buffers()):
+            buffer.copy_(buffer.to(drawn))
     training = Training(
         lora=config.student.lora,
         guidance=config.student.guidance,
