@@ -106,11 +106,14 @@ class Config(Frozen):
                 f"{self.batch.item_size}; a prompt's images stay in one work item"
             )
         known_steps = self.model.distilled_steps
-        if known_steps is not None and self.sampling.steps not in known_steps:
-            raise ValueError(
-                f"sampling.steps {self.sampling.steps}: the model was distilled to "
-                f"{', '.join(map(str, known_steps)) or 'no'} steps (model.distilled_steps); take one of these"
-            )
+        evaluated = self.prompts is not None and self.prompts.eval and self.evaluation.images_per_task
+        scored = self.evaluation.steps if evaluated else ()
+        for key, steps in (("sampling.steps", self.sampling.steps), *(("evaluation.steps", n) for n in scored)):
+            if known_steps is not None and steps not in known_steps:
+                raise ValueError(
+                    f"{key} {steps}: the model was distilled to "
+                    f"{', '.join(map(str, known_steps)) or 'no'} steps (model.distilled_steps); take one of these"
+                )
         if isinstance(self.algorithm, OpdConfig):
             self._check_opd(self.algorithm)
         self._check_weights()

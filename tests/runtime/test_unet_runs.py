@@ -131,6 +131,12 @@ def test_a_step_count_that_the_model_does_not_know_is_refused(unet_config):
     assert unet_config(**known).sampling.steps == 4
     with pytest.raises(ValueError, match=r"sampling.steps 3: the model was distilled to 1, 2, 4 steps"):
         unet_config(**known, sampling={"steps": 3})
+    prompts = {"train": {"a": "a.txt", "b": "b.txt"}, "eval": {"a": "a.txt"}}
+    unet_config(**known, prompts=prompts, evaluation={"images_per_task": 0})
+    with pytest.raises(ValueError, match=r"evaluation.steps 40: the model was distilled to 1, 2, 4 steps"):
+        unet_config(**known, prompts=prompts)
+    with pytest.raises(ValueError, match=r"evaluation.steps 8: the model"):
+        unet_config(**known, prompts=prompts, evaluation={"steps": [4, 1, 8]})
 
 
 def test_a_teacher_of_another_schedule_is_refused(models, tmp_path):
