@@ -55,7 +55,8 @@ class DiffusionDpo(NoisedPairs):
             "reference_worse": found.reference_worse,
             "ties": 1 - decided,
         }
-        right = ((h.detach() > 0).float() * decided).sum() / decided.sum().clamp(min=1)
+        preferred = (h.detach() > 0).float() + 0.5 * (h.detach() == 0).float()
+        right = (preferred * decided).sum() / decided.sum().clamp(min=1)
         return Loss(value, {name: one.mean() for name, one in told.items()} | {"implicit_accuracy": right})
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from opd_ray.commands.options import Json, Seed, Threads, require_folder
 from opd_ray.console import console, errors
-from opd_ray.errors import ConfigError
+from opd_ray.errors import ConfigError, Stopped
 
 if TYPE_CHECKING:
     from opd_ray.evaluation.models import Found
@@ -77,7 +77,7 @@ def pairs(
     json: Json = False,
 ) -> None:
     """Write pairs in Pick-a-Pic's columns, labelled by a reward; the key `pairs` of a recipe trains on them."""
-    _require_source(model, prompts, relabel, reward, pictures, guidance)
+    _require_source(model, prompts, relabel, reward, pictures, guidance, out)
     import torch
 
     from opd_ray.evaluation.models import find_model
@@ -106,8 +106,12 @@ def _write(parts: "Parts", sizes: Sequence[int], make: Maker, *, quiet: bool) ->
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     with Progress(*columns, console=errors, disable=quiet, transient=True) as progress:
         bar = progress.add_task("scoring pairs", total=sum(sizes), completed=sum(sizes[: parts.done]))
-        for table, counts in make(parts.done, lambda amount: progress.advance(bar, amount)):
-            parts.write(table, counts)
+        try:
+            for table, counts in make(parts.done, lambda amount: progress.advance(bar, amount)):
+                parts.write(table, counts)
+        except KeyboardInterrupt:
+            done = sum(sizes[: parts.done])
+            raise Stopped(f"{done} of {sum(sizes)} pairs are done; run it again to go on") from None
 
 
 def _tell(out: Path, about: Mapping[str, Any], counts: Mapping[str, int], json: bool) -> None:
@@ -140,7 +144,10 @@ def _require_source(
     reward: str,
     pictures: Path | None,
     guidance: float | None,
+    out: Path,
 ) -> None:
+    if out.suffix != ".parquet":
+        raise ConfigError(f"--out: {out} is to be a Parquet file; name it {out.with_suffix('.parquet')}")
     if guidance is not None and not 0 <= guidance < math.inf:
         raise ConfigError(f"--guidance {guidance}: expected a number from 0 on")
     if pictures is not None:
