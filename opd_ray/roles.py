@@ -77,7 +77,7 @@ def rollout(config: Config, algorithm: Algorithm, bases: Bases) -> Made:
         probe_tolerance=_probe_tolerance(config),
         negatives=any(guidance != 1 for guidance in guidances),
         velocities=algorithm.needs_velocities,
-        shared_noise=algorithm.shared_noise,
+        shared_noise=config.batch.images_per_prompt if algorithm.shared_noise else 1,
     )
     sigmas = tuple(sigmas_of(config.model, config.sampling.steps).tolist())
     return partial(RolloutHost, partial(make_rollout, config, policy, sigmas, bases))
@@ -190,6 +190,10 @@ def make_learner(config: Config, rank: int, bases: Bases | None = None) -> Learn
     # Weights that are trained are not rounded to what they compute in.
     family = (bases or Bases()).load(config.model, device, torch.float32 if config.student.lora is None else dtype)
     family.dtype = dtype
+    if config.student.lora is None:  # buffers are not published: here they are what they are where it draws
+        drawn = dtype_of(config.precision.rollout, config.cluster.rollout.device)
+        for buffer in filter(torch.is_floating_point, family.network.buffers()):
+            buffer.copy_(buffer.to(drawn))
     training = Training(
         lora=config.student.lora,
         guidance=config.student.guidance,

@@ -205,7 +205,7 @@ def test_defaults_are_the_vetted_run():
     assert (optimizer.lr, optimizer.betas, optimizer.eps) == (3e-4, (0.9, 0.999), 1e-8)
     assert (optimizer.weight_decay, optimizer.clip, optimizer.schedule) == (1e-4, 1.0, "constant")
     assert (config.ema.decay, config.ema.every) == (0.9, 8)
-    assert (Config.model_fields["batch"].default.images_per_task, config.evaluation.steps) == (24, 40)
+    assert (Config.model_fields["batch"].default.images_per_task, config.evaluation.steps) == (24, (40,))
 
 
 def test_routing_is_by_the_name_of_the_task():

@@ -49,8 +49,8 @@ class Policy:
     """Whether embeddings of the empty prompt travel along: some participant's guidance is not 1."""
     velocities: bool = False
     """Whether its own velocities travel along."""
-    shared_noise: bool = False
-    """Whether all images of a prompt in a round begin with the same noise."""
+    shared_noise: int = 1
+    """So many neighbouring images of a prompt begin with the same noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +215,7 @@ class RolloutActor:
         """The noise and the conditioning. Laid out as a copy that travelled would be, so that parts change no bit."""
         cond = self.family.encode([prompt.text for prompt in item.prompts])
         uncond = self.family.empty() if self.policy.negatives else {}
-        begins = [(name,) if self.policy.shared_noise else (name, sample) for name, sample in rows]
+        begins = [(name, sample // self.policy.shared_noise) for name, sample in rows]
         x = self._noise([fold(self.policy.seed, "init_noise", item.round, *names) for names in begins])
         x = self.family.initial(x, self.sigmas)
         cond, uncond = ({name: one.contiguous() for name, one in side.items()} for side in (cond, uncond))

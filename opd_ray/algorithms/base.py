@@ -80,7 +80,7 @@ class Algorithm(ABC):
     guided: bool = True
     """False: forwards are of the plain conditional prediction, whatever guidance the student draws with."""
     shared_noise: bool = False
-    """All images of a prompt in a round begin with the same noise."""
+    """Images that are compared, the ``images_per_prompt`` neighbours of a prompt, begin with the same noise."""
     pictures: int = 1
     """How many pictures of each image are scored: those of ``pictured``."""
     streams: bool = False

@@ -19,7 +19,6 @@ from torch.nn.functional import logsigmoid
 from opd_ray.algorithms.base import Forward, Loss
 from opd_ray.algorithms.noised_pairs import NoisedPairs
 from opd_ray.config import DpoConfig
-from opd_ray.diffusion import over_samples
 
 __all__ = ["DiffusionDpo", "preference_loss"]
 
@@ -44,9 +43,8 @@ class DiffusionDpo(NoisedPairs):
     def loss(self, forward: Forward, velocity: Mapping[str, Tensor]) -> Loss:
         """Of each pair, mean over the batch; a tie weighs nothing."""
         if self.config.loss == "sft":
-            weight = self.weight(over_samples(forward.t, forward.x))
-            value = (weight * (velocity["student"] - forward.inputs["target"]).square()).mean()
-            return Loss(value, {"error_better": value.detach()})
+            error, decided = self.error(forward, velocity["student"]), forward.inputs["decided"]
+            return Loss((error * decided).mean(), {"error_better": error.detach().mean(), "ties": 1 - decided.mean()})
         found, decided = self.errors(forward, velocity), forward.inputs["decided"].chunk(2)[0]
         h = -0.5 * (found.gain_better - found.gain_worse)
         value = (preference_loss(h, self.beta, ipo=self.config.loss == "ipo") * decided).mean()
@@ -55,6 +53,7 @@ class DiffusionDpo(NoisedPairs):
             "error_worse": found.worse,
             "reference_better": found.reference_better,
             "reference_worse": found.reference_worse,
+            "ties": 1 - decided,
         }
         preferred = (h.detach() > 0).float() + 0.5 * (h.detach() == 0).float()
         right = (preferred * decided).sum() / decided.sum().clamp(min=1)

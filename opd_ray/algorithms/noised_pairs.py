@@ -3,6 +3,7 @@
 Both images of a pair get the same noise at the same time: what the predictions' errors then differ by is the images.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -127,7 +128,9 @@ class NoisedPairs(Algorithm):
         found = preferences(
             experience.item, scores, self.settings.reward_weights, self.facts.images_per_prompt, pareto=False
         ).to(path.latents.device)
-        images, best = path.state(path.last), found[:, 0]
+        # A path that ends above 0 ends in a little noise, at the size of that time; recorded images are whole.
+        end, best = float(path.sigmas[-1]), found[:, 0]
+        images = path.state(path.last) / math.hypot(1 - end, end)
         cond = {name: tensor[best] for name, tensor in path.cond.items()}
         return Pairs(images[best], images[found[:, 1]], cond, path.uncond, found[:, 2].float())
 
@@ -150,6 +153,11 @@ class NoisedPairs(Algorithm):
         """Of student and reference, in the space that the configuration names."""
         weight = self.weight(over_samples(forward.t, forward.x))
         return errors(velocity["student"], velocity["reference"], forward.inputs["target"], weight)
+
+    def error(self, forward: Forward, velocity: Tensor) -> Tensor:
+        """Of one policy, at each image of a forward."""
+        squared = (velocity - forward.inputs["target"]).square()
+        return (self.weight(over_samples(forward.t, forward.x)) * squared).flatten(1).mean(1)
 
 
 def errors(student: Tensor, reference: Tensor, target: Tensor, weight: Tensor) -> Errors:

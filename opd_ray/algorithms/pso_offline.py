@@ -4,9 +4,10 @@ Images are noised to one of the model's own few times and nowhere else. With e t
 of the student (s) or the frozen start (r), for the wanted (w) and the other (l) image, both under the wanted's prompt:
 
     pairwise   L = -log sigmoid(beta [(e_r^w - e_s^w) - gamma (e_r^l - e_s^l)])
-    hinge      L = relu(1 + beta (e_s^w - gamma e_s^l)) + keep e_s^w       for a concept from a handful of pictures
+    hinge      L = relu(1 + beta (e_s^w - gamma e_s^l)) + keep e_s^l       for a concept from a handful of pictures
 
-The papers' script names gamma `neg_defactor`; in the hinge the weight of the last term is the `prior_loss_weight`.
+The papers' script names gamma `neg_defactor`; the last term of the hinge, which keeps what the model drew
+before, is its `prior_loss_weight`: beta gamma = keep leaves the other image alone until the wanted one is learned.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,6 @@ from torch.nn.functional import logsigmoid, relu
 from opd_ray.algorithms.base import Forward, Loss
 from opd_ray.algorithms.noised_pairs import NoisedPairs
 from opd_ray.config import PsoOfflineConfig
-from opd_ray.diffusion import over_samples
 
 __all__ = ["PsoOffline", "hinge"]
 
@@ -35,9 +35,7 @@ class PsoOffline(NoisedPairs):
         """Of each pair, mean over the batch."""
         beta, gamma = self.config.beta, self.config.gamma
         if self.config.loss == "hinge":
-            weight = self.weight(over_samples(forward.t, forward.x))
-            error = (weight * (velocity["student"] - forward.inputs["target"]).square()).flatten(1).mean(1)
-            wanted, other = error.chunk(2)
+            wanted, other = self.error(forward, velocity["student"]).chunk(2)
             value = hinge(wanted, other, beta, gamma, self.config.keep).mean()
             return Loss(value, {"error_better": wanted.detach().mean(), "error_worse": other.detach().mean()})
         found = self.errors(forward, velocity)
@@ -47,5 +45,5 @@ class PsoOffline(NoisedPairs):
 
 
 def hinge(wanted: Tensor, other: Tensor, beta: float, gamma: float, keep: float) -> Tensor:
-    """relu(1 + beta (wanted - gamma other)) + keep wanted, of each pair [P]."""
-    return relu(1 + beta * (wanted - gamma * other)) + keep * wanted
+    """relu(1 + beta (wanted - gamma other)) + keep other, of each pair [P]."""
+    return relu(1 + beta * (wanted - gamma * other)) + keep * other

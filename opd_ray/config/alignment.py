@@ -154,4 +154,4 @@ class PsoOfflineConfig(NoisedPairsConfig):
     gamma: float = Field(1.0, ge=0)
     """Weight of the other image (the script's hinge: 0.1)."""
     keep: float = Field(0.5, ge=0)
-    """Weight of the hinge's plain error of the wanted image."""
+    """Weight of the hinge's plain error of the other image, so that the model still draws as it did before."""

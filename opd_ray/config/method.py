@@ -33,6 +33,7 @@ __all__ = [
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 """auto: fp32 on the CPU; on a GPU bf16 where it has it, else fp16."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Steps = Annotated[int, Field(ge=1)]
 ATTENTION = tuple(
     f"attn.{name}"
     for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -55,7 +56,7 @@ class ModelConfig(Frozen):
     """Height and width of the pictures in pixels; the model's own where not given."""
     spacing: Literal["leading", "trailing", "linspace"] | None = None
     """How a path of few steps goes through the timesteps of `sd` and `sdxl`; as its scheduler says where not given."""
-    distilled_steps: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    distilled_steps: tuple[Steps, ...] | None = None
     """The numbers of steps that a distilled model knows (such as [1, 2, 4]), one of which sampling.steps has to be."""
     max_sequence_length: int = Field(128, ge=1, le=512)
     """Tokens of the T5 encoder (the paper's 128); never more than its tokenizer's own limit."""
@@ -260,7 +261,7 @@ class PairsConfig(Frozen):
     decoders: int = Field(1, ge=1)
     """Tasks of Ray Data that read and decode ahead of each reader at one time (runtime: ray)."""
 
-    @field_validator("files", mode="before")
+    @field_validator("files", mode="before", json_schema_input_type=str | tuple[str, ...])
     @classmethod
     def _one_is_enough(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -271,14 +272,20 @@ class EvaluationConfig(Frozen):
 
     images_per_task: int = Field(64, ge=0)
     """Pictures of each held-out task, a prompt each; 0: no evaluation."""
-    steps: int = Field(40, ge=1)
-    """Denoising steps of a scored picture (paper: 40)."""
+    steps: tuple[Steps, ...] = Field((40,), min_length=1)
+    """Denoising steps of a scored picture (paper: 40). Of several, as in [4, 1, 2, 8], all are scored at the end; the
+    first is that of pictures, gaps and evaluations on the way."""
     batch: int = Field(32, ge=1)
     """Pictures in one forward."""
     every: int = Field(0, ge=0)
     """Rounds between two evaluations of the student; 0: only at the end."""
     rewards: dict[str, tuple[str, ...]] = {}
     """Task -> the rewards that score it, its own first; the reward of the task's own name where not given."""
+
+    @field_validator("steps", mode="before", json_schema_input_type=Steps | tuple[Steps, ...])
+    @classmethod
+    def _one_is_enough(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int | str) else value
 
 
 class CheckpointConfig(Frozen):

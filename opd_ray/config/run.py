@@ -106,12 +106,12 @@ class Config(Frozen):
                 f"{self.batch.item_size}; a prompt's images stay in one work item"
             )
         known_steps = self.model.distilled_steps
-        for name, steps in (("sampling", self.sampling.steps), ("evaluation", self.evaluation.steps)):
-            held_out = self.prompts is not None and self.prompts.eval is not None
-            used = name == "sampling" or (held_out and self.evaluation.images_per_task > 0)
-            if known_steps is not None and used and steps not in known_steps:
+        evaluated = self.prompts is not None and self.prompts.eval and self.evaluation.images_per_task
+        scored = self.evaluation.steps if evaluated else ()
+        for key, steps in (("sampling.steps", self.sampling.steps), *(("evaluation.steps", n) for n in scored)):
+            if known_steps is not None and steps not in known_steps:
                 raise ValueError(
-                    f"{name}.steps {steps}: the model was distilled to "
+                    f"{key} {steps}: the model was distilled to "
                     f"{', '.join(map(str, known_steps)) or 'no'} steps (model.distilled_steps); take one of these"
                 )
         if isinstance(self.algorithm, OpdConfig):

@@ -91,16 +91,16 @@ class Evaluation:
 
     def student_means(self, weights: Weights) -> dict[str, float]:
         """The student's mean score by task."""
-        scores = self._scores([contestants(self.config)[-1]], weights, pictures=False)
+        scores = self._scores([contestants(self.config)[-1]], weights, self.config.evaluation.steps[0], pictures=False)
         means = {name: mean(values)["value"] for name, values in scores["student"].items()}
         return {name: value for name, value in means.items() if value is not None}
 
     def final(self, weights: Weights) -> dict[str, Any]:
         """Scores of all models, how much of each teacher's gap is closed, and pictures for the report."""
-        models = contestants(self.config)
-        scores = self._scores(models, weights, pictures=True)
+        models, chosen = contestants(self.config), self.config.evaluation
+        first, *others = dict.fromkeys(chosen.steps)
+        scores = self._scores(models, weights, first, pictures=True)
         self._index(models)
-        chosen = self.config.evaluation
         closed = {}
         for task, name in self.config.teacher_of_task.items():
             if task in self.prompts and self.keys(task):
@@ -108,11 +108,12 @@ class Evaluation:
                 if value is not None:
                     closed[task] = value
         return {
-            "scores": {model: {k: mean(v) for k, v in by_key.items()} for model, by_key in scores.items()},
+            "scores": _means(scores),
+            "scores_at": {str(steps): _means(self._scores(models, weights, steps, pictures=False)) for steps in others},
             "gap_closed": closed,
             "evaluation": {
                 "guidance": {model.label: model.guidance for model in models},
-                "steps": chosen.steps,
+                "steps": first,
                 "seed": self.config.seed,
                 "images_per_task": chosen.images_per_task,
             },
@@ -125,14 +126,15 @@ class Evaluation:
         return [task if reward == task or reward in plain else f"{task}:{reward}" for reward in rewards]
 
     def _scores(
-        self, models: Sequence[Contestant], weights: Weights, *, pictures: bool
+        self, models: Sequence[Contestant], weights: Weights, steps: int, *, pictures: bool
     ) -> dict[str, dict[str, list[float]]]:
-        """Model -> score key -> one number a prompt."""
+        """Model -> score key -> one number a prompt, of pictures drawn in so many steps."""
         jobs: list[tuple[str, str, Job]] = []
         for model in models:
             for task, prompts in self.prompts.items():
                 for start in range(0, len(prompts), self.config.evaluation.batch):
-                    jobs.append((model.label, task, self._job(model, task, prompts, start, weights, pictures)))
+                    job = self._job(model, task, prompts, start, weights, pictures, steps=steps)
+                    jobs.append((model.label, task, job))
         self.dispatcher.wait([*(job for _, _, job in jobs), *self._written])
         self._written.clear()
         scores: dict[str, dict[str, list[float]]] = {model.label: {} for model in models}
@@ -152,7 +154,7 @@ class Evaluation:
         weights: Weights | None,
         pictures: bool,
         *,
-        steps: int | None = None,
+        steps: int,
         books: str = "evaluation",
     ) -> Job:
         part = tuple(prompts[start : start + self.config.evaluation.batch])
@@ -161,7 +163,7 @@ class Evaluation:
             model.model,
             model.lora,
             model.guidance,
-            steps or self.config.evaluation.steps,
+            steps,
             self.config.seed,
             part,
             (0,) * len(part),
@@ -209,3 +211,8 @@ class Evaluation:
         ]
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json_atomic(self.folder / "index.json", {"models": [model.label for model in models], "rows": rows})
+
+
+def _means(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Model -> score key -> mean with its interval."""
+    return {model: {key: mean(values) for key, values in by_key.items()} for model, by_key in scores.items()}

@@ -72,7 +72,7 @@ def _world(name: str) -> Found:
     teachers = {teacher.lora: teacher.guidance for teacher in demo.teachers.values()}
     guidance = teachers.get(name, demo.student.guidance)
     lora = name if "/" in name else None
-    return Found(name, ModelConfig(path="world"), lora, guidance=guidance, steps=demo.evaluation.steps)
+    return Found(name, ModelConfig(path="world"), lora, guidance=guidance, steps=demo.evaluation.steps[0])
 
 
 def _other(path: Path) -> Found:
@@ -101,4 +101,4 @@ def _run(folder: Path) -> Found:
     config = read(folder / "config.yaml")
     trained = folder / trained_folder(config.model, config.student)
     lora, denoiser = (None, str(trained)) if config.student.lora is None else (str(trained), None)
-    return Found(str(folder), config.model, lora, denoiser, config.student.guidance, config.evaluation.steps)
+    return Found(str(folder), config.model, lora, denoiser, config.student.guidance, config.evaluation.steps[0])

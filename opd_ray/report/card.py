@@ -125,7 +125,7 @@ def _usage(config: Mapping[str, Any]) -> str:
     part, network, pipeline = _stock(config)
     call = {
         "guidance_scale": student.get("guidance"),
-        "num_inference_steps": mapping(config.get("evaluation")).get("steps"),
+        "num_inference_steps": _first(mapping(config.get("evaluation")).get("steps")),
         "max_sequence_length": model.get("max_sequence_length") if part == "transformer" else None,
         "height": model.get("resolution"),
         "width": model.get("resolution"),
@@ -227,3 +227,7 @@ def _weights(ema: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         return f"raw, as of the last step (sha256 {_text(raw or 'unknown')})"
     how = ", ".join(f"{key} {_text(ema[key])}" for key in ("decay", "every") if key in ema)
     return f"averaged over steps ({how or 'EMA'}; sha256 {_text(averaged)})"
+
+
+def _first(found: object) -> object:
+    return found[0] if isinstance(found, list) and found else found

@@ -72,6 +72,10 @@ class Results:
         models = [model for model in order if model in scores]
         models += [model for model in scores if model not in {*models, "student"}]
         models += ["student"] * ("student" in scores)
+        for steps, others in mapping(result.get("scores_at")).items():  # the same models, in other numbers of steps
+            named = {model: f"{model}, {steps} step{'s' * (steps != '1')}" for model in models if model in others}
+            scores |= {label: mapping(others[model]) for model, label in named.items()}
+        models += [model for model in scores if model not in models]
         taught = [task for task in own if any(task in by_task for by_task in scores.values())]
         tasks = dict.fromkeys([*taught, *(task for by_task in scores.values() for task in by_task)])
         return cls(

@@ -105,8 +105,9 @@ def join(parts: Sequence[str]) -> str:
 
 
 def model_title(model: str) -> str:
-    """`teacher:text` as a heading."""
-    return f"{model.removeprefix('teacher:')} teacher" if model.startswith("teacher:") else model
+    """`teacher:text` as a heading; of `teacher:text, 4 steps` the steps stay behind."""
+    name, comma, steps = model.partition(", ")
+    return f"{name.removeprefix('teacher:')} teacher{comma}{steps}" if name.startswith("teacher:") else model
 
 
 def role_title(role: str) -> str:

@@ -216,14 +216,18 @@ def test_velocities_that_travel_are_those_that_drew_the_path(actor) -> None:
 
 
 def test_images_of_a_prompt_may_begin_with_the_same_noise_and_go_their_own_ways(actor) -> None:
-    pair = WorkItem(0, "a", 0, 0, tuple(prompt(text, "a") for text in TEXTS[:2] for _ in range(2)), (0, 1, 0, 1), (0,))
+    """Two of one prompt, and two of another; then the first prompt once more in its round, as its images 2 and 3."""
+    prompts = tuple(prompt(TEXTS[n], "a") for n in (0, 0, 1, 1, 0, 0))
+    pairs = WorkItem(0, "a", 0, 0, prompts, (0, 1, 0, 1, 2, 3), (0,))
     one = actor(noise_level=0.7)
-    for shared in (False, True):
+    for shared in (1, 2):
         one.policy = replace(one.policy, shared_noise=shared)
-        path = draw(one, pair)
+        path = draw(one, pairs)
         x = path.state(0)
-        assert torch.equal(x[0], x[1]) == shared and not torch.equal(x[1], x[2])
-        assert not torch.equal(path.state(1)[0], path.state(1)[1])
+        for first in (0, 2, 4):
+            assert torch.equal(x[first], x[first + 1]) == (shared == 2)
+            assert not torch.equal(path.state(1)[first], path.state(1)[first + 1])
+        assert not torch.equal(x[1], x[2]) and not torch.equal(x[0], x[4]) and not torch.equal(x[2], x[4])
 
 
 def test_an_algorithm_chooses_what_is_pictured(actor, whole) -> None:

@@ -13,8 +13,8 @@ from opd_ray.config import DpoConfig, PsoOfflineConfig
 from opd_ray.diffusion import add_noise
 from opd_ray.errors import ConfigError
 from opd_ray.seeds import noise
-from opd_ray.types import Experience
-from tests.algorithms.parts import item
+from opd_ray.types import Experience, Prompt, Trajectory, WorkItem
+from tests.algorithms.parts import VERSION, item
 
 
 def real(*values):
@@ -62,7 +62,7 @@ class TestLosses:
         assert preference_loss(h, 100.0).tolist() == pytest.approx(expected, abs=1e-10)
         assert preference_loss(h, 100.0, ipo=True).tolist() == pytest.approx([1.5**2, 1.5**2], abs=1e-10)
         assert hinge(real(0.2, 3.0), real(0.5, 40.0), 5.0, 0.1, 0.5).tolist() == pytest.approx(
-            [1 + 5 * (0.2 - 0.05) + 0.1, 0 + 1.5], abs=1e-10
+            [1 + 5 * (0.2 - 0.05) + 0.5 * 0.5, 0 + 0.5 * 40.0], abs=1e-10
         )
 
     def test_gradients_are_finite_differences(self):
@@ -177,3 +177,38 @@ class TestDraws:
         table.facts = Facts(times=(0.1, 0.5, 0.9))
         assert (flow.space, flow.beta, table.space, table.beta) == ("velocity", 100.0, "eps", 5000.0)
         assert (dpo(beta=7.0).beta, dpo(space="x0").beta) == (7.0, 100.0)
+
+
+class TestDrawn:
+    """Two prompts, two images each: of the first prompt the second is better, those of the other one tie."""
+
+    def forward(self, sigmas, **changes):
+        prompts = tuple(Prompt(name, name, "a") for name in "ppqq")
+        work = WorkItem(0, "a", 0, 0, prompts, (0, 1, 0, 1), (0,))
+        path = Trajectory(
+            work, VERSION, sigmas, noise(range(4), (2, 1, 2, 2)), {"prompt": torch.arange(4.0)[:, None]}, {}
+        )
+        experience = Experience(work, path, scores={"x": torch.tensor([0.1, 0.9, 0.5, 0.5])})
+        algorithm = dpo(pairs="online", **changes)
+        algorithm.facts = Facts(images_per_prompt=2)
+        (forward,) = algorithm.forwards(experience, 0)
+        return algorithm, forward, path
+
+    @pytest.mark.parametrize("end", [0.0, 0.2])
+    def test_images_are_at_the_size_of_whole_ones_where_the_path_ends_above_zero(self, end):
+        """A last state (1 - t) x0 + t eps of a model that keeps the variance: x = state / |(1 - t, t)|."""
+        _, forward, path = self.forward(torch.tensor([1.0, end]), loss="sft")
+        t = forward.t.view(-1, 1, 1, 1)
+        x0 = path.latents[[1, 2], 1] / math.sqrt((1 - end) ** 2 + end**2)
+        assert torch.allclose(forward.x, (1 - t) * x0 + t * (forward.inputs["target"] + x0), atol=1e-6)
+        assert forward.cond["prompt"].flatten().tolist() == [1, 2]
+
+    @pytest.mark.parametrize("loss", ["dpo", "ipo", "sft"])
+    def test_a_tie_weighs_nothing_and_is_counted(self, loss):
+        algorithm, forward, _ = self.forward(torch.tensor([1.0, 0.0]), loss=loss, beta=0.1)
+        student = predicted(forward, 10).requires_grad_()
+        found = algorithm.loss(forward, {"student": student, "reference": predicted(forward, 20)})
+        (slope,) = torch.autograd.grad(found.value, student)
+        assert slope[1::2].abs().max() == 0 < slope[::2].abs().min()
+        assert found.metrics["ties"] == 0.5
+        assert float(found.metrics.get("implicit_accuracy", torch.tensor(0.0))) in (0.0, 1.0), "of the decided one"

@@ -35,7 +35,7 @@ def config(tiny, tmp_path_factory):
         rewards={BRIGHT: {}, CONTRAST: {}},
         evaluation={
             "images_per_task": 5,
-            "steps": 2,
+            "steps": [2, 1],
             "batch": 2,
             "rewards": {"text": [BRIGHT], "mixed": [BRIGHT, CONTRAST]},
         },
@@ -58,6 +58,16 @@ def test_every_model_is_scored_on_every_held_out_task(finished):
         assert all(score["n"] == 5 and score["low"] <= score["value"] <= score["high"] for score in scores.values())
     values = [scores[keys[0]]["value"] for scores in result["scores"].values()]
     assert len(set(values)) == 4
+
+
+def test_other_numbers_of_steps_are_scored_too(config, finished):
+    """As a run that has this number alone would score them."""
+    folder, result = finished
+    assert result["evaluation"]["steps"] == 2 and list(result["scores_at"]) == ["1"]
+    assert list(result["scores_at"]["1"]) == list(result["scores"])
+    assert result["scores_at"]["1"]["student"] != result["scores"]["student"]
+    alone = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"steps": (1,)})})
+    assert run_training(alone, folder, resume=True)["scores"] == result["scores_at"]["1"]
 
 
 def test_models_draw_at_their_own_guidance(config, finished):

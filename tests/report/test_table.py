@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 
 import pytest
 from rich.console import Console
@@ -27,6 +28,18 @@ def test_the_table_has_every_number_and_marks_own_teachers():
         assert row.count("●") == model.startswith("teacher:")
     gap = next(line for line in text.splitlines() if "gap closed" in line)
     assert "94 %" in gap and "97 %" in gap and "91 %" in gap
+
+
+def test_other_numbers_of_steps_are_rows_below():
+    data = result()
+    one = {
+        model: {"text": {"value": 0.2 + 0.01 * n, "low": 0.1, "high": 0.3}} for n, model in enumerate(data["scores"])
+    }
+    lines = [line.strip() for line in shown(data | {"scores_at": {"1": one, "4": one}}).splitlines()]
+    titles = ("student", "base, 1 step", "text teacher, 1 step", "student, 1 step", "base, 4 steps", "student, 4 steps")
+    places = [next(n for n, line in enumerate(lines) if re.match(rf"{title}\s\s", line)) for title in titles]
+    assert places == sorted(places) and "0.240" in lines[places[3]]
+    assert summary(data | {"scores_at": {"1": one}}) == summary(data)
 
 
 def test_headings_are_whole_on_80_columns():

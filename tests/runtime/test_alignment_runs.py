@@ -211,6 +211,14 @@ def test_a_whole_model_is_compared_with_a_teacher_that_is_its_start(config, repo
         go(config("pso_pairwise", **whole), tmp_path / "without")
 
 
+@pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 8}, None])
+def test_in_half_precision_too_the_learner_finds_what_was_drawn(config, reports, tmp_path, lora):
+    """Of a whole model the rollouts hold buffers in half precision, which are not sent to them."""
+    student = {"lora": lora, "guidance": 2.0}
+    go(config("ddpo", rounds=1, precision="bf16", student=student), tmp_path / "run")
+    assert max(metric(reports[0][0], "ratio")) == 0 < max(metric(reports[0][-1], "ratio"))
+
+
 @pytest.mark.parametrize("name", ["ddpo", "opd"])
 def test_other_algorithms_have_no_teacher_of_that_name(config, tiny, name):
     with pytest.raises(ValueError, match="teacher name 'reference' is not free"):

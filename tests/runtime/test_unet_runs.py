@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from opd_ray.actors.rollout import SampleRequest, draw_pictures
-from opd_ray.config import LoraConfig, ModelConfig
+from opd_ray.config import Config, LoraConfig, ModelConfig
 from opd_ray.errors import ModelError
 from opd_ray.evaluation.models import find_model
 from opd_ray.models import load_family
@@ -128,9 +128,17 @@ def test_what_was_trained_whole_is_a_unet_that_diffusers_loads(unet_config, mode
 
 def test_a_step_count_that_the_model_does_not_know_is_refused(unet_config):
     known = {"model": {"distilled_steps": [1, 2, 4]}}
-    assert unet_config(**known).sampling.steps == 4
+    config = unet_config(**known)
+    assert config.sampling.steps == 4
+    assert Config.model_validate(config.model_dump(mode="json")) == config, "as a run folder holds it, with every key"
     with pytest.raises(ValueError, match=r"sampling.steps 3: the model was distilled to 1, 2, 4 steps"):
         unet_config(**known, sampling={"steps": 3})
+    prompts = {"train": {"a": "a.txt", "b": "b.txt"}, "eval": {"a": "a.txt"}}
+    unet_config(**known, prompts=prompts, evaluation={"images_per_task": 0})
+    with pytest.raises(ValueError, match=r"evaluation.steps 40: the model was distilled to 1, 2, 4 steps"):
+        unet_config(**known, prompts=prompts)
+    with pytest.raises(ValueError, match=r"evaluation.steps 8: the model"):
+        unet_config(**known, prompts=prompts, evaluation={"steps": [4, 1, 8]})
 
 
 def test_a_teacher_of_another_schedule_is_refused(models, tmp_path):
