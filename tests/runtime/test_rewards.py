@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -41,12 +42,16 @@ def scored(prompts, *rewards, batch=4, **changes):
 
 
 @pytest.mark.ray
-def test_two_rewards_have_two_versions_of_one_package_at_once(make_config, ray_session, prompts, tmp_path):
+@pytest.mark.parametrize("by", ["py_modules", pytest.param("pip", marks=pytest.mark.verify)])  # pip copies this venv
+def test_two_rewards_have_two_versions_of_one_package_at_once(make_config, ray_session, prompts, tmp_path, by):
     old = wheel(tmp_path, "1.0", "FACTOR = 2\n")
     new = wheel(tmp_path, "2.0", "def factor():\n    return 3\n")
+    if by == "pip":
+        old, new = old.removeprefix("file://"), new.removeprefix("file://")
+    here = {"PYTHONPATH": str(Path(__file__).parents[2])}
     own = {
-        f"{HERE}:old": SMALL | {"runtime_env": {"py_modules": [old]}},
-        f"{HERE}:new": SMALL | {"runtime_env": {"py_modules": [new], "env_vars": {"SAID": "something"}}},
+        f"{HERE}:old": SMALL | {"runtime_env": {by: [old], "env_vars": here}},
+        f"{HERE}:new": SMALL | {"runtime_env": {by: [new], "env_vars": here}},
         "default": SMALL,
     }
     settings = scored(prompts, BRIGHT, *(f"{HERE}:{name}" for name in ("old", "new")))
