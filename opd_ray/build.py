@@ -102,7 +102,8 @@ def build(
         try:
             run = _wire(config, folder, live, backend, algorithm, data, attempt)
             startup.mark("workers and models")
-            run.dispatcher.first["rollout"] = lambda: _started(run, startup)
+            if algorithm.needs_rollouts:
+                run.dispatcher.first["rollout"] = lambda: _started(run, startup)
             failed.pop_all()  # it started: the claim stands
             with closing(run.log):
                 if resume:
@@ -163,10 +164,10 @@ def _wire(
     dispatcher = Dispatcher(backend, call_timeout_s=cluster.call_timeout_s, pause_timeout_s=cluster.start_timeout_s)
     dispatcher.note, dispatcher.logs = live.note, folder / "logs"
     in_store = _rounds_in_store(config, algorithm, backend, live, len(data.train))
-    evaluated = bool(data.held_out) and config.evaluation.images_per_task > 0
+    evaluated = bool(data.held_out) and config.evaluated
     bases = Bases(share=config.cluster.share_base)
     reads = roles.reader(config, data.pairs, bases)
-    pools = _pools(config, folder, dispatcher, algorithm, bases, reads, algorithm.needs_rewards or evaluated)
+    pools = _pools(config, folder, dispatcher, algorithm, bases, reads, evaluated)
     learner = _start(config, folder, dispatcher, live, attempt, bases, pools.clerk)
     evaluation = None
     if evaluated and pools.rollout is not None and pools.reward is not None:
@@ -255,7 +256,7 @@ def _scaler(config: Config, dispatcher: Dispatcher) -> Scaler:
 
 
 def _pools(
-    config: Config, folder: Path, dispatcher: Dispatcher, algorithm: Algorithm, bases: Bases, reads: Any, rewards: bool
+    config: Config, folder: Path, dispatcher: Dispatcher, algorithm: Algorithm, bases: Bases, reads: Any, judged: bool
 ) -> Pools:
     cluster = config.cluster
 
@@ -276,10 +277,12 @@ def _pools(
         return made
 
     return Pools(
-        rollout=None if reads else pool("rollout", cluster.rollout, roles.rollout(config, algorithm, bases)),
+        rollout=pool("rollout", cluster.rollout, roles.rollout(config, algorithm, bases))
+        if judged or not reads
+        else None,
         teachers=_teacher_pools(config, pool, bases) if algorithm.needs_teachers else {},
         reward=pool("reward", cluster.rewards.get("default", RolePlacement()), roles.reward(config))
-        if rewards
+        if algorithm.needs_rewards or judged
         else None,
         reader=pool("reader", cluster.rollout, reads) if reads else None,
         clerk=pool(CLERK, RolePlacement(resources={"cpu": 0}), ClerkHost, home=True)

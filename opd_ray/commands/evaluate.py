@@ -65,6 +65,8 @@ def evaluate(
     found = [find_model(name) for name in models]  # all of them before the first one costs minutes
     for name, model in zip(models, found, strict=True):
         _require_pixels(name, model)
+        for chosen in counts or [model.steps or 10]:
+            model.check_steps(chosen)
     files = {task: str(prompts_path(task, "heldout")) for task in TASKS}
     prompts = held_out(read_prompts(files, "the tiny world"), images, seed)
     torch.set_num_threads(threads)

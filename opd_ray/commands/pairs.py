@@ -86,9 +86,11 @@ def pairs(
     torch.set_num_threads(threads)
     if relabel is None:
         found = find_model(str(model))
+        steps = steps or found.steps or 40
+        found.check_steps(steps)
         scale = guidance if guidance is not None else 4.5 if found.guidance is None else found.guidance
         about = {"model": found.label, "prompts": str(prompts), "seed": seed, "batch": batch, "pairs": count}
-        about |= {"steps": steps or found.steps or 40, "guidance": scale, "images_per_prompt": images_per_prompt}
+        about |= {"steps": steps, "guidance": scale, "images_per_prompt": images_per_prompt}
         about |= {"pictures": str(pictures), "beside": beside} if pictures is not None else {}
         sizes = [min(PART, count - start) for start in range(0, count, PART)]
     else:

@@ -5,6 +5,7 @@ and through YAML's or Python's own quoting elsewhere. Folders of this machine go
 alone: a card is made to be published.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,10 @@ from typing import Any
 import yaml
 
 from opd_ray import __version__
+from opd_ray.config import ModelConfig
+from opd_ray.errors import UserError
+from opd_ray.models.alphas import AlphaSchedule
+from opd_ray.models.base import family_class
 from opd_ray.report.run_folder import RunFolder, mapping, numbers
 from opd_ray.report.table import Results, Score
 from opd_ray.report.wording import MISSING, Write, count, model_title, percent, span
@@ -55,8 +60,7 @@ def card(run: RunFolder) -> str:
         f"A {_trained(run.config).replace('lora', 'LoRA')} for text-to-image diffusion, {_made(run)} by opd-ray.",
         "## Use",
         _usage(run.config),
-        "## Teachers",
-        "\n".join(_teachers(run)) or "None: the run had no teachers.",
+        *(["## Teachers", "\n".join(_teachers(run))] if run.config.get("teachers") else []),
         "## Scores",
         _scores(run.result),
         "## Settings",
@@ -118,8 +122,11 @@ def _usage(config: Mapping[str, Any]) -> str:
         options["revision"] = revision
     if subfolder := model.get("subfolder"):
         options["subfolder"] = subfolder
-    if base == "world":
-        start, source = "from opd_ray import world\n", "world.pipeline_path(), text_encoder_3=None, tokenizer_3=None"
+    world, _, of_world = base.partition("/")
+    if world == "world":
+        lacking = "safety_checker=None" if of_world else "text_encoder_3=None, tokenizer_3=None"
+        start = "from opd_ray import world\n"
+        source = f"world.pipeline_path({json.dumps(of_world) if of_world else ''}), {lacking}"
     else:
         start, source = "", json.dumps(base if _published(base) else f"path/to/{_public(base)}")
     part, network, pipeline = _stock(config)
@@ -131,12 +138,9 @@ def _usage(config: Mapping[str, Any]) -> str:
         "width": model.get("resolution"),
     }
     kinds, given, before, after = [pipeline], "", "", ""
-    if part == "unet":
-        kinds = ["DDIMScheduler", *kinds]
-        how = {"timestep_spacing": model.get("spacing")}
-        after = (  # DDIM is the ODE that pictures are drawn by here, whatever solver the base comes with
-            f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False{_arguments(how)})\n"
-        )
+    if part == "unet" and (solver := _solver(model)):
+        kinds = [solver[0], *kinds]
+        after = f"pipe.scheduler = {solver[0]}.from_config(pipe.scheduler.config{solver[1]})\n"
     if _whole(config):
         kinds, given = [network, *kinds], f", {part}={part}"
         before = f'{part} = {network}.from_pretrained("path/to/{part}")  # this folder\n'
@@ -149,8 +153,28 @@ def _usage(config: Mapping[str, Any]) -> str:
     )
 
 
+def _solver(model: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The stock scheduler, with its arguments, of the ODE that pictures are drawn by here; None: as the base comes."""
+    schedule = None
+    with contextlib.suppress(UserError, ValueError):  # a card is also written where the base is out of reach
+        chosen = ModelConfig.model_validate(model)
+        schedule = family_class(chosen.family).read_schedule(chosen)
+    if not isinstance(schedule, AlphaSchedule):
+        return "DDIMScheduler", _arguments({"clip_sample": False, "timestep_spacing": model.get("spacing")})
+    if schedule.spacing == "lcm":
+        return None  # no other class goes through these timesteps
+    if schedule.euler:
+        return "EulerDiscreteScheduler", _arguments({"timestep_spacing": schedule.spacing})
+    how = {"clip_sample": False, "timestep_spacing": schedule.spacing, "set_alpha_to_one": schedule.ends_at_zero}
+    return "DDIMScheduler", _arguments(how)
+
+
 def _arguments(options: Mapping[str, Any]) -> str:
-    return "".join(f", {name}={json.dumps(value)}" for name, value in options.items() if value is not None)
+    return "".join(
+        f", {name}={value if isinstance(value, bool) else json.dumps(value)}"
+        for name, value in options.items()
+        if value is not None
+    )
 
 
 def _teachers(run: RunFolder) -> Iterator[str]:

@@ -173,9 +173,9 @@ def test_a_long_round_says_how_far_it_is(clock):
         for second in range(150):
             clock.now += 1
             live.within(second // 3, 54)
-    assert lines(console)[1:] == ["round 1: 19 of 54 drawings and marks", "round 1: 39 of 54 drawings and marks"]
+    assert lines(console)[1:] == ["round 1: 19 of 54 pieces of work", "round 1: 39 of 54 pieces of work"]
     console = screen()
     with Live(10, "demo", console=console, clock=clock) as live:
         live.within(3, 54)
         console.print(live._panel())
-    assert "round 1: 3 of 54 drawings and marks" in console.file.getvalue()
+    assert "round 1: 3 of 54 pieces of work" in console.file.getvalue()
