@@ -33,7 +33,7 @@ STOCK = {
     "sdxl": ("unet", "UNet2DConditionModel", "StableDiffusionXLPipeline"),
 }
 TAGS = ["text-to-image", "diffusers", "opd-ray"]
-LICENSE = "# license: yours to choose, within those of the base and of the teachers"
+LICENSE = "# license: yours to choose, within those of the base"
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~&$:@])")
 """What Markdown, tables, HTML or a hub's autolinks could take for their own."""
 
@@ -55,7 +55,7 @@ def write_card(run_dir: Path) -> Path:
 def card(run: RunFolder) -> str:
     """The whole card."""
     parts = [
-        _front_matter(mapping(run.config.get("model")), whole=_whole(run.config)),
+        _front_matter(run.config),
         f"# {_text(run.name)}",
         f"A {_trained(run.config).replace('lora', 'LoRA')} for text-to-image diffusion, {_made(run)} by opd-ray.",
         "## Use",
@@ -103,8 +103,9 @@ def _published(path: str) -> bool:
     return not (Path(path).is_absolute() or path.startswith((".", "~")))
 
 
-def _front_matter(model: Mapping[str, Any], *, whole: bool) -> str:
-    base = str(model.get("path", ""))
+def _front_matter(config: Mapping[str, Any]) -> str:
+    base, whole = str(mapping(config.get("model")).get("path", "")), _whole(config)
+    of_teachers = " and of the teachers" if config.get("teachers") else ""
     tags = TAGS if whole else ["lora", *TAGS]
     known = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     if base.partition("/")[0] != "world" and _published(base):
@@ -112,7 +113,7 @@ def _front_matter(model: Mapping[str, Any], *, whole: bool) -> str:
         head = yaml.safe_dump({"base_model": base, "base_model_relation": relation}, sort_keys=False)
     else:
         head = f"# base_model: the hub id of the base, which was {json.dumps(_public(base))} here\n"
-    return f"---\n{head}{yaml.safe_dump(known, sort_keys=False)}{LICENSE}\n---"
+    return f"---\n{head}{yaml.safe_dump(known, sort_keys=False)}{LICENSE}{of_teachers}\n---"
 
 
 def _usage(config: Mapping[str, Any]) -> str:

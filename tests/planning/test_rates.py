@@ -89,12 +89,12 @@ def test_whether_the_learner_waits_for_all_items_is_the_recipes(recipe, override
 
 
 def test_a_run_on_pairs_has_readers_and_nothing_to_divide(tmp_path) -> None:
-    asked = ["plan", "pso_style", "-o", "cluster.runtime=ray"]
+    asked = ["plan", "pso_style", "-o", "prompts=null", "-o", "rewards={}"]
     shown = CliRunner().invoke(app, asked).output
     assert "reader" in shown and "learner" in shown and "nothing to divide" in shown
     assert not {"rollout", "teacher", "--from-run"} & set(shown.split())
-    scored = ["-o", "prompts={eval: {text: world/text/heldout}}", "-o", "evaluation.images_per_task=8"]
-    assert {"reader", "rollout"} <= set(CliRunner().invoke(app, [*asked, *scored]).output.split())
+    scored = CliRunner().invoke(app, ["plan", "pso_style"]).output
+    assert {"reader", "rollout"} <= set(scored.split()), "it has prompts.eval"
     found = CliRunner().invoke(app, [*asked, "--from-run", str(tmp_path)]).exception
     assert isinstance(found, ConfigError) and "pso_style reads its experience and draws none: --from-run" in str(found)
 
