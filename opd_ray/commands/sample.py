@@ -42,8 +42,7 @@ def sample(
     if guidance is not None and not 0 <= guidance < float("inf"):
         raise ConfigError(f"--guidance {guidance}: expected a number from 0 on")
     found = find_model(model)
-    steps = steps or found.steps or 40
-    found.check_steps(steps)
+    steps = found.known_steps(steps or found.steps or 40)
     out = out or Path("samples") / "-".join(Path(model).parts[-2:]).strip("/.")
     require_folder(out)
     torch.set_num_threads(threads)

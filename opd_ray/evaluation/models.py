@@ -33,8 +33,8 @@ class Found:
     """The run's own where MODEL is a run, and the demo's where it is of the built-in world."""
     steps: int | None = None
 
-    def check_steps(self, steps: int) -> None:
-        """Refuse a number of denoising steps that a distilled model does not know.
+    def known_steps(self, steps: int) -> int:
+        """That number of denoising steps, where a distilled model knows it.
 
         Raises:
             ConfigError: it, and those that the model knows.
@@ -45,6 +45,7 @@ class Found:
                 f"--steps {steps}: {self.label} was distilled to {', '.join(map(str, known)) or 'no'} steps "
                 "(model.distilled_steps); take one of these"
             )
+        return steps
 
     def load(self) -> Family:
         """With text encoders, VAE and what was trained, if there is anything, in use.
