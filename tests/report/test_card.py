@@ -183,17 +183,17 @@ SDXL_OWN = EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_off
 @pytest.mark.parametrize(
     ("name", "changes", "scheduler"),
     [
-        ("turbo", {}, turbo_scheduler(set_alpha_to_one=False)),  # what SDXL-Turbo's file has left over
-        ("dmd2", {"spacing": "trailing"}, LCMScheduler.from_config(SDXL_OWN.config, set_alpha_to_one=False)),
+        ("turbo", {}, turbo_scheduler()),
+        ("dmd2", {"spacing": "trailing"}, LCMScheduler.from_config(SDXL_OWN.config)),
         ("own", {}, SDXL_OWN),
         ("ddim", {"spacing": "trailing"}, DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)),
     ],
 )
 def test_the_cards_words_draw_what_the_run_draws(written, tmp_path, name, changes, scheduler):
-    """By the ODE, at the timesteps, from the first state and to the end that the run's pictures have."""
+    """By the ODE, from the first state to the end that the run's pictures have. Files have DDIM's options left over."""
     folder = make_tiny_sdxl(tmp_path / name, scheduler=scheduler)
-    edit = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()) | {"set_alpha_to_one": False}
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(edit))
+    left_over = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()) | {"set_alpha_to_one": False}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(left_over))
     model = {"family": "sdxl", "path": str(folder), **changes}
     text = written(settings(model=model, evaluation={"steps": 4}, student={"guidance": 1.0}))
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
