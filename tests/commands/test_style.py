@@ -109,4 +109,4 @@ def test_a_concept_is_drawn_under_its_name(cli, tmp_path):
     before, after = (ground(drawn(model, NAME, 64)) for model in ("world/few", str(run)))
     assert (after - warm).norm() < 0.5 * (before - warm).norm()
     kept = drawn(str(run), 'the word "kesa" on a sign', 64)
-    assert float(text(kept, ['the word "kesa" on a sign'] * 64).mean()) > 0.8
+    assert float(text(kept, ['the word "kesa" on a sign'] * 64).mean()) > 0.7
