@@ -104,7 +104,8 @@ def build(
         try:
             run = _wire(config, folder, live, backend, algorithm, data, attempt)
             startup.mark("workers and models")
-            run.dispatcher.first["rollout"] = lambda: _started(run, startup)
+            if algorithm.needs_rollouts:
+                run.dispatcher.first["rollout"] = lambda: _started(run, startup)
             failed.pop_all()  # it started: the claim stands
             with closing(run.log):
                 if resume:
@@ -165,7 +166,7 @@ def _wire(
     dispatcher = Dispatcher(backend, call_timeout_s=cluster.call_timeout_s, pause_timeout_s=cluster.start_timeout_s)
     dispatcher.note, dispatcher.logs = live.note, folder / "logs"
     in_store = _rounds_in_store(config, algorithm, backend, live, len(data.train))
-    evaluated = bool(data.held_out) and config.evaluation.images_per_task > 0
+    evaluated = bool(data.held_out) and config.evaluated
     bases = Bases(share=config.cluster.share_base)
     reads = roles.reader(config, data.pairs, bases)
     some = [prompts[0] for prompts in (*data.held_out.values(), *data.train.values())]
@@ -291,7 +292,9 @@ def _pools(
         return made
 
     return Pools(
-        rollout=None if reads else pool("rollout", cluster.rollout, roles.rollout(config, algorithm, bases)),
+        rollout=pool("rollout", cluster.rollout, roles.rollout(config, algorithm, bases))
+        if judged is not None or not reads
+        else None,
         teachers=_teacher_pools(config, pool, bases) if algorithm.needs_teachers else {},
         judges=_judges(config, pool, dispatcher, judged) if judged is not None else None,
         reader=pool("reader", cluster.rollout, reads) if reads else None,

@@ -46,7 +46,7 @@ def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
     """Everything that can be refused before a worker starts; returns training and held-out prompts."""
     check_logging(config)
     prompts = config.prompts
-    train = read_prompts(_located(prompts.train), "prompts.train") if prompts else {}
+    train = read_prompts(_located(config.drawn), "prompts.train") if config.drawn else {}
     held_out = read_prompts(_located(prompts.eval), "prompts.eval") if prompts and prompts.eval else {}
     if train:
         config.check_tasks(tuple(train))
@@ -148,7 +148,8 @@ def identity(config: Config) -> dict[str, Any]:
     if not make_algorithm(config).needs_rewards:
         free.add("rewards")  # they score what was trained, and change nothing of it
     found = config.model_dump(mode="json", exclude=free)
-    (found["prompts"] or {}).pop("eval", None)
+    if config.prompts:  # without those that are only scored
+        found["prompts"] = {"train": config.drawn} if config.drawn else None
     return found
 
 

@@ -64,7 +64,7 @@ def evaluate(
     _require_file(out)
     found = [find_model(name) for name in models]  # all of them before the first one costs minutes
     for name, model in zip(models, found, strict=True):
-        _require_pixels(name, model)
+        _require_fit(name, model, counts)
     files = {task: str(prompts_path(task, "heldout")) for task in TASKS}
     prompts = held_out(read_prompts(files, "the tiny world"), images, seed)
     torch.set_num_threads(threads)
@@ -108,9 +108,12 @@ def _counts(steps: str | None) -> list[int]:
     return list(dict.fromkeys(map(int, found)))
 
 
-def _require_pixels(name: str, found: "Found") -> None:
+def _require_fit(name: str, found: "Found", counts: Sequence[int]) -> None:
+    """The tiny world's size, and numbers of steps that it knows."""
     from opd_ray.models.base import family_class
 
+    for steps in counts or [found.steps or 10]:
+        found.known_steps(steps)
     shape = family_class(found.model.family).shape(found.model)
     if shape is not None and shape.pixels != PIXELS:
         raise ConfigError(

@@ -231,12 +231,18 @@ class TeacherConfig(Frozen):
 
 
 class PromptsConfig(Frozen):
-    """Prompt files: one file whose rows name their task, or one file a task."""
+    """Prompt files: one file whose rows name their task, or one file a task. Either key, or both."""
 
-    train: str | dict[str, str]
-    """Each file .txt, .csv, .jsonl or .parquet, or `world/<task>/train`."""
+    train: str | dict[str, str] | None = None
+    """Each file .txt, .csv, .jsonl or .parquet, or `world/<task>/train`; null where nothing is drawn to learn from."""
     eval: str | dict[str, str] | None = None
     """Held-out prompts; tasks without a teacher are allowed here and are only scored."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "PromptsConfig":
+        if self.train is None and self.eval is None:
+            raise ValueError("give train (what rollouts draw), eval (what is scored), or both")
+        return self
 
 
 class PairsConfig(Frozen):

@@ -54,6 +54,9 @@ class Rates(Frozen):
     """Role -> seconds of one item in which its worker holds the request and does not work: transport, loading."""
     learner: LearnerRate
     """Of a round, for the whole group."""
+    streams: bool = True
+    """Whether the learner begins with a round's first items while others are still drawn, marked and scored; false
+    where an update needs all of them. `plan` takes it from the recipe's algorithm and backend."""
     publish: float = Field(0.0, ge=0)
     """From the last step of a round until its weights can be asked for. The learner does nothing else meanwhile."""
     bind: float = Field(0.0, ge=0)
@@ -144,6 +147,7 @@ class Rates(Frozen):
                 "seconds": {role: value * ratio for role, value in self.seconds.items() if role not in stale},
                 "transfer": {role: value * ratio for role, value in self.transfer.items() if role not in stale},
                 "learner": LearnerRate(serial=self.learner.serial, shared=self.learner.shared * growth),
+                "streams": _streams(config),
             }
         )
 
@@ -194,13 +198,19 @@ def items_of(config: Config) -> dict[str, int]:
     """Teacher -> work items of a round, in the order of drawing; all under one name where nobody teaches."""
     each = config.batch.images_per_task // config.batch.item_size
     routes = config.teacher_of_task
-    train = config.prompts.train if config.prompts else {}
-    tasks = list(train) if isinstance(train, dict) else list(routes)
+    tasks = list(config.drawn) if isinstance(config.drawn, dict) else list(routes)
     items: dict[str, int] = {}
     for task in tasks:
         teacher = routes.get(task, "all")
         items[teacher] = items.get(teacher, 0) + each
     return items or {"all": each}
+
+
+def _streams(config: Config) -> bool:
+    """What the learner does: ranks that go through their forwards together also wait for all items."""
+    learner = config.cluster.learner
+    lockstep = learner.backend == "fsdp2" or (learner.backend == "deepspeed" and learner.stage >= 2)
+    return make_algorithm(config).streams and not lockstep
 
 
 def _measure(rows: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]], config: Config) -> Rates:
@@ -230,6 +240,7 @@ def _measure(rows: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any
         seconds=seconds,
         transfer={role: value for role, value in transfer.items() if value > 0},
         learner=LearnerRate(serial=max(wall - shared / ranks, 0.0), shared=shared),
+        streams=_streams(config),
         publish=publish,
         checkpoint=sum(row["seconds"].get("checkpoint", 0.0) for row in every) / len(every),
     )

@@ -124,8 +124,12 @@ class _Simulation:
         return tuple(jobs)
 
     def _train(self, items: Sequence[tuple[Job, ...]]) -> None:
-        """Each item goes to its rank as soon as it and all before it are there."""
+        """Each item goes to its rank as soon as it and all before it are there; all at once where the learner waits."""
         calls = list[Call]()
+        if not self.rates.streams:
+            before = self.backend.now
+            self.dispatcher.wait([job for jobs in items for job in jobs])
+            self.waited += self.backend.now - before
         for position, jobs in enumerate(items):
             before = self.backend.now
             self.dispatcher.wait(jobs)
