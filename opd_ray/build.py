@@ -21,6 +21,7 @@ from opd_ray.facts import facts_of, note_facts, other_versions
 from opd_ray.metrics import MetricsLog, mirrors
 from opd_ray.pairs.index import PairIndex, index_pairs
 from opd_ray.planning import round_bytes, rounds_that_fit
+from opd_ray.planning.rates import reward_role
 from opd_ray.preflight import FORCED, Prompts, anchored, identity, overlaps, preflight
 from opd_ray.prompts import PromptStream
 from opd_ray.report.live import Live
@@ -372,8 +373,7 @@ def _judges(config: Config, pool: Any, dispatcher: Dispatcher, prompts: list[Pro
     panels = []
     for entry, names in config.cluster.panels(config.rewards).items():
         placement = config.cluster.of_reward(entry)
-        role = "reward" if entry == "default" else f"reward.{entry}"
-        made = pool(role, placement, roles.reward(config, entry, names, prompts))
+        made = pool(reward_role(entry), placement, roles.reward(config, entry, names, prompts))
         panels.append(Panel(made, names, placement.retries, placement.max_failed))
     return Judges(dispatcher, panels)
 

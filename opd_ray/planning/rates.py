@@ -28,6 +28,11 @@ def teacher_role(name: str) -> str:
     return f"{SHARED}.{name}"
 
 
+def reward_role(entry: str = "default") -> str:
+    """The pool of an entry of ``cluster.rewards``."""
+    return "reward" if entry == "default" else f"reward.{entry}"
+
+
 class LearnerRate(Frozen):
     """Seconds of one round's update on the learner. Ranks share the forward and backward passes alone."""
 
@@ -81,10 +86,10 @@ class Rates(Frozen):
 
     @model_validator(mode="after")
     def _known_roles(self) -> "Rates":
-        known = ("rollout", SHARED, *map(teacher_role, self.items), "reward")
+        known = ("rollout", SHARED, *map(teacher_role, self.items), reward_role())
         for field, given in (("seconds", self.seconds), ("transfer", self.transfer)):
             for role in given:
-                if role not in known:
+                if role not in known and not role.startswith(f"{reward_role()}."):
                     raise ValueError(f"{field}.{role}: no such role; allowed: {', '.join(known)}")
         if "rollout" not in self.seconds:
             raise ValueError("seconds.rollout is missing: every item is drawn first")
@@ -113,7 +118,12 @@ class Rates(Frozen):
     def roles(self, *, shared: bool) -> tuple[str, ...]:
         """The pools of a run with these rates, and its learner."""
         teachers = () if not self.marked else (SHARED,) if shared else tuple(map(teacher_role, self.items))
-        return "rollout", *teachers, *(("reward",) if "reward" in self.seconds else ()), "learner"
+        return "rollout", *teachers, *self.scoring, "learner"
+
+    @property
+    def scoring(self) -> tuple[str, ...]:
+        """Roles whose workers score what is drawn."""
+        return tuple(role for role in self.seconds if role.partition(".")[0] == reward_role())
 
     def work(self, role: str) -> float:
         """Worker-seconds that a round costs a pool; for the learner, on one rank."""
@@ -216,10 +226,11 @@ def _streams(config: Config) -> bool:
 def _measure(rows: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]], config: Config) -> Rates:
     items = items_of(config)
     count, ranks = sum(items.values()), config.cluster.learner.ranks
-    counts = {"rollout": count, SHARED: count, "reward": count} | {teacher_role(name): n for name, n in items.items()}
+    counts = {"rollout": count, SHARED: count} | {teacher_role(name): n for name, n in items.items()}
+    counts |= dict.fromkeys(map(reward_role, config.cluster.panels(config.rewards)), count)
     seconds, transfer = dict[str, float](), dict[str, float]()
     for role, expected in counts.items():
-        if role == "reward" and not make_algorithm(config).needs_rewards:
+        if role.partition(".")[0] == reward_role() and not make_algorithm(config).needs_rewards:
             continue  # it scores evaluations alone
         if any(_busy(row, role) for row in rows):
             answers = [_answers(row, role, expected) for row in rows]

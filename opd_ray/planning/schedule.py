@@ -104,8 +104,8 @@ class _Timeline:
             for _ in range(count):
                 drawn = self._serve("rollout", released, rates.held("rollout"), max(drawn_with, -1))
                 there = self._serve(pool, drawn, rates.held(own)) if rates.marked else drawn
-                if "reward" in self.workers:
-                    there = max(there, self._serve("reward", drawn, rates.held("reward")))
+                for role in self.workers.keys() & rates.scoring:
+                    there = max(there, self._serve(role, drawn, rates.held(role)))
                 arrivals.append(there)
         if not rates.streams:
             arrivals = [max(arrivals)] * len(arrivals)

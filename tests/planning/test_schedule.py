@@ -86,7 +86,7 @@ def test_the_arithmetic_is_what_the_real_pools_do(
     marks = {"teacher": text} if shared else {"teacher.text": text, "teacher.look": look}
     each = rates(
         items={"text": items[0], "look": items[1]},
-        seconds={"rollout": draw, **marks, **({"reward": score} if score is not None else {})},
+        seconds={"rollout": draw, **marks, **({"reward": score, "reward.ocr": text} if score is not None else {})},
         learner={"serial": learner[0], "shared": learner[1] * sum(items)},
         publish=publish,
         streams=streams,
@@ -94,7 +94,7 @@ def test_the_arithmetic_is_what_the_real_pools_do(
     if staleness:  # fewer than two items a drawing worker: see the module
         rollout = max(min(rollout, sum(items) // 2), 1)
     pools = {"rollout": rollout, **({"teacher": first} if shared else {"teacher.text": first, "teacher.look": second})}
-    pools |= {"reward": reward} if score is not None else {}
+    pools |= {"reward": reward, "reward.ocr": first} if score is not None else {}
     pools["learner"] = min(ranks, sum(items))
     skipped = warm_up(staleness)
     measured = simulate(each, pools, staleness, rounds=skipped + ROUNDS_PER_CYCLE).throughput(skipped)
