@@ -31,10 +31,8 @@ def test_pictures_are_cropped_as_the_stock_processor_does_it(size) -> None:
     images[1] = pictures(1, *size)[0]  # noise is the worst for a resize
     stock = CLIPImageProcessorPil()(as_files(images), return_tensors="pt")["pixel_values"]
     levels = (cropped(images, 224) - stock).abs() * torch.tensor(STD).view(3, 1, 1) * 255
-    assert (
-        levels.max() < 2.01
-    )  # whole weights there, halves that round up: seldom, and by one level in either direction
-    assert levels.mean() < 0.005
+    assert levels.max() < 2.01  # whole weights there, and halves that round up: one level in either direction
+    assert (levels > 0.5).float().mean() < 0.02
 
 
 def test_pictures_that_fit_are_rounded_to_8_bits_and_normalised() -> None:
