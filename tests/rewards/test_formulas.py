@@ -44,9 +44,12 @@ def test_pictures_that_fit_are_rounded_to_8_bits_and_normalised() -> None:
 
 
 def test_what_is_padded_is_black_and_centred() -> None:
-    pixels = padded(torch.ones(1, 3, 2, 4), 4) * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    wide, tall = (
+        padded(torch.ones(1, 3, *size), 4)[0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+        for size in ((2, 4), (4, 2))
+    )
     expected = torch.tensor([[0.0] * 4, [1.0] * 4, [1.0] * 4, [0.0] * 4])
-    assert torch.allclose(pixels[0, 1], expected, atol=1e-6)
+    assert torch.allclose(wide[1], expected, atol=1e-6) and torch.allclose(tall[1], expected.T, atol=1e-6)
     assert padded(torch.ones(1, 3, 100, 51), 20).shape == (1, 3, 20, 20)
 
 
