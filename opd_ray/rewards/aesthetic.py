@@ -6,7 +6,8 @@ from torch import Tensor
 from opd_ray.models.published import fit, read_published
 from opd_ray.rewards.clip import Clip
 from opd_ray.rewards.head import Head
-from opd_ray.rewards.probes import Probe, noise, smooth
+from opd_ray.rewards.probe_pictures import noise, smooth
+from opd_ray.rewards.probes import Probe
 
 __all__ = ["Aesthetic"]
 

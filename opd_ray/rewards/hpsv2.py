@@ -8,7 +8,8 @@ from torch import Tensor
 from opd_ray.errors import ModelError
 from opd_ray.models.published import fit, read_published
 from opd_ray.rewards.pixels import padded
-from opd_ray.rewards.probes import Probe, colours
+from opd_ray.rewards.probe_pictures import colours
+from opd_ray.rewards.probes import Probe
 
 __all__ = ["HPSv2", "HPSv21"]
 

@@ -7,7 +7,8 @@ from opd_ray.errors import ModelError
 from opd_ray.models.published import fit, read_published
 from opd_ray.rewards.blip import Blip, renamed
 from opd_ray.rewards.pixels import cropped
-from opd_ray.rewards.probes import Probe, colours
+from opd_ray.rewards.probe_pictures import colours
+from opd_ray.rewards.probes import Probe
 from opd_ray.rewards.tokens import load_tokenizer
 
 __all__ = ["ImageReward"]

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from opd_ray.rewards.clip import Clip
-from opd_ray.rewards.probes import Probe, colours
+from opd_ray.rewards.probe_pictures import colours
+from opd_ray.rewards.probes import Probe
 
 __all__ = ["PickScore"]
 

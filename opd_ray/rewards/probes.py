@@ -1,54 +1,32 @@
-"""Pairs that a working scorer must rank, on pictures that code makes."""
+"""What a reward proves itself by: pairs of pictures that a working one ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-__all__ = ["Probe", "colours", "noise", "smooth", "square"]
+__all__ = ["Probe", "probed"]
 
-SIZE = 224
-"""Pixels: what most scorers resize to."""
-COLOURS = {"red": (0.85, 0.1, 0.1), "blue": (0.1, 0.2, 0.85)}
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A picture with its prompt that must score more than another one."""
+    """Two pictures with their prompts, of which a working reward scores the first one higher."""
 
     better: tuple[Tensor, str]
-    """Image [3, H, W] in [0, 1] and its prompt."""
+    """[3, H, W] in [0, 1], and its prompt."""
     worse: tuple[Tensor, str]
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Of both prompts, for rewards that need more than a text."""
+    """Of both prompts, for a reward that asks for it."""
 
 
-def colours() -> list[Probe]:
-    """For rewards of a picture by its prompt: a red and a blue square, each asked for once."""
-    red, blue = square("red"), square("blue")
-    return [
-        Probe((red, "a red square"), (blue, "a red square")),
-        Probe((blue, "a blue square"), (red, "a blue square")),
-    ]
+def probed(probes: Callable[[], Sequence[Probe]]) -> Callable[[Function], Function]:
+    """Give a reward that is a function what a class has as its method ``probes``."""
 
+    def declare(function: Function) -> Function:
+        function.probes = probes  # type: ignore[attr-defined]
+        return function
 
-def square(colour: str) -> Tensor:
-    """[3, 224, 224]: a square of half the edge on white."""
-    picture = torch.ones(3, SIZE, SIZE)
-    inside = slice(SIZE // 4, 3 * SIZE // 4)
-    picture[:, inside, inside] = torch.tensor(COLOURS[colour])[:, None, None]
-    return picture
-
-
-def smooth() -> Tensor:
-    """[3, 224, 224]: an evening sky, from dark blue to orange."""
-    top, bottom = torch.tensor([0.1, 0.15, 0.4]), torch.tensor([1.0, 0.6, 0.3])
-    down = torch.linspace(0, 1, SIZE)
-    return torch.lerp(top[:, None], bottom[:, None], down)[:, :, None].expand(3, SIZE, SIZE).contiguous()
-
-
-def noise() -> Tensor:
-    """[3, 224, 224]: every pixel for itself, the same at every call."""
-    return torch.rand((3, SIZE, SIZE), generator=torch.Generator().manual_seed(0))
+    return declare

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from opd_ray.rewards import make_rewards
+from opd_ray.plugins import load
+from opd_ray.rewards import REWARDS
 from tests.rewards import tiny
 
 
@@ -20,7 +21,7 @@ class Scorer:
     made: Any = field(default=None)
 
     def make(self, **other: Any) -> Any:
-        return make_rewards({self.name: self.args | other})[self.name]
+        return load(self.name, REWARDS, "reward")(**self.args | other)
 
 
 def scorer(name: str, folder: Path) -> Scorer:
