@@ -16,6 +16,13 @@ REWARDS = {
     "compose_partial": "opd_ray.world.scorers:compose_partial",
     "text": "opd_ray.world.scorers:text",
     "look": "opd_ray.world.scorers:look",
+    "ocr": "opd_ray.rewards.ocr:Ocr",
+    "ocr_exact": "opd_ray.rewards.ocr:OcrExact",
+    "geneval": "opd_ray.rewards.geneval:GenEval",
+    "geneval_strict": "opd_ray.rewards.geneval:GenEvalStrict",
+    "geneval_partial": "opd_ray.rewards.geneval:GenEvalPartial",
+    "jpeg_compressibility": "opd_ray.rewards.jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "opd_ray.rewards.jpeg:JpegIncompressibility",
 }
 
 
