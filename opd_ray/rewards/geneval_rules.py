@@ -95,7 +95,7 @@ class Wanted:
         try:
             include = tuple(_demand(entry, i) for i, entry in enumerate(_listed(row, "include")))
             exclude = tuple(_demand(entry, 0) for entry in _listed(row, "exclude"))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             said = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise PromptError(f"the GenEval columns of prompt {prompt!r} cannot be used: {said}") from error
         return cls(include, exclude, row.get("tag") == "counting") if include else None

@@ -1,9 +1,9 @@
 """What GenEval's two models see: objects with boxes and masks, and the colours of objects.
 
 Source: GenEval (arXiv 2310.11513; djghosh13/geneval, evaluation/evaluate_images.py). It detects with mmdet's
-Mask2Former (Swin-S, COCO instances); here transformers' Mask2Former of the same shape and training set does, at the same
-size of input and with mmdet's confidences (class probability x mean mask probability). Other weights find other objects:
-say which detector a number is from. Colours come from open_clip's ViT-L-14 of OpenAI, as there.
+Mask2Former (Swin-S, COCO instances); here transformers' Mask2Former of the same shape and training set does, at the
+same size of input and with mmdet's confidences (class probability times mean mask probability). Other weights find
+other objects: say which detector a number is from. Colours come from open_clip's ViT-L-14 of OpenAI, as there.
 """
 
 from collections.abc import Sequence
