@@ -1,8 +1,8 @@
 """GenEval: whether a picture shows the objects, counts, colours and positions of its row in the prompt file.
 
-The rules are in geneval_rules.py, the two models in geneval_scene.py. The three scores of one worker share the models
-and each batch's detections. There are no probe pairs: no picture that code can draw is one that a detector of
-photographs is sure about, so `probe: finite` has to be set.
+The rules are in geneval_rules.py, the models in geneval_detector.py and geneval_colours.py. The three scores of one
+worker share the models and each batch's detections. There are no probe pairs: no picture that code can draw is one
+that a detector of photographs is sure about, so `probe: finite` has to be set.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from opd_ray.errors import PromptError
+from opd_ray.rewards.geneval_colours import Colours
+from opd_ray.rewards.geneval_detector import Detector
 from opd_ray.rewards.geneval_rules import Found, Objects, Paint, Wanted, keep, official, partial, strict
-from opd_ray.rewards.geneval_scene import Colours, Detector
 from opd_ray.rewards.pixels import LastBatch, Pixels, as_pixels
 
 __all__ = ["GenEval", "GenEvalPartial", "GenEvalStrict"]
