@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from opd_ray.rewards.pixels import as_pixels, as_tensor
+from opd_ray.rewards.pixels import Pixels, as_pixels, as_tensor
 from opd_ray.rewards.probes import Probe
 from opd_ray.rewards.text_reader import read, require_reader
 from opd_ray.world.reading import edit_distance
@@ -36,9 +36,14 @@ class Ocr:
         scores = torch.full((len(prompts),), float("nan"))
         chosen = [i for i, target in enumerate(targets) if target]
         if chosen:
-            for i, lines in zip(chosen, read(as_pixels(images[chosen])), strict=True):
+            for i, lines in zip(chosen, self.read(as_pixels(images[chosen])), strict=True):
                 scores[i] = self.score(plain("".join(lines)), targets[i])
         return scores
+
+    @staticmethod
+    def read(pixels: Pixels) -> list[list[str]]:
+        """The lines of text in each picture [B, H, W, 3]."""
+        return read(pixels)
 
     @staticmethod
     def score(recognised: str, target: str) -> float:
