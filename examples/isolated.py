@@ -6,7 +6,7 @@ PaddleOCR 2.9.1 and mmdet cannot be installed beside each other, nor beside this
 
 import numpy as np
 
-from opd_ray.rewards.geneval import CLIP, GenEval, Observer
+from opd_ray.rewards.geneval import CLIP, CLIP_ARCHITECTURE, GenEval, Observer
 from opd_ray.rewards.geneval_colours import Colours
 from opd_ray.rewards.geneval_detector import SPELLINGS
 from opd_ray.rewards.geneval_rules import Found
@@ -40,7 +40,8 @@ class MmdetGenEval(GenEval):
     """
 
     def __init__(self, *, config: str, checkpoint: str, device: str = "cpu") -> None:
-        self._observer = Observer(MmdetDetector(config, checkpoint, device), Colours(CLIP, None, device))
+        colours = Colours(CLIP, None, CLIP_ARCHITECTURE, device)
+        self._observer = Observer(MmdetDetector(config, checkpoint, device), colours)
 
 
 class MmdetDetector:

@@ -21,7 +21,7 @@ from opd_ray.rewards.pixels import LastBatch, Pixels, as_pixels
 __all__ = ["GenEval", "GenEvalPartial", "GenEvalStrict"]
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
-CLIP = "timm/vit_large_patch14_clip_224.openai"
+CLIP, CLIP_ARCHITECTURE = "timm/vit_large_patch14_clip_224.openai", "ViT-L-14-quickgelu"
 
 
 class GenEval:
@@ -30,8 +30,9 @@ class GenEval:
     Args:
         detector: folder or hub id of a Mask2Former of COCO's 80 instance classes, as transformers saves it.
         detector_revision: its branch, tag or commit.
-        clip: folder or hub id of OpenAI's ViT-L-14, as open_clip saves it.
+        clip: folder or hub id of OpenAI's ViT-L-14, with open_clip_model.safetensors.
         clip_revision: its branch, tag or commit.
+        clip_architecture: open_clip's name for it.
         device: where both run.
     """
 
@@ -42,9 +43,10 @@ class GenEval:
         detector_revision: str | None = None,
         clip: str = CLIP,
         clip_revision: str | None = None,
+        clip_architecture: str = CLIP_ARCHITECTURE,
         device: str = "cpu",
     ) -> None:
-        self._observer = observer(detector, detector_revision, clip, clip_revision, device)
+        self._observer = observer(detector, detector_revision, clip, clip_revision, clip_architecture, device)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[Mapping[str, Any]]) -> Tensor:
         """Scores [B] for images [B, 3, H, W] in [0, 1]; NaN for a prompt whose row has no `include`.
@@ -118,7 +120,13 @@ class Observer:
 
 @cache
 def observer(
-    detector: str, detector_revision: str | None, clip: str, clip_revision: str | None, device: str
+    detector: str,
+    detector_revision: str | None,
+    clip: str,
+    clip_revision: str | None,
+    clip_architecture: str,
+    device: str,
 ) -> Observer:
     """One a process, however many rewards use it."""
-    return Observer(Detector(detector, detector_revision, device), Colours(clip, clip_revision, device))
+    colours = Colours(clip, clip_revision, clip_architecture, device)
+    return Observer(Detector(detector, detector_revision, device), colours)

@@ -22,37 +22,39 @@ __all__ = ["Colours"]
 
 GREY = "#999999"
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
-CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+WEIGHTS = "open_clip_model.safetensors"
 
 
 class Colours:
     """Names the colours of objects: zero-shot, ten colours, three sentences each.
 
     Args:
-        place: a folder or hub id with open_clip_config.json and open_clip_model.safetensors. The config's `quick_gelu`
-            has to be true for OpenAI's weights; open_clip's own name `ViT-L-14` would build them without.
+        place: a folder or hub id with open_clip_model.safetensors.
         revision: of the hub repository.
+        architecture: open_clip's name. OpenAI's weights are for QuickGELU; `ViT-L-14` alone has another activation, and
+            takes them without a word.
         device: where it runs.
 
     Raises:
         ModelError: it cannot be read.
     """
 
-    def __init__(self, place: str, revision: str | None, device: str) -> None:
+    def __init__(self, place: str, revision: str | None, architecture: str, device: str) -> None:
         import open_clip
 
         what = f"GenEval's colour classifier {place!r}"
-        folder = Source(what, place, revision).fetch(CONFIG, WEIGHTS)
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():  # open_clip goes on without weights
-                raise ModelError(f"{what}: there is no {name}")
+        file = Source(what, place, revision).fetch(WEIGHTS) / WEIGHTS
+        if not file.is_file():
+            raise ModelError(f"{what}: there is no {WEIGHTS}")
+        if architecture not in open_clip.list_models():
+            raise ModelError(f"{what}: open_clip has no architecture {architecture!r}; GenEval's is ViT-L-14-quickgelu")
         try:
-            model, _, self._transform = open_clip.create_model_and_transforms(f"local-dir:{folder}", device=device)
-            self._tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+            made = open_clip.create_model_and_transforms(architecture, pretrained=str(file), device=device)
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise ModelError(
-                f"{what} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            ) from error
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise ModelError(f"{what} cannot be loaded as {architecture}: {reason}") from error
+        model, _, self._transform = made
+        self._tokenizer = open_clip.get_tokenizer(architecture)
         self._model = model.eval()
         self._device = device
         self._sentences: dict[str, Tensor] = {}

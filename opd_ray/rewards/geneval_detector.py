@@ -24,6 +24,8 @@ CLASSES = 80
 SHORT_SIDE, LONG_SIDE = 800, 1333
 """To which pictures are scaled, as by mmdet; the published processor's own 384 pixels miss small objects."""
 MAX_DETECTIONS = 100
+AT_ONCE = 8
+"""Pictures in one forward: the masks of all queries and decoder layers take 160 MB each."""
 SPELLINGS = {
     "motorbike": "motorcycle",
     "aeroplane": "airplane",
@@ -79,6 +81,9 @@ class Detector:
     @torch.no_grad()
     def __call__(self, pixels: Pixels) -> list[dict[str, list[Found]]]:
         """Class -> objects that may count, for each picture [B, H, W, 3]."""
+        return [seen for start in range(0, len(pixels), AT_ONCE) for seen in self._see(pixels[start : start + AT_ONCE])]
+
+    def _see(self, pixels: Pixels) -> list[dict[str, list[Found]]]:
         size = {"shortest_edge": SHORT_SIDE, "longest_edge": LONG_SIDE}
         given = self._processor(images=list(pixels), size=size, return_tensors="pt").to(self._model.device)
         logits, masks = self._model(**given)

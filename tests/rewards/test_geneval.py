@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -14,13 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from opd_ray.errors import ModelError, PromptError
-from opd_ray.rewards import geneval, make_rewards
+from opd_ray.rewards import geneval, geneval_detector, make_rewards
 from opd_ray.rewards.geneval_colours import Colours, crop
 from opd_ray.rewards.geneval_detector import Detector, found_in
 from opd_ray.rewards.geneval_rules import COLOURS, Found
 from opd_ray.rewards.mask2former import Mask2Former
 from opd_ray.rewards.pixels import as_pixels
-from tests.rewards.tiny_geneval import LABELS, detector_config, make_clip, make_detector
+from tests.rewards.tiny_geneval import LABELS, TINY_CLIP, detector_config, make_clip, make_detector
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,7 @@ def places(tmp_path_factory):
     return {
         "detector": str(make_detector(folder / "detector")),
         "clip": str(make_clip(folder / "clip")),
+        "clip_architecture": TINY_CLIP,
     }
 
 
@@ -42,8 +44,10 @@ def detections(places, images):
     return Detector(places["detector"], None, "cpu")(as_pixels(images))
 
 
-def test_a_batch_is_seen_as_its_pictures_are_and_by_genevals_names(places, images, detections) -> None:
+def test_a_batch_is_seen_as_its_pictures_are_and_by_genevals_names(places, images, detections, monkeypatch) -> None:
     detector = Detector(places["detector"], None, "cpu")
+    monkeypatch.setattr(geneval_detector, "AT_ONCE", 2)
+    assert [seen.keys() for seen in detector(as_pixels(images))] == [seen.keys() for seen in detections]
     assert len(detector.names) == 80
     assert {"motorcycle", "airplane", "couch", "potted plant", "dining table", "tv"} <= set(detector.names)
     assert {"computer mouse", "tv remote", "computer keyboard"} <= set(detector.names)
@@ -115,10 +119,13 @@ def test_crops_are_grey_outside_of_the_mask() -> None:
 
 def test_colours_are_those_of_the_nearest_mean_sentence(places, images) -> None:
     """Sentence by sentence and crop by crop, against all at once."""
-    classify = Colours(places["clip"], None, "cpu")
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{places['clip']}")
+    classify = Colours(places["clip"], None, TINY_CLIP, "cpu")
+    weights = Path(places["clip"]) / "open_clip_model.safetensors"
+    model, _, transform = open_clip.create_model_and_transforms(
+        TINY_CLIP, f"{places['clip']}/open_clip_model.safetensors"
+    )
     assert model.visual.transformer.resblocks[0].mlp.gelu.__class__.__name__ == "QuickGELU"
-    tokens = open_clip.get_tokenizer(f"local-dir:{places['clip']}")
+    tokens = open_clip.get_tokenizer(TINY_CLIP)
     picture = as_pixels(images)[0]
     generator = np.random.default_rng(3)
     objects = []
@@ -202,13 +209,15 @@ def test_files_that_do_not_fit_are_refused_in_one_line(places, tmp_path) -> None
     (lacking / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ModelError, match=r"cannot be loaded: \w+: [^\n]+$"):
         Detector(str(lacking), None, "cpu")
+    with pytest.raises(ModelError, match="open_clip has no architecture 'ViT-L-15'; GenEval's is ViT-L-14-quickgelu"):
+        Colours(places["clip"], None, "ViT-L-15", "cpu")
     bare = make_clip(tmp_path / "bare")
     (bare / "open_clip_model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"colour classifier '.*bare': there is no open_clip_model.safetensors"):
-        Colours(str(bare), None, "cpu")
+        Colours(str(bare), None, TINY_CLIP, "cpu")
     save_file({"logit_scale": torch.zeros(())}, bare / "open_clip_model.safetensors")
-    with pytest.raises(ModelError, match=r"cannot be loaded: RuntimeError: [^\n]+$"):
-        Colours(str(bare), None, "cpu")
+    with pytest.raises(ModelError, match=r"cannot be loaded as tiny-quickgelu: RuntimeError: [^\n]+$"):
+        Colours(str(bare), None, TINY_CLIP, "cpu")
 
 
 def test_the_detector_at_its_true_widths() -> None:
@@ -231,7 +240,8 @@ def test_the_detector_at_its_true_widths() -> None:
 
 def test_the_colour_classifier_at_its_true_widths() -> None:
     """OpenAI's ViT-L/14: 427,616,513 parameters, 446 tensors in open_clip's names."""
-    model = open_clip.create_model("ViT-L-14-quickgelu", device="meta", pretrained=None)
+    model = open_clip.create_model(geneval.CLIP_ARCHITECTURE, device="meta")
+    assert type(model.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
     sizes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert sum(parameter.numel() for parameter in model.parameters()) == 427_616_513
     assert len(sizes) == 446

@@ -11,7 +11,7 @@ import yaml
 
 from examples import isolated
 from opd_ray.rewards.base import check_rewards
-from tests.rewards.tiny_geneval import make_clip
+from tests.rewards.tiny_geneval import TINY_CLIP, make_clip
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "isolated_reward.yaml"
 
@@ -59,6 +59,7 @@ def test_mmdets_answers_go_through_the_same_rules(monkeypatch, tmp_path) -> None
     monkeypatch.setitem(sys.modules, "mmdet", ModuleType("mmdet"))
     monkeypatch.setitem(sys.modules, "mmdet.apis", apis)
     monkeypatch.setattr(isolated, "CLIP", str(make_clip(tmp_path / "clip")))
+    monkeypatch.setattr(isolated, "CLIP_ARCHITECTURE", TINY_CLIP)
     reward = isolated.MmdetGenEval(config="c", checkpoint="p")
     mouse = {"class": "computer mouse", "count": 1, "position": ["left of", 0]}
     rows = [

@@ -69,6 +69,7 @@ def make_detector(folder: Path, labels: list[str] = LABELS) -> Path:
     return folder
 
 
+TINY_CLIP = "tiny-quickgelu"
 CLIP_CONFIG = {
     "embed_dim": 16,
     "quick_gelu": True,
@@ -78,13 +79,11 @@ CLIP_CONFIG = {
 
 
 def make_clip(folder: Path) -> Path:
-    """A folder as open_clip's hub repositories are laid out."""
+    """A folder with the one file that is read of open_clip's hub repositories; its architecture is TINY_CLIP."""
     torch.manual_seed(1)
     folder.mkdir(parents=True)
-    model = open_clip.CLIP(**CLIP_CONFIG)
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "open_clip_model.safetensors")
-    colours = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-    told = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": colours}
-    (folder / "open_clip_config.json").write_text(json.dumps(told), encoding="utf-8")
+    (folder / f"{TINY_CLIP}.json").write_text(json.dumps(CLIP_CONFIG), encoding="utf-8")
+    open_clip.add_model_config(folder / f"{TINY_CLIP}.json")
+    weights = open_clip.create_model(TINY_CLIP).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "open_clip_model.safetensors")
     return folder
