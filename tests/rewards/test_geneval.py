@@ -121,9 +121,7 @@ def test_colours_are_those_of_the_nearest_mean_sentence(places, images) -> None:
     """Sentence by sentence and crop by crop, against all at once."""
     classify = Colours(places["clip"], None, TINY_CLIP, "cpu")
     weights = Path(places["clip"]) / "open_clip_model.safetensors"
-    model, _, transform = open_clip.create_model_and_transforms(
-        TINY_CLIP, f"{places['clip']}/open_clip_model.safetensors"
-    )
+    model, _, transform = open_clip.create_model_and_transforms(TINY_CLIP, str(weights))
     assert model.visual.transformer.resblocks[0].mlp.gelu.__class__.__name__ == "QuickGELU"
     tokens = open_clip.get_tokenizer(TINY_CLIP)
     picture = as_pixels(images)[0]
