@@ -77,7 +77,7 @@ install() {
     local shown='Downloading [^ ]+ \(([0-9]{3,}\.[0-9] MB|[0-9.]+ GB)\)|^Installing collected packages|^ERROR.*'
     # Of DeepSpeed only the Python is used: its kernels would need a compiler.
     if ! DS_BUILD_OPS=0 "$python" -m pip install --disable-pip-version-check --progress-bar off \
-        -c constraints.txt -e '.[dev,deepspeed]' 2>&1 | tee "$log" | { grep --line-buffered -oE "$shown" || true; }; then
+        -c constraints.txt -e '.[dev,deepspeed,ocr]' 2>&1 | tee "$log" | { grep --line-buffered -oE "$shown" || true; }; then
         fail "the installation stopped; the whole story is in $log, and the same command continues it"
     fi
 }

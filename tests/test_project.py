@@ -21,7 +21,7 @@ PINS = {
 }
 INSTALLED = [
     *PROJECT["dependencies"],
-    *(line for extra in ("dev", "deepspeed") for line in PROJECT["optional-dependencies"][extra]),
+    *(line for extra in ("dev", "deepspeed", "ocr") for line in PROJECT["optional-dependencies"][extra]),
 ]
 
 

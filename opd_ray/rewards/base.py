@@ -26,6 +26,13 @@ REWARDS = {
     "hpsv2": "opd_ray.rewards.hpsv2:HPSv2",
     "hpsv2_1": "opd_ray.rewards.hpsv2:HPSv21",
     "imagereward": "opd_ray.rewards.imagereward:ImageReward",
+    "ocr": "opd_ray.rewards.ocr:Ocr",
+    "ocr_exact": "opd_ray.rewards.ocr:OcrExact",
+    "geneval": "opd_ray.rewards.geneval:GenEval",
+    "geneval_strict": "opd_ray.rewards.geneval:GenEvalStrict",
+    "geneval_partial": "opd_ray.rewards.geneval:GenEvalPartial",
+    "jpeg_compressibility": "opd_ray.rewards.jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "opd_ray.rewards.jpeg:JpegIncompressibility",
 }
 
 PROBE = "probe"
