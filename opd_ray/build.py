@@ -78,7 +78,8 @@ def build(
     startup.mark("imports")
     folder = folder.resolve()  # as in `anchored`
     algorithm = make_algorithm(config)
-    train, held_out = preflight(config, algorithm)
+    notes: list[str] = []
+    train, held_out = preflight(config, algorithm, notes.append)
     pairs = anchored(config).pairs
     data = Data(train, held_out, index_pairs(pairs) if pairs else None)
     startup.mark("checks")
@@ -88,7 +89,7 @@ def build(
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     with ExitStack() as failed, live:
         failed.callback(abandon, folder)
-        for text in overlaps(train, held_out):
+        for text in [*notes, *overlaps(train, held_out)]:
             live.note(text)
         if data.pairs is not None:
             live.note(f"pairs: {data.pairs}")

@@ -6,7 +6,7 @@ number in [0, 1]; 1 is noise. velocity = eps - x0.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:  # records travel through processes that compute nothing
     from torch import Tensor
@@ -48,6 +48,10 @@ class Prompt:
     """Folded into seeds: the same prompt draws the same noise in any file order."""
     text: str
     task: str
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The other columns of its row, as they are there: what a reward may need, such as GenEval's ``include``."""
+    weight: float = field(default=1.0, compare=False)
+    """How often an epoch takes it: 2 is twice, 0.5 in every other epoch."""
 
 
 @dataclass(frozen=True, slots=True)
