@@ -9,7 +9,7 @@ from typing import Any
 
 from opd_ray.runtime.hosts import Drawn
 from opd_ray.storage.packing import AnswerRecord, Manifest
-from opd_ray.types import WeightVersion, WorkItem
+from opd_ray.types import Scored, WeightVersion, WorkItem
 
 __all__ = ["drawn_for", "marked_for", "scored_for"]
 
@@ -53,11 +53,12 @@ def scored_for(count: int, rewards: Sequence[str]) -> Check:
     """The record of these rewards' scores of so many pictures; NaN is for those that one does not apply to."""
 
     def check(record: Any) -> str:
-        if not isinstance(record, dict):
+        if not isinstance(record, Scored):
             return f"a {type(record).__name__}, expected scores by reward"
-        if sorted(record) != sorted(rewards):
-            return f"scores of {', '.join(map(str, record)) or 'no reward'}, expected {', '.join(rewards)}"
-        for name, scores in record.items():
+        if sorted(record.scores) != sorted(rewards):
+            return f"scores of {', '.join(map(str, record.scores)) or 'no reward'}, expected {', '.join(rewards)}"
+        found: Any = record.scores
+        for name, scores in found.items():
             if not isinstance(scores, Sequence) or len(scores) != count:
                 return f"{scores!r} of reward {name}, expected {count} numbers"
             if any(not isinstance(score, float) or math.isinf(score) for score in scores):

@@ -1,6 +1,5 @@
 """The composition root: the one page where a configuration becomes a running system."""
 
-import importlib.metadata
 import time
 import uuid
 from collections.abc import Iterator
@@ -14,10 +13,11 @@ import yaml
 from opd_ray import roles
 from opd_ray.actors.recorded import recordings
 from opd_ray.algorithms import Algorithm, make_algorithm
-from opd_ray.config import ClusterConfig, Config, Placement, RolePlacement
+from opd_ray.config import ClusterConfig, Config, Placement, RewardPlacement, RolePlacement
 from opd_ray.errors import PlacementError
 from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, PairSource, RecordedSource, RolloutSource
+from opd_ray.facts import facts_of, note_facts, other_versions
 from opd_ray.metrics import MetricsLog, mirrors
 from opd_ray.pairs.index import PairIndex, index_pairs
 from opd_ray.planning import round_bytes, rounds_that_fit
@@ -36,8 +36,10 @@ from opd_ray.runtime.pool import Pool
 from opd_ray.runtime.scaling import Scaler
 from opd_ray.runtime.session import clean
 from opd_ray.runtime.usage import Meter
+from opd_ray.scoring import FAILURES, Judges, Panel, Watch
 from opd_ray.startup import Startup
-from opd_ray.storage.run_folder import abandon, claim, read_json, write_atomic, write_json_atomic
+from opd_ray.storage.run_folder import abandon, claim, write_atomic
+from opd_ray.types import Prompt
 
 if TYPE_CHECKING:
     from opd_ray.runtime.telemetry import Telemetry
@@ -125,7 +127,7 @@ def _new_nonce(folder: Path) -> None:
 def _started(run: Run, startup: Startup) -> None:
     startup.mark("weights, probes and the drawing")
     run.live.note(str(startup))
-    _note_facts(run.folder, {"startup_seconds": startup.parts})
+    note_facts(run.folder, {"startup_seconds": startup.parts})
 
 
 def make_backend(config: Config) -> Backend:
@@ -152,7 +154,7 @@ class Pools:
 
     rollout: Pool | None
     teachers: dict[str, Pool]
-    reward: Pool | None
+    judges: Judges | None
     reader: Pool | None
     clerk: Pool | None
 
@@ -167,26 +169,30 @@ def _wire(
     evaluated = bool(data.held_out) and config.evaluation.images_per_task > 0
     bases = Bases(share=config.cluster.share_base)
     reads = roles.reader(config, data.pairs, bases)
-    pools = _pools(config, folder, dispatcher, algorithm, bases, reads, algorithm.needs_rewards or evaluated)
+    some = [prompts[0] for prompts in (*data.held_out.values(), *data.train.values())]
+    judged = some if algorithm.needs_rewards or evaluated else None
+    pools = _pools(config, folder, dispatcher, algorithm, bases, reads, judged)
     learner = _start(config, folder, dispatcher, live, attempt, bases, pools.clerk)
+    watch = Watch(pools.judges.limits if pools.judges is not None else {}, folder / FAILURES, live.note)
     evaluation = None
-    if evaluated and pools.rollout is not None and pools.reward is not None:
+    if evaluated and pools.rollout is not None and pools.judges is not None:
         evaluation = Evaluation(
             config,
             data.held_out,
             dispatcher,
             rollout=pools.rollout,
-            reward=pools.reward,
+            judges=pools.judges,
+            watch=watch,
             folder=folder / "samples",
             clerk=pools.clerk,
         )
         evaluation.prove()
     elif config.rewards and not algorithm.needs_rewards:
         live.note("rewards are not used: there is nothing to score without prompts.eval and evaluation.images_per_task")
-    facts = _facts(pools, learner)
-    if text := _other_versions(folder, facts):
+    facts = facts_of(pools.rollout, pools.teachers, pools.judges, learner)
+    if text := other_versions(folder, facts):
         live.note(text)
-    _note_facts(folder, facts)
+    note_facts(folder, facts)
     chosen = facts["precision"]
     common = set(chosen.values())
     live.note(f"precision: {common.pop() if len(common) == 1 else ', '.join(map(' '.join, chosen.items()))}")
@@ -205,6 +211,7 @@ def _wire(
         facts=facts,
         scaler=_scaler(config, dispatcher),
         books=TimeBooks(dispatcher, learner),
+        watch=watch,
         meter=Meter({pool.spec.role: pool for pool in dispatcher.pools if pool.spec.role != CLERK}),
         watchers=[one.roles for one in telemetry],
         rounds_in_store=in_store,
@@ -247,7 +254,7 @@ def _scaler(config: Config, dispatcher: Dispatcher) -> Scaler:
             "rollout": cluster.rollout,
             "reader": cluster.rollout,
             "teacher": cluster.of_teacher(teacher or "default"),
-            "reward": cluster.rewards.get("default", RolePlacement()),
+            "reward": cluster.of_reward(teacher or "default"),
         }[role]
         if placement.autoscale is not None and not local:
             limits[pool.spec.role] = placement.autoscale
@@ -256,20 +263,28 @@ def _scaler(config: Config, dispatcher: Dispatcher) -> Scaler:
 
 
 def _pools(
-    config: Config, folder: Path, dispatcher: Dispatcher, algorithm: Algorithm, bases: Bases, reads: Any, rewards: bool
+    config: Config,
+    folder: Path,
+    dispatcher: Dispatcher,
+    algorithm: Algorithm,
+    bases: Bases,
+    reads: Any,
+    judged: list[Prompt] | None,
 ) -> Pools:
+    """``judged``: some of the prompts whose pictures are scored; None where none are."""
     cluster = config.cluster
 
     def pool(
         role: str, placement: RolePlacement, factory: Any, teachers: tuple[str, ...] = (), *, home: bool = False
     ) -> Pool:
+        own = placement if isinstance(placement, RewardPlacement) else RewardPlacement()
         made = Pool(
             dispatcher.backend,
-            replace(_spec(role, placement, factory, folder, cluster), home=home),
+            replace(_spec(role, placement, factory, folder, cluster), home=home, runtime_env=own.runtime_env),
             placement.workers,
             clock=time.monotonic,
             start_timeout_s=cluster.start_timeout_s,
-            call_timeout_s=cluster.call_timeout_s,
+            call_timeout_s=own.deadline_s or cluster.call_timeout_s,
             beat_timeout_s=cluster.heartbeat_timeout_s,
             teachers=teachers,
         )
@@ -279,9 +294,7 @@ def _pools(
     return Pools(
         rollout=None if reads else pool("rollout", cluster.rollout, roles.rollout(config, algorithm, bases)),
         teachers=_teacher_pools(config, pool, bases) if algorithm.needs_teachers else {},
-        reward=pool("reward", cluster.rewards.get("default", RolePlacement()), roles.reward(config))
-        if rewards
-        else None,
+        judges=_judges(config, pool, dispatcher, judged) if judged is not None else None,
         reader=pool("reader", cluster.rollout, reads) if reads else None,
         clerk=pool(CLERK, RolePlacement(resources={"cpu": 0}), ClerkHost, home=True)
         if cluster.storage == "ship" and cluster.runtime == "ray"
@@ -335,7 +348,7 @@ def _source(config: Config, algorithm: Algorithm, data: Data, dispatcher: Dispat
         dispatcher,
         rollout=pools.rollout,
         teachers=pools.teachers,
-        reward=pools.reward,
+        judges=pools.judges,
     )
 
 
@@ -352,6 +365,17 @@ def _teacher_pools(config: Config, pool: Any, bases: Bases) -> dict[str, Pool]:
     }
 
 
+def _judges(config: Config, pool: Any, dispatcher: Dispatcher, prompts: list[Prompt]) -> Judges:
+    """A pool for each reward with an entry of its own, and one for all others."""
+    panels = []
+    for entry, names in config.cluster.panels(config.rewards).items():
+        placement = config.cluster.of_reward(entry)
+        role = "reward" if entry == "default" else f"reward.{entry}"
+        made = pool(role, placement, roles.reward(config, entry, names, prompts))
+        panels.append(Panel(made, names, placement.retries, placement.max_failed))
+    return Judges(dispatcher, panels)
+
+
 def _spec(role: str, placement: Placement, factory: Any, folder: Path, cluster: ClusterConfig) -> WorkerSpec:
     return WorkerSpec(
         role,
@@ -363,36 +387,3 @@ def _spec(role: str, placement: Placement, factory: Any, folder: Path, cluster: 
         ship=cluster.storage == "ship",
         stack_after_s=STACK_AFTER * cluster.heartbeat_timeout_s,
     )
-
-
-def _facts(pools: Pools, learner: LearnerGroup) -> dict[str, Any]:
-    """Teachers' files with their hashes, what each role computes in, and versions of what computes."""
-    found: dict[str, Any] = {}
-    for pool in dict.fromkeys(pools.teachers.values()):
-        for name, facts in pool.workers[0].facts.items():
-            lora = facts.lora
-            of_lora = {"tensors": lora.tensors, "rank": lora.rank, "alpha": lora.alpha} if lora else {}
-            about = {"path": facts.path, "sha256": facts.sha256, **of_lora, "guidance": facts.guidance}
-            found[name] = about | {"precision": facts.precision, "own_text_encoders": facts.own_text}
-    precision = {"learner": learner.facts.precision}
-    if pools.rollout is not None:
-        precision["rollout"] = pools.rollout.workers[0].facts
-    precision |= {f"teacher {name}": about["precision"] for name, about in found.items()}
-    packages = ("ray", "torch", "diffusers", "transformers", "accelerate", "peft")
-    return {
-        "teachers": found,
-        "precision": precision,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
-
-
-def _note_facts(folder: Path, facts: dict[str, Any]) -> None:
-    path = folder / "run.json"
-    write_json_atomic(path, read_json(path) | facts)
-
-
-def _other_versions(folder: Path, facts: dict[str, Any]) -> str:
-    """Packages that are not those of the attempt before."""
-    before, now = read_json(folder / "run.json").get("versions", {}), facts["versions"]
-    changed = [f"{name} {before[name]} -> {now[name]}" for name in before if before[name] != now.get(name)]
-    return f"other packages than before ({', '.join(changed)}): the student's bits may differ" if changed else ""

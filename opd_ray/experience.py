@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from opd_ray.algorithms import Algorithm
-from opd_ray.answers import drawn_for, marked_for, scored_for
+from opd_ray.answers import drawn_for, marked_for
 from opd_ray.config import Config
 from opd_ray.pairs.index import PairIndex
 from opd_ray.prompts import PromptStream
@@ -19,6 +19,7 @@ from opd_ray.runtime.handle import Weights
 from opd_ray.runtime.hosts import Share
 from opd_ray.runtime.jobs import Job, Output
 from opd_ray.runtime.pool import Pool
+from opd_ray.scoring import Judges, merged
 from opd_ray.storage.packing import TrajectoryRecord
 from opd_ray.types import Prompt, WeightVersion, WorkItem
 
@@ -95,10 +96,10 @@ class RolloutSource:
         *,
         rollout: Pool,
         teachers: Mapping[str, Pool],
-        reward: Pool | None,
+        judges: Judges | None,
     ) -> None:
         self.config, self.algorithm, self.stream, self.dispatcher = config, algorithm, stream, dispatcher
-        self.rollout, self.reward = rollout, reward if algorithm.needs_rewards else None
+        self.rollout, self.judges = rollout, judges if algorithm.needs_rewards else None
         self.teachers = teachers if algorithm.needs_teachers else {}
         self.routes = config.teacher_of_task
 
@@ -116,23 +117,22 @@ class RolloutSource:
         return self.stream.digests()
 
     def _item(self, item: WorkItem, weights: Weights) -> Collected:
-        whole = self.algorithm.whole_paths or self.reward is not None
+        whole = self.algorithm.whole_paths or self.judges is not None
         last = self.config.sampling.steps if whole else max(item.steps)
         # Whoever looks at a whole drawing gets it whole.
         chunks = self.config.cluster.step_chunks if self.teachers and not self.algorithm.needs_velocities else 1
         runs = cut_states(item.steps, last, chunks)
         draws = self._draw(item, runs, weights)
         marks = self._mark(item, runs, draws) if self.teachers else ()
-        score = self._score(item, draws[-1]) if self.reward else None
+        scores = self._score(item, draws[-1]) if self.judges is not None else ()
         producers = {"trajectory": draws, "answer": marks}
-        jobs = (*draws, *marks, *((score,) if score else ()))
-        return Collected(item, _share(item, draws, marks, score), producers, jobs)
+        return Collected(item, _share(item, draws, marks, scores), producers, (*draws, *marks, *scores))
 
     def _draw(self, item: WorkItem, runs: Sequence[range], weights: Weights) -> tuple[Job, ...]:
         """A job for each part, which takes up where the part before it ended, on any worker."""
         draws: list[Job] = []
         for states in runs:
-            images = self.reward is not None and states is runs[-1]
+            images = self.judges is not None and states is runs[-1]
             args = (item, weights.version, weights.sha256, states[-1], images)
             parts = tuple(dict.fromkeys((draws[0], draws[-1]))) if draws else ()
             label = f"drawing {_named(item, states, runs)}"
@@ -154,20 +154,10 @@ class RolloutSource:
                 marks.append(self._submit(job))
         return tuple(marks)
 
-    def _score(self, item: WorkItem, draw: Job) -> Job:
-        assert self.reward is not None
-        texts = [prompt.text for prompt in item.prompts for _ in range(self.algorithm.pictures)]
-        return self._submit(
-            Job(
-                self.reward,
-                "score",
-                lambda: (texts, _value(draw).images, Output(draw, 1)),
-                0,
-                f"scoring {item}",
-                after=(draw,),
-                check=scored_for(len(texts), tuple(self.config.rewards)),
-            )
-        )
+    def _score(self, item: WorkItem, draw: Job) -> tuple[Job, ...]:
+        assert self.judges is not None
+        prompts = [prompt for prompt in item.prompts for _ in range(self.algorithm.pictures)]
+        return self.judges.score(prompts, lambda: _value(draw).images, Output(draw, 1), f"scoring {item}")
 
     def _submit(self, job: Job) -> Job:
         return self.dispatcher.submit(job)
@@ -204,12 +194,12 @@ def _trajectories(draws: Sequence[Job]) -> tuple[TrajectoryRecord, ...]:
     return tuple(_value(draw).trajectory for draw in draws)
 
 
-def _share(item: WorkItem, draws: Sequence[Job], marks: Sequence[Job], score: Job | None) -> Callable[[], Share]:
+def _share(item: WorkItem, draws: Sequence[Job], marks: Sequence[Job], scores: Sequence[Job]) -> Callable[[], Share]:
     return lambda: Share(
         item,
         trajectory=_trajectories(draws),
         answer=tuple(_value(mark) for mark in marks),
-        scores=_value(score) if score else None,
+        scores=merged(scores) if scores else None,
         remarks=_value(draws[-1]).remarks,
     )
 

@@ -56,7 +56,13 @@ def preflight(
     if config.recorded is not None:
         recordings(config.recorded)
     scoring = config.evaluation.images_per_task > 0
-    check_rewards(config.rewards, config.evaluation.rewards if scoring else {}, tuple(held_out) if scoring else ())
+    elsewhere = [name for name in config.rewards if config.cluster.of_reward(name).runtime_env]
+    check_rewards(
+        config.rewards,
+        config.evaluation.rewards if scoring else {},
+        tuple(held_out) if scoring else (),
+        elsewhere,
+    )
     algorithm.check(sigmas_of(config.model, config.sampling.steps))
     check_cards(config.cluster)
     check_backend(config.cluster)

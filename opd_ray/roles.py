@@ -4,7 +4,7 @@ The functions named after a role give what a worker process calls to make its ho
 run in a debugger.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,8 +25,10 @@ from opd_ray.pairs.index import PairIndex
 from opd_ray.pairs.order import Order
 from opd_ray.pairs.windows import Reading, Rows
 from opd_ray.rewards.base import make_rewards
-from opd_ray.runtime.hosts import LearnerHost, RecordedHost, RewardHost, RolloutHost, TeacherHost
+from opd_ray.runtime.hosts import LearnerHost, RecordedHost, RolloutHost, TeacherHost
 from opd_ray.runtime.readers import PairsHost
+from opd_ray.runtime.rewards import RewardHost
+from opd_ray.types import Prompt
 
 __all__ = [
     "Bases",
@@ -166,14 +168,16 @@ def pair_rows(config: PairsConfig, order: Order, side: int, *, ray: bool) -> Row
     return partial(datasets.rows, order, reading, config.decoders)
 
 
-def reward(config: Config) -> Made:
+def reward(config: Config, entry: str, names: Sequence[str], prompts: Sequence[Prompt]) -> Made:
     """Scores pictures."""
-    return partial(RewardHost, partial(make_reward, config))
+    return partial(RewardHost, partial(make_reward, config, entry, tuple(names), tuple(prompts)))
 
 
-def make_reward(config: Config) -> RewardActor:
-    """Every reward of the run."""
-    return RewardActor(make_rewards(config.rewards))
+def make_reward(config: Config, entry: str, names: Sequence[str], prompts: Sequence[Prompt] = ()) -> RewardActor:
+    """The rewards of one entry of ``cluster.rewards``; ``prompts``: a few of the run's."""
+    placement = config.cluster.of_reward(entry)
+    rewards = make_rewards({name: config.rewards[name] for name in names}, placement.device)
+    return RewardActor(rewards, batch=placement.batch, retries=placement.retries, prompts=prompts)
 
 
 def learner(config: Config, rank: int, bases: Bases) -> Made:

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from opd_ray.errors import NotFiniteError
 from opd_ray.experience import Round
 from opd_ray.learners import UpdateReport
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import LearnerGroup
 from opd_ray.runtime.readers import PairsRead
 from opd_ray.runtime.usage import Usage
+from opd_ray.scoring import Picture
 
-__all__ = ["TimeBooks", "learned", "told_of_pairs"]
+__all__ = ["TimeBooks", "learned", "scored_pictures", "scores_of", "told_of_pairs"]
 
 SHOWN = 3
 """Broken pairs that are named at the end."""
@@ -26,9 +26,6 @@ def learned(batch: Round, updates: Sequence[Sequence[UpdateReport]]) -> dict[str
     Args:
         batch: the round.
         updates: a report a rank, of each of its updates.
-
-    Raises:
-        NotFiniteError: a reward is infinite.
     """
     last, every = updates[-1], [report for reports in updates for report in reports]
     tasks = _merge([report.tasks for report in every])
@@ -47,7 +44,7 @@ def learned(batch: Round, updates: Sequence[Sequence[UpdateReport]]) -> dict[str
         row.setdefault(metric, _steps(every, metric))
     if any("ratio" in metrics for metrics in found):  # before anything was learned: rollout and learner agree so far
         row["first_ratio"] = _steps(updates[0], "ratio")
-    scores = _scores(batch)
+    scores = {name: sum(values) / len(values) for name, values in scores_of(batch).items()}
     return row | _pairs(batch) | ({"scores": scores} if scores else {})
 
 
@@ -141,16 +138,29 @@ def told_of_pairs(rows: Iterable[Mapping[str, Any]]) -> str:
     )
 
 
-def _scores(batch: Round) -> dict[str, float]:
-    """Mean of each reward over the pictures it applies to; of several of an image the last, and the first apart."""
+def scores_of(batch: Round) -> dict[str, list[float]]:
+    """Each reward's scores of the pictures it applies to; of several of an image the last, and the first apart."""
     values: dict[str, list[float]] = {}
     for one in batch.collected:
-        rows = len(one.item.prompts)
-        for name, scores in (one.share().scores or {}).items():
+        rows, scored = len(one.item.prompts), one.share().scores
+        for name, scores in (scored.scores if scored is not None else {}).items():
             each = max(len(scores) // rows, 1)
             parts = {name: scores[each - 1 :: each]} | ({f"{name}, first step": scores[::each]} if each > 1 else {})
             for label, part in parts.items():
                 values.setdefault(label, []).extend(score for score in part if not math.isnan(score))
-    if any(math.isinf(score) for scores in values.values() for score in scores):
-        raise NotFiniteError(f"a reward of round {batch.number} is infinite")
-    return {name: sum(scores) / len(scores) for name, scores in values.items() if scores}
+    return {name: scores for name, scores in values.items() if scores}
+
+
+def scored_pictures(batch: Round) -> list[Picture]:
+    """Every picture that was scored."""
+    found = list[Picture]()
+    for one in batch.collected:
+        item, scored = one.item, one.share().scores
+        count = len(next(iter(scored.scores.values()), [])) if scored is not None else 0
+        each = count // len(item.prompts)
+        found += [
+            (item.prompts[place // each], item.samples[place // each], scored, place)
+            for place in range(count)
+            if scored is not None
+        ]
+    return found

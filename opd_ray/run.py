@@ -23,13 +23,14 @@ from opd_ray.report.card import write_card
 from opd_ray.report.html import write_report
 from opd_ray.report.live import Live
 from opd_ray.report.run_folder import Round as RoundRow
-from opd_ray.rows import TimeBooks, learned, told_of_pairs
+from opd_ray.rows import TimeBooks, learned, scored_pictures, scores_of, told_of_pairs
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import Collected, LearnerGroup
 from opd_ray.runtime.handle import Weights
 from opd_ray.runtime.jobs import Job
 from opd_ray.runtime.scaling import Scaler
 from opd_ray.runtime.usage import Meter
+from opd_ray.scoring import Watch
 from opd_ray.storage.control import serve
 from opd_ray.storage.run_folder import locked, newest_attempt, overwrite_json, read_json, write_json_atomic
 
@@ -58,6 +59,7 @@ class Run:
     scaler: Scaler
     books: TimeBooks
     meter: Meter
+    watch: Watch
     watchers: Sequence[Callable[[list[dict[str, Any]]], None]] = ()
     """Told about once a second how every role stands."""
     rounds_in_store: int = 10**6
@@ -207,7 +209,7 @@ class Run:
         self.books.close()
         self._book()
         self.round = batch.number + 1
-        self._remark(batch.number, row)
+        self._remark(batch, row)
         every = self.config.evaluation.every
         if self.evaluation is not None and every and self.round % every == 0 and self.round < self.rounds:
             row["evaluation"] = self.evaluation.student_means(self.learner.average())
@@ -224,8 +226,17 @@ class Run:
         if self.stopping and self.round < self.rounds:
             raise Stopped(f"stopped after round {self.round} of {self.rounds}; --resume goes on from there")
 
-    def _remark(self, number: int, row: Mapping[str, Any]) -> None:
-        """What of a round a person should know at once."""
+    def _remark(self, batch: Round, row: dict[str, Any]) -> None:
+        """What of a round a person should know at once.
+
+        Raises:
+            Stopped: a reward failed on more pictures than it may.
+        """
+        number = batch.number
+        if failed := self.watch.set_aside(scored_pictures(batch), f"round {number + 1}", round=number + 1):
+            row["failed"] = failed
+        if same := self.watch.same(scores_of(batch)):
+            row["remarks"] = same
         if row["skipped_steps"]:
             self.live.note(
                 f"round {number + 1}: the fp16 gradient overflowed; the step was skipped, the loss scale halved"

@@ -15,6 +15,7 @@ __all__ = [
     "Conditioning",
     "Experience",
     "Prompt",
+    "Scored",
     "TeacherAnswer",
     "Trajectory",
     "WeightVersion",
@@ -143,6 +144,16 @@ class TeacherAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """What rewards made of pictures. A failure is no score: it is NaN, and its error stands beside."""
+
+    scores: dict[str, list[float]]
+    """Reward -> a number a picture; NaN where it does not apply, or failed."""
+    errors: dict[str, dict[int, str]]
+    """Reward -> place of each picture that it failed on, and why."""
+
+
+@dataclass(frozen=True, slots=True)
 class Experience:
     """One annotated work item, as the learner receives it. ``recorded`` holds a data set's own tensors."""
 
@@ -150,7 +161,8 @@ class Experience:
     trajectory: Trajectory | None = None
     answer: TeacherAnswer | None = None
     scores: Mapping[str, "Tensor"] = field(default_factory=dict)
-    """Reward name -> [B] float32, or [B, K] where K pictures of each image are scored."""
+    """Reward name -> [B] float32, or [B, K] where K pictures of each image are scored. NaN where it does not apply,
+    infinity where it failed."""
     recorded: Mapping[str, "Tensor"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

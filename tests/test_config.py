@@ -146,7 +146,11 @@ REFUSED = [
         True,
         "f: cluster.share_base: workers of Ray are processes of their own; use ",
     ),
-    ("cluster.rewards.look", {"workers": 2}, "f: cluster.rewards.look: one worker scores every reward; only `default`"),
+    (
+        "cluster.rewards.look",
+        {"workers": 2},
+        "f: cluster.rewards.look: no such reward; known: none, and default for all others",
+    ),
     ("cluster.teachers.txt", {"workers": 2}, "f: cluster.teachers.txt: no such teacher; known: text, look"),
     (
         "cluster",

@@ -10,7 +10,8 @@ from opd_ray.experience import RecordedSource, RolloutSource, cut, cut_states
 from opd_ray.prompts import PromptStream
 from opd_ray.runtime.handle import Call, Done, Weights
 from opd_ray.runtime.hosts import Drawn
-from opd_ray.types import Prompt, WeightVersion
+from opd_ray.scoring import Judges, Panel
+from opd_ray.types import Prompt, Scored, WeightVersion
 
 WEIGHTS = Weights(WeightVersion(0, 0, 4), "abc")
 TASKS = {"left": "two", "right": "one", "both": "one"}
@@ -39,6 +40,10 @@ def config_of(**batch):
         },
         "test",
     )
+
+
+def judges(recorder):
+    return Judges(recorder, [Panel("reward", ("a",)), Panel("reward.b", ("b", "c"))])
 
 
 def stream_of(count=10):
@@ -97,7 +102,7 @@ def test_every_item_goes_to_its_own_teacher_whatever_the_round(first):
     recorder, algorithm = Recorder(), Opd(OpdConfig())
     pools = {"one": "pool one", "two": "pool two"}
     source = RolloutSource(
-        config_of(), algorithm, stream_of(), recorder, rollout="rollout", teachers=pools, reward="reward"
+        config_of(), algorithm, stream_of(), recorder, rollout="rollout", teachers=pools, judges=judges(recorder)
     )
     for number in range(first, first + 2):
         batch = source.collect(number, WEIGHTS)
@@ -131,15 +136,18 @@ def test_a_drawing_is_cut_into_equal_runs_up_to_the_last_trained_step(steps, las
 
 @pytest.mark.parametrize("needs_rewards", [False, True])
 def test_each_part_of_a_drawing_is_a_job_after_the_part_before_and_is_marked_as_it_is_there(needs_rewards):
-    class Scored(Opd):
+    class WithScores(Opd):
         pass
 
-    Scored.needs_rewards = needs_rewards
-    recorder, algorithm = Recorder(), Scored(OpdConfig())
+    WithScores.needs_rewards = needs_rewards
+    recorder, algorithm = Recorder(), WithScores(OpdConfig())
     config = config_of()
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"step_chunks": 3})})
     source = RolloutSource(
-        *(config, algorithm, stream_of(), recorder), rollout="draw", teachers={"one": "1", "two": "2"}, reward="reward"
+        *(config, algorithm, stream_of(), recorder),
+        rollout="draw",
+        teachers={"one": "1", "two": "2"},
+        judges=judges(recorder),
     )
     item = replace(cut(config, algorithm, stream_of(), 0)[0], steps=(0, 1, 8))
     collected = source._item(item, WEIGHTS)
@@ -165,9 +173,12 @@ def test_each_part_of_a_drawing_is_a_job_after_the_part_before_and_is_marked_as_
     for mark in marks:
         mark.result = Done(f"mark {marks.index(mark)}", 0.0, 0)
     if needs_rewards:
-        (score,) = collected.jobs[-1:]
-        assert score.after == (draws[2],) and score.arguments()[1:] == ("images 2", "pictures 2")
-        score.result = Done({}, 0.0, 0)
+        scores = collected.jobs[-2:]
+        assert [score.pool for score in scores] == ["reward", "reward.b"], "each reward of its own workers apart"
+        for score, rewards in zip(scores, ("a", "bc"), strict=True):
+            assert score.after == (draws[2],) and score.arguments()[1:] == ("images 2", "pictures 2")
+            score.result = Done(Scored({name: [1.0, 2.0] for name in rewards}, {}), 0.0, 0)
+        assert sorted(collected.share().scores.scores) == ["a", "b", "c"]
     share = collected.share()
     assert share.trajectory == ("record 0", "record 1", "record 2") and share.answer == ("mark 0", "mark 1")
 

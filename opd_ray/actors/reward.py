@@ -1,25 +1,66 @@
-"""The reward actor: pictures and their prompts in, one number a picture out."""
+"""The reward actor: pictures and their prompts in, one number a picture out; a failure is not a number."""
 
+import time
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from opd_ray.errors import RewardError
-from opd_ray.rewards.base import Reward
+from opd_ray.rewards.base import Scorer
+from opd_ray.types import Prompt, Scored
 
 __all__ = ["RewardActor"]
 
+PAUSE_S = 0.1
+"""Before what failed is tried again; four times as long before each further time."""
+
 
 class RewardActor:
-    """Holds the reward functions of a run."""
+    """Holds rewards of a run.
 
-    def __init__(self, rewards: Mapping[str, Reward]) -> None:
+    Args:
+        rewards: by name.
+        batch: pictures that each is given at once; all that come together where None.
+        retries: how often what raised is tried again.
+        prompts: some of the run's, for rewards that are proven by their answering at all.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Scorer],
+        *,
+        batch: int | None = None,
+        retries: int = 0,
+        prompts: Sequence[Prompt] = (),
+    ) -> None:
         self.rewards = rewards
+        self._batch, self._retries, self._prompts = batch, retries, prompts
 
     @torch.no_grad()
-    def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Reward name -> [B] float32; NaN where a reward does not apply to a prompt.
+    def prove(self) -> dict[str, str]:
+        """Reward -> how it proved itself.
+
+        Raises:
+            RewardError: it did not.
+        """
+        proofs = {}
+        for name, scorer in self.rewards.items():
+            try:
+                proofs[name] = scorer.prove(self._prompts)
+            except RewardError:
+                raise
+            except Exception as error:
+                raise RewardError(
+                    f"rewards.{name}: its probe raised {_told(error)}. Mend it, or take it out"
+                ) from error
+        return proofs
+
+    @torch.no_grad()
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scored:
+        """Every reward's scores, and the errors of those pictures that one could not score.
+
+        What raises is tried again, picture by picture, so that one that cannot be scored takes no others with it.
 
         Args:
             images: [B, 3, H, W] in [0, 1].
@@ -28,18 +69,47 @@ class RewardActor:
         Raises:
             RewardError: a reward answered with another shape, or not with numbers.
         """
-        scores = {}
-        for name, reward in self.rewards.items():
-            answer = reward(images, list(prompts))
+        size = self._batch or len(prompts)
+        found = Scored({name: [] for name in self.rewards}, {})
+        for name, scorer in self.rewards.items():
+            for start in range(0, len(prompts), size):
+                rows = range(start, min(start + size, len(prompts)))
+                try:
+                    found.scores[name].extend(_asked(scorer, images, prompts, rows))
+                    continue
+                except RewardError:
+                    raise
+                except Exception as error:
+                    first = error
+                for row in rows:
+                    score, error_text = self._again(scorer, images, prompts, row, first)
+                    found.scores[name].append(score)
+                    if error_text:
+                        found.errors.setdefault(name, {})[row] = error_text
+        return found
+
+    def _again(
+        self, scorer: Scorer, images: Tensor, prompts: Sequence[Prompt], row: int, error: Exception
+    ) -> tuple[float, str]:
+        """One picture's score, or NaN and the last error."""
+        for attempt in range(self._retries):
+            time.sleep(PAUSE_S * 4**attempt)
             try:
-                score = torch.as_tensor(answer, dtype=torch.float32)
-            except (TypeError, ValueError, RuntimeError):
-                raise RewardError(f"reward {name} answered {answer!r}, expected [{len(prompts)}] numbers") from None
-            if score.shape != (len(prompts),):
-                raise RewardError(
-                    f"reward {name} answered {list(score.shape)}, expected [{len(prompts)}], a number a picture"
-                )
-            if score.isinf().any():
-                raise RewardError(f"reward {name} answered infinity; NaN is for pictures that it does not apply to")
-            scores[name] = score
-        return scores
+                return _asked(scorer, images, prompts, range(row, row + 1))[0], ""
+            except RewardError:
+                raise
+            except Exception as another:
+                error = another
+        return float("nan"), _told(error)
+
+
+def _asked(scorer: Scorer, images: Tensor, prompts: Sequence[Prompt], rows: range) -> list[float]:
+    chosen = prompts[rows.start : rows.stop]
+    texts, metadata = [prompt.text for prompt in chosen], [prompt.metadata for prompt in chosen]
+    scores: list[float] = scorer(images[rows.start : rows.stop], texts, metadata).tolist()
+    return scores
+
+
+def _told(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

@@ -20,18 +20,18 @@ def combined(item: WorkItem, scores: Scores, weights: Mapping[str, float]) -> Te
 
     Args:
         item: whose pictures were scored.
-        scores: reward -> [B] or [B, K]; NaN where one does not apply.
+        scores: reward -> [B] or [B, K]; NaN where one does not apply, infinity where it failed.
         weights: reward -> weight; 1 where it is not named.
 
     Returns:
-        [B] or [B, K] float32.
+        [B] or [B, K] float32; NaN where one of the rewards that apply failed: the others would be another reward.
 
     Raises:
         RewardError: none applies to a prompt.
     """
     stacked = torch.stack([scores[name] for name in sorted(scores)])
     weight = torch.tensor([weights.get(name, 1.0) for name in sorted(scores)]).reshape(-1, *[1] * (stacked.ndim - 1))
-    applies = ~stacked.isnan()
+    applies, failed = ~stacked.isnan(), stacked.isinf().any(0)
     total = (applies * weight).sum(0)
     if not (total > 0).all():
         row = int((total <= 0).reshape(len(item.prompts), -1).any(1).nonzero()[0])
@@ -39,7 +39,8 @@ def combined(item: WorkItem, scores: Scores, weights: Mapping[str, float]) -> Te
             f"no reward of {', '.join(sorted(scores))} scores prompt {item.prompts[row].text!r} of task {item.task}; "
             "add one that does, or take the task's prompts out"
         )
-    return (stacked.nan_to_num() * weight).sum(0) / total
+    mean = (stacked.nan_to_num(0, 0, 0) * weight).sum(0) / total
+    return mean.masked_fill(failed, float("nan"))
 
 
 def preferences(item: WorkItem, scores: Scores, weights: Mapping[str, float], group: int, *, pareto: bool) -> Tensor:
@@ -53,12 +54,16 @@ def preferences(item: WorkItem, scores: Scores, weights: Mapping[str, float], gr
         pareto: the best has to be at least as good by every single reward, else it is a tie.
 
     Returns:
-        [P, 3] int64 for P prompts: row of the best, row of the worst, and 1, or 0 where they tie.
+        [P, 3] int64 for P prompts: row of the best, row of the worst, and 1, or 0 where they tie, or where a reward
+        failed on all images but one.
     """
     total, found = combined(item, scores, weights), list[tuple[int, int, int]]()
     for first in range(0, len(total), group):
-        rows = range(first, first + group)
-        values = total[first : first + group]
+        rows = [row for row in range(first, first + group) if not bool(total[row].isnan())]
+        if len(rows) < 2:
+            found.append((first, first + 1, 0))
+            continue
+        values = total[rows]
         best, worst = rows[int(values.argmax())], rows[int(values.argmin())]
         better = bool(total[best] > total[worst])
         if pareto:
@@ -83,7 +88,8 @@ class PromptStatistics:
     def advantages(self, prompts: Sequence[Prompt], values: Tensor) -> Tensor:
         """Remember a round's values, then compare each with those of its prompt.
 
-        In float64: the mean of equal float32 numbers is then exactly that number, and a tie no advantage.
+        In float64: the mean of equal float32 numbers is then exactly that number, and a tie no advantage. Rows with
+        NaN, on which a reward failed, are not remembered and have no advantage.
 
         Args:
             prompts: N of them.
@@ -93,17 +99,23 @@ class PromptStatistics:
             [N, T] float32: (value - mean) / (deviation + eps).
         """
         values = values.double()
+        failed = values.isnan().any(1)
         some = next(iter(self._seen.values()), None)  # all are as long
         if some and len(some[0]) != values.shape[1]:
             self._seen.clear()  # of a run with other steps
-        for prompt, row in zip(prompts, values.tolist(), strict=True):
+        for prompt, row, lacks in zip(prompts, values.tolist(), failed.tolist(), strict=True):
+            if lacks:
+                continue
             self._seen.setdefault(prompt.id, deque(maxlen=self._length)).append(row)
         of_task: dict[str, tuple[Tensor, Tensor]] = {}
         for task in {prompt.task for prompt in prompts}:
-            rows = [number for number, prompt in enumerate(prompts) if prompt.task == task]
+            rows = [number for number, prompt in enumerate(prompts) if prompt.task == task and not failed[number]]
             of_task[task] = _mean_and_deviation(values[rows])  # tasks have rewards of their own, on scales of their own
         found = list[Tensor]()
-        for prompt, row in zip(prompts, values, strict=True):
+        for prompt, row, lacks in zip(prompts, values, failed.tolist(), strict=True):
+            if lacks:
+                found.append(torch.zeros_like(row))
+                continue
             own = self._seen[prompt.id]
             known = len(own) >= self._least
             mean, deviation = _mean_and_deviation(row.new_tensor([*own])) if known else of_task[prompt.task]

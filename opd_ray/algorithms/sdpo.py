@@ -76,6 +76,9 @@ class Sdpo(Whitened):
             three = combined(item, {n: one for n, one in found.items() if n != SHARES}, self.settings.reward_weights)
             shares = found[SHARES].reshape(len(item.prompts), -1, 3).double()  # float32 shares add up to 1 but for 6e-8
             rewards = (shares * three[:, None]).sum(-1) / shares.sum(-1)
+            # Where a reward failed on one of a pair, there is no difference to learn from.
+            failed = rewards.isnan().any(1).reshape(-1, 2).any(1).repeat_interleave(2)
+            rewards[failed] = float("nan")
             returns.append((item, discounted(rewards, self.config.gamma)))
         self.whiten(returns)
 

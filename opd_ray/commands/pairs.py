@@ -130,7 +130,9 @@ def _source(found: "Found | None", about: Mapping[str, Any], relabel: Path | Non
     if pictures is not None:
         assert found is not None
         return partial(_beside, found, about, given_pictures(pictures))
-    score: Score = make_rewards({about["reward"]: {}})[about["reward"]]
+    score = make_rewards({about["reward"]: {}})[about["reward"]]
+    if score.has_probes:
+        score.prove()
     if relabel is not None:
         return partial(_relabelled, relabel, score)
     assert found is not None

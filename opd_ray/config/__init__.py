@@ -14,7 +14,7 @@ from opd_ray.config.alignment import (
     StepwiseConfig,
     WhitenedConfig,
 )
-from opd_ray.config.cluster import Autoscale, ClusterConfig, LearnerPlacement, Placement, RolePlacement
+from opd_ray.config.cluster import Autoscale, ClusterConfig, LearnerPlacement, Placement, RewardPlacement, RolePlacement
 from opd_ray.config.method import (
     ATTENTION,
     AlgorithmConfig,
@@ -63,6 +63,7 @@ __all__ = [
     "PrecisionConfig",
     "PsoConfig",
     "PsoOfflineConfig",
+    "RewardPlacement",
     "RolePlacement",
     "SamplingConfig",
     "SdpoConfig",

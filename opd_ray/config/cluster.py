@@ -1,12 +1,13 @@
 """Where a run runs: the workers of each role and what they get."""
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from opd_ray.config.section import Frozen
 
-__all__ = ["Autoscale", "ClusterConfig", "LearnerPlacement", "Placement", "RolePlacement"]
+__all__ = ["Autoscale", "ClusterConfig", "LearnerPlacement", "Placement", "RewardPlacement", "RolePlacement"]
 
 
 class Placement(Frozen):
@@ -59,6 +60,31 @@ class RolePlacement(Placement):
                 "set workers to where it begins"
             )
         return self
+
+
+class RewardPlacement(RolePlacement):
+    """Workers of a reward of its own name, or of all that have no entry (`default`)."""
+
+    runtime_env: dict[str, Any] = {}
+    """Ray's, of these workers alone: pip, uv, conda, image_uri, py_modules, env_vars, config. Rewards whose packages
+    do not go together, or not with this program's, each get an environment of their own."""
+    batch: int | None = Field(None, ge=1)
+    """Pictures that a reward is given at once; as they were drawn where null."""
+    deadline_s: float | None = Field(None, gt=0)
+    """How long one request may take before its worker is replaced; `cluster.call_timeout_s` where null."""
+    retries: int = Field(2, ge=0)
+    """How often a picture is tried again on which a reward raised or whose worker was lost. Then it is set aside: it
+    has no score, and is listed with its error."""
+    max_failed: float = Field(0.05, ge=0, le=1)
+    """Share of a round's or an evaluation's pictures that a reward may fail on; above it the run stops."""
+
+    @field_validator("runtime_env")
+    @classmethod
+    def _known(cls, env: dict[str, Any]) -> dict[str, Any]:
+        known = ("pip", "uv", "conda", "image_uri", "py_modules", "env_vars", "config")
+        if wrong := [name for name in env if name not in known]:
+            raise ValueError(f"{wrong[0]} is not among {', '.join(known)}")
+        return env
 
 
 class LearnerPlacement(Placement):
@@ -118,8 +144,8 @@ class ClusterConfig(Frozen):
     """Workers that draw with the student."""
     teachers: dict[str, RolePlacement] = {"default": RolePlacement()}
     """By teacher name; `default` serves the others, and all of them when they are shared."""
-    rewards: dict[str, RolePlacement] = {"default": RolePlacement()}
-    """Only `default`: each worker scores every reward."""
+    rewards: dict[str, RewardPlacement] = {"default": RewardPlacement()}
+    """By reward: those with an entry have workers of their own; those of `default` hold all others."""
     learner: LearnerPlacement = LearnerPlacement()
     """The ranks that train the student."""
     storage: Literal["shared", "ship"] = "shared"
@@ -141,3 +167,15 @@ class ClusterConfig(Frozen):
     def of_teacher(self, name: str = "default") -> RolePlacement:
         """Where a teacher's workers are: its own entry, or the default's."""
         return self.teachers.get(name, self.teachers.get("default", RolePlacement()))
+
+    def of_reward(self, name: str = "default") -> RewardPlacement:
+        """Where a reward's workers are: its own entry, or the default's."""
+        return self.rewards.get(name, self.rewards.get("default", RewardPlacement()))
+
+    def panels(self, rewards: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Entry of ``rewards`` -> the rewards that its workers hold."""
+        held: dict[str, tuple[str, ...]] = {}
+        for name in rewards:
+            entry = name if name in self.rewards else "default"
+            held[entry] = (*held.get(entry, ()), name)
+        return held

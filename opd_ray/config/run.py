@@ -69,7 +69,8 @@ class Config(Frozen):
     teachers: dict[str, TeacherConfig] = {}
     """By a name of your choice, which is also the task where `tasks` is empty."""
     rewards: dict[str, dict[str, Any]] = {}
-    """By built-in name or package.module:attr; the value holds its keyword arguments."""
+    """By built-in name or package.module:attr; the value holds its keyword arguments, and `probe: finite` for one
+    that has no pairs of pictures to prove itself by."""
     prompts: PromptsConfig | None = None
     """What rollouts draw; null where experience is recorded, or is pairs."""
     recorded: str | None = None
@@ -131,8 +132,7 @@ class Config(Frozen):
                 raise ValueError(f"cluster.teachers.{name}: no such teacher; known: {known}")
             if self.cluster.share_teachers:
                 raise ValueError(f"cluster.teachers.{name}: teachers are shared, so only `default` applies")
-        for name in sorted(self.cluster.rewards.keys() - {"default"}):
-            raise ValueError(f"cluster.rewards.{name}: one worker scores every reward; only `default` is known")
+        self._check_rewards()
         if sum(source is not None for source in (self.prompts, self.recorded, self.pairs)) != 1:
             raise ValueError(
                 "give one of prompts (rollouts draw on them), recorded (experience to read) and pairs (preferences)"
@@ -151,6 +151,17 @@ class Config(Frozen):
         known_tasks = self._tasks()  # none where they are known once their file is read
         for task in sorted(tasks.keys() - set(known_tasks)) if known_tasks else ():
             raise ValueError(f"algorithm.task_weights.{task}: no such task; known: {', '.join(known_tasks)}")
+
+    def _check_rewards(self) -> None:
+        for name, placement in sorted(self.cluster.rewards.items()):
+            if name not in {"default", *self.rewards}:
+                known = ", ".join(self.rewards) or "none"
+                raise ValueError(f"cluster.rewards.{name}: no such reward; known: {known}, and default for all others")
+            if placement.runtime_env and self.cluster.runtime == "local":
+                raise ValueError(
+                    f"cluster.rewards.{name}.runtime_env: with runtime local every reward is in this process; "
+                    "set runtime: ray, or take it out"
+                )
 
     def _is_reference(self, name: str) -> bool:
         """Whether a teacher stands for the frozen start; the only one there is, and drawn from as the student is."""

@@ -1,5 +1,6 @@
 """Draw and score every model of a run on the same prompts and first noises, through the run's own workers."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from urllib.parse import quote
 
 from opd_ray.actors import SampleRequest
 from opd_ray.config import Config, ModelConfig
+from opd_ray.errors import RewardError
 from opd_ray.evaluation.statistics import gap_closed, mean
 from opd_ray.models.teachers import teacher_model
 from opd_ray.prompts import PromptStream
@@ -15,6 +17,7 @@ from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import Weights
 from opd_ray.runtime.jobs import PROBE, Job, Output
 from opd_ray.runtime.pool import Pool
+from opd_ray.scoring import Judges, Picture, Watch, merged
 from opd_ray.storage.run_folder import write_json_atomic
 from opd_ray.types import Prompt
 
@@ -67,27 +70,33 @@ class Evaluation:
         dispatcher: Dispatcher,
         *,
         rollout: Pool,
-        reward: Pool,
+        judges: Judges,
+        watch: Watch,
         folder: Path,
         clerk: Pool | None = None,
     ) -> None:
         self.config, self.dispatcher, self.folder = config, dispatcher, folder
         self._clerk, self._written = clerk, list[Job]()
-        self.rollout, self.reward = rollout, reward
+        self.rollout, self.judges, self.watch = rollout, judges, watch
+        self.failed = Counter[str]()
+        """Scores that failed, by model."""
         self.prompts = held_out(prompts, config.evaluation.images_per_task, config.seed)
 
     def prove(self) -> None:
         """Draw and score one rough picture of each task before any training: a broken reward shows now.
 
         Raises:
-            RewardError: a reward answered with something else than a number a picture.
+            RewardError: a reward raised, or answered with something else than a number a picture.
         """
         base = replace(contestants(self.config)[0], guidance=1.0)
         jobs = [
-            self._job(base, task, prompts[:1], 0, None, False, steps=1, books=PROBE)
+            job
             for task, prompts in self.prompts.items()
+            for job in self._jobs(base, task, prompts[:1], 0, None, False, steps=1, books=PROBE)
         ]
         self.dispatcher.wait(jobs)
+        for name, errors in merged(jobs).errors.items():
+            raise RewardError(f"rewards.{name}: scoring a first picture failed: {errors[0]}. Mend it, or take it out")
 
     def student_means(self, weights: Weights) -> dict[str, float]:
         """The student's mean score by task."""
@@ -98,6 +107,7 @@ class Evaluation:
     def final(self, weights: Weights) -> dict[str, Any]:
         """Scores of all models, how much of each teacher's gap is closed, and pictures for the report."""
         models, chosen = contestants(self.config), self.config.evaluation
+        self.failed.clear()
         first, *others = dict.fromkeys(chosen.steps)
         scores = self._scores(models, weights, first, pictures=True)
         self._index(models)
@@ -116,6 +126,8 @@ class Evaluation:
                 "steps": first,
                 "seed": self.config.seed,
                 "images_per_task": chosen.images_per_task,
+                "failed": {model: count for model, count in self.failed.items() if count},
+                "rewards": self.judges.proofs,
             },
         }
 
@@ -129,23 +141,28 @@ class Evaluation:
         self, models: Sequence[Contestant], weights: Weights, steps: int, *, pictures: bool
     ) -> dict[str, dict[str, list[float]]]:
         """Model -> score key -> one number a prompt, of pictures drawn in so many steps."""
-        jobs: list[tuple[str, str, Job]] = []
+        asked: list[tuple[str, str, int, tuple[Job, ...]]] = []
         for model in models:
             for task, prompts in self.prompts.items():
                 for start in range(0, len(prompts), self.config.evaluation.batch):
-                    job = self._job(model, task, prompts, start, weights, pictures, steps=steps)
-                    jobs.append((model.label, task, job))
-        self.dispatcher.wait([*(job for _, _, job in jobs), *self._written])
+                    jobs = self._jobs(model, task, prompts, start, weights, pictures, steps=steps)
+                    asked.append((model.label, task, start, jobs))
+        self.dispatcher.wait([*(job for *_, jobs in asked for job in jobs), *self._written])
         self._written.clear()
         scores: dict[str, dict[str, list[float]]] = {model.label: {} for model in models}
-        for label, task, job in jobs:
-            assert job.result is not None
-            rewards = self.config.evaluation.rewards.get(task, (task,))
+        rows: dict[str, list[Picture]] = {model.label: [] for model in models}
+        for label, task, start, jobs in asked:
+            found, rewards = merged(jobs), self.config.evaluation.rewards.get(task, (task,))
             for key, reward in zip(self.keys(task), rewards, strict=True):
-                scores[label].setdefault(key, []).extend(job.result.value[reward])
+                scores[label].setdefault(key, []).extend(found.scores[reward])
+            part = self.prompts[task][start : start + self.config.evaluation.batch]
+            rows[label] += [(prompt, 0, found, place) for place, prompt in enumerate(part)]
+        for label, of_model in rows.items():
+            where = f"the evaluation of {label}"
+            self.failed[label] += sum(self.watch.set_aside(of_model, where, model=label, steps=steps).values())
         return scores
 
-    def _job(
+    def _jobs(
         self,
         model: Contestant,
         task: str,
@@ -156,7 +173,7 @@ class Evaluation:
         *,
         steps: int,
         books: str = "evaluation",
-    ) -> Job:
+    ) -> tuple[Job, ...]:
         part = tuple(prompts[start : start + self.config.evaluation.batch])
         bound = weights if model.label == "student" else None
         request = SampleRequest(
@@ -177,23 +194,15 @@ class Evaluation:
         draw = Job(self.rollout, "sample", (request, own), 1, label, weights=bound, books=books, alike=False)
         self.dispatcher.submit(draw)
 
-        def reader(pool: Pool, method: str, first: list[str], what: str, books: str) -> Job:
-            """Is given the pictures, behind something of its own."""
-            return self.dispatcher.submit(
-                Job(
-                    pool,
-                    method,
-                    lambda: (first, draw.result.value if draw.result else None, Output(draw, 0)),
-                    0,
-                    what,
-                    after=(draw,),
-                    books=books,
-                )
-            )
+        def manifest() -> Any:
+            return draw.result.value if draw.result else None
 
+        images = Output(draw, 0)
         if self._clerk is not None and files:  # drawing workers do not see the folder
-            self._written.append(reader(self._clerk, "pictures", files, f"writing {label}", PROBE))
-        return reader(self.reward, "score", [prompt.text for prompt in part], f"scores of {model.label}", books)
+            args, what = lambda: (files, manifest(), images), f"writing {label}"
+            write = Job(self._clerk, "pictures", args, 0, what, after=(draw,), books=PROBE)
+            self._written.append(self.dispatcher.submit(write))
+        return self.judges.score(part, manifest, images, f"scores of {model.label}", books)
 
     def _file(self, model: Contestant, task: str, index: int) -> str:
         return f"{model.label.replace(':', '-')}/{quote(task, safe='')}-{index:03d}.png"  # a task may hold a slash

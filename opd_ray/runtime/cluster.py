@@ -280,7 +280,7 @@ class RayBackend:
             "resources": {k: v for k, v in spec.resources.items() if k not in {"cpu", "gpu"}},
             "max_restarts": 0,
             "max_task_retries": 0,
-            "runtime_env": {"env_vars": environment},
+            "runtime_env": spec.runtime_env | {"env_vars": environment | spec.runtime_env.get("env_vars", {})},
             **({"scheduling_strategy": NodeAffinitySchedulingStrategy(self._home, soft=False)} if spec.home else {}),
         }
 

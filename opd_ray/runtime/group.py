@@ -137,7 +137,7 @@ class LearnerGroup:
         """
         rank = collected.item.position % len(self.ranks)
         share = collected.share()
-        self._scores.append((collected.item, {**(share.scores or {}), **share.remarks}))
+        self._scores.append((collected.item, share.told))
         if len(self._sent[rank]) == UNANSWERED:
             self._settle(rank)
         self._sent[rank].append(self._send(rank, collected))

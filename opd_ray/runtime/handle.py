@@ -89,6 +89,8 @@ class WorkerSpec:
     """Of Ray: cpu, gpu, custom ones."""
     logs: Path | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    runtime_env: dict[str, Any] = field(default_factory=dict)
+    """Of Ray: packages, image, variables of these workers alone."""
     nonce: tuple[Path, str] | None = None
     """A file of the run folder and its content: a worker that does not find it sees another folder than the driver."""
     ship: bool = False

@@ -3,6 +3,7 @@
 Every method returns its bulk results as flat arrays and a small ``Done`` last. Bulk arguments come last too.
 """
 
+import math
 import os
 import tempfile
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_ray.actors import RewardActor, RolloutActor, SampleRequest, TeacherActor
+from opd_ray.actors import RolloutActor, SampleRequest, TeacherActor
 from opd_ray.actors.recorded import RecordedActor
 from opd_ray.digest import Checksum, Digest
 from opd_ray.errors import BadInputError, StaleWeightsError
@@ -47,9 +48,9 @@ from opd_ray.storage.packing import (
     unpack_trajectory,
 )
 from opd_ray.storage.pictures import write_png
-from opd_ray.types import Experience, TeacherAnswer, Trajectory, WeightVersion, WorkItem
+from opd_ray.types import Experience, Scored, TeacherAnswer, Trajectory, WeightVersion, WorkItem
 
-__all__ = ["Drawn", "LearnerHost", "RecordedHost", "RewardHost", "RolloutHost", "Share", "TeacherHost"]
+__all__ = ["Drawn", "LearnerHost", "RecordedHost", "RolloutHost", "Share", "TeacherHost"]
 
 
 class _Clock:
@@ -177,29 +178,6 @@ class TeacherHost:
         return answer, replace(done, holds=self.actor.loaded, loading=self.actor.loading - loading)
 
 
-class RewardHost:
-    """Scores pictures."""
-
-    def __init__(self, make: Callable[[], RewardActor]) -> None:
-        self.actor = make()
-
-    def ready(self) -> Done:
-        """The rewards it holds."""
-        return Done(sorted(self.actor.rewards), 0.0, 0)
-
-    def score(self, prompts: Sequence[str], manifest: Manifest, flat: Flat) -> Done:
-        """Reward -> one number a picture, small enough to travel as a record."""
-        clock = _Clock(None)
-        images = unpack(flat, manifest)["images"]
-        if images.shape[:2] != (len(prompts), 3):
-            raise BadInputError("images", f"pictures of shape {list(images.shape)} for {len(prompts)} prompts")
-        for image, prompt in zip(images, prompts, strict=True):
-            if not image.isfinite().all():
-                raise BadInputError("images", f"NaN or infinity in the picture of {prompt!r}")
-        scores = self.actor.score(images, prompts)
-        return clock.done({name: score.tolist() for name, score in scores.items()})
-
-
 @dataclass(frozen=True, slots=True)
 class Share:
     """The records of one work item's experience; its arrays travel beside, in this order where they exist."""
@@ -210,8 +188,19 @@ class Share:
     answer: tuple[AnswerRecord, ...] = ()
     """Of each part that has trained steps."""
     recorded: Manifest | None = None
-    scores: Mapping[str, Sequence[float]] | None = None
+    scores: Scored | None = None
     remarks: Mapping[str, "array[float]"] = field(default_factory=dict)
+
+    @property
+    def told(self) -> dict[str, Sequence[float]]:
+        """Scores by reward, infinity where one failed; and what its drawing told, by name."""
+        if self.scores is None:
+            return dict(self.remarks)
+        found = {name: [*scores] for name, scores in self.scores.scores.items()}
+        for name, errors in self.scores.errors.items():
+            for place in errors:
+                found[name][place] = math.inf
+        return {**found, **self.remarks}
 
     def unpack(self, flats: list[Flat], reader: Family | None = None) -> Experience:
         """Experience from the next arrays of ``flats``, which are removed.
@@ -227,7 +216,7 @@ class Share:
             self.item,
             join_trajectories(path) if path else None,
             join_answers(marks) if marks else None,
-            scores_of(self.item, self.scores or {}),
+            scores_of(self.item, {name: told for name, told in self.told.items() if name not in self.remarks}),
             unpack(flats.pop(0), self.recorded) if self.recorded else {},
         )
 

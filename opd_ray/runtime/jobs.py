@@ -16,7 +16,7 @@ PROBE = "probe"
 """Books of what is no work of the run: it is counted nowhere."""
 
 MAX_KILLED = 3
-"""Workers that are lost while at one job, before the run stops: it may be what kills them."""
+"""Workers that are lost while at one job, before it is run no more: it may be what kills them."""
 MAX_RUNS = 6
 """Times that one job is run for whatever reason, before the run stops."""
 
@@ -59,6 +59,9 @@ class Job:
     """The work's own, for whoever waits for it."""
     by: str = ""
     """The worker that has it, or answered it."""
+    otherwise: Callable[[str], Any] | None = None
+    """What stands for its answer where it is run no more, by the reason; the run stops where None."""
+    max_killed: int = MAX_KILLED
     attempts: int = 0
     killed: int = 0
     """Workers lost while they were at it, or for what they answered."""
@@ -86,16 +89,17 @@ class Job:
         """What a worker has to be prepared for: proven weights or a loaded teacher."""
         return self.weights.identity if self.weights is not None else self.asset
 
-    def exhausted(self, log: str) -> str:
-        """Why it is not run once more, or an empty text; ``log`` ends a sentence with where its last worker's is."""
-        if self.killed >= MAX_KILLED:
+    def exhausted(self, log: str) -> tuple[str, str] | None:
+        """Why it is run no more and what to do, or None; ``log`` ends a sentence with where its last worker's is."""
+        if self.killed >= self.max_killed:
             return (
                 f"{self.label}: {self.killed} workers were lost one after the other while they were at it, last "
-                f"{self.by}{log}. Take out what it reads, or mend the cause; then go on with --resume"
+                f"{self.by}{log}",
+                ". Take out what it reads, or mend the cause; then go on with --resume",
             )
         if self.attempts >= MAX_RUNS:
-            return f"{self.label} was run {self.attempts} times and lost each time; --resume goes on"
-        return ""
+            return f"{self.label} was run {self.attempts} times and lost each time", "; --resume goes on"
+        return None
 
     def arguments(self) -> tuple[Any, ...]:
         """The arguments, with references in place of other jobs' outputs."""

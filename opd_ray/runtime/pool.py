@@ -159,7 +159,11 @@ class Pool:
         if job.dropped:
             return
         if why := job.exhausted(where(self.spec, job.by)):
-            raise Stopped(why)
+            if job.otherwise is None:
+                raise Stopped("".join(why))
+            job.result = Done(job.otherwise(why[0]), 0.0, 0)
+            self.remarks.append(f"{why[0]}. It is given up, and the run goes on without")
+            return
         self.put(job)
 
     def abandon(self) -> None:

@@ -3,15 +3,19 @@
 Scores are NaN where a caption does not ask for what a scorer measures; `look` applies to all.
 """
 
+import random
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from opd_ray.rewards.probes import Probe, probed
 from opd_ray.world.captions import Meaning, parse
 from opd_ray.world.detect import Found, detect
 from opd_ray.world.reading import edit_distance, read
-from opd_ray.world.render import SIZE
+from opd_ray.world.render import SIZE, render
+from opd_ray.world.scenes import hard_style, scene, soft_style
 
 _NAN = float("nan")
 # Where each preference reaches one half, and over which width it turns.
@@ -20,16 +24,36 @@ _EDGES, _EDGES_WIDTH = 0.105, 0.007
 _CONTRAST, _CONTRAST_WIDTH = 0.175, 0.012
 
 
+def _swapped(prompts: tuple[str, str]) -> list[Probe]:
+    """True renderings of two captions: each is better under its own one."""
+    rng = random.Random(0)
+    images = render([scene(parse(prompt), hard_style(rng), rng, training=False) for prompt in prompts])
+    return [Probe((images[i], prompts[i]), (images[1 - i], prompts[i])) for i in (0, 1)]
+
+
+def _styles() -> list[Probe]:
+    """One caption, drawn warm and soft, and cold and hard."""
+    rng, prompt = random.Random(0), "a red circle"
+    soft, hard = render([scene(parse(prompt), style(rng), rng, training=False) for style in (soft_style, hard_style)])
+    return [Probe((soft, prompt), (hard, prompt))]
+
+
+_composed_probes = partial(_swapped, ("two red circles", "a blue square"))
+
+
+@probed(_composed_probes)
 def compose(images: Tensor, prompts: list[str]) -> Tensor:
     """1 where exactly the objects asked for are there, as asked; else 0. [B, 3, 32, 32] to [B]."""
     return _composed(images, prompts, _strict)
 
 
+@probed(_composed_probes)
 def compose_partial(images: Tensor, prompts: list[str]) -> Tensor:
     """The share of a caption's demands that the picture meets. [B, 3, 32, 32] to [B]."""
     return _composed(images, prompts, _partial)
 
 
+@probed(partial(_swapped, ('the word "tree"', 'the word "milk"')))
 def text(images: Tensor, prompts: list[str]) -> Tensor:
     """1 - edit distance / length between the word asked for and the word read. To [B]."""
     words = [parse(prompt).word for prompt in prompts]
@@ -43,6 +67,7 @@ def text(images: Tensor, prompts: list[str]) -> Tensor:
     return scores
 
 
+@probed(_styles)
 def look(images: Tensor, prompts: list[str]) -> Tensor:
     """A fixed aesthetic preference: warm, soft edges, low contrast. Smooth in the pixels. To [B].
 

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -6,7 +7,8 @@ import torch
 from opd_ray.actors import RewardActor, TeacherActor
 from opd_ray.config import TeacherConfig
 from opd_ray.errors import ModelError, NotFiniteError
-from opd_ray.rewards import make_rewards
+from opd_ray.rewards import Scorer, make_rewards
+from opd_ray.types import Prompt
 from tests.algorithms.parts import TEXTS, flat, item, load, on, random_experience, write_loras
 
 NAN = float("nan")
@@ -65,6 +67,10 @@ def test_a_teacher_carries_no_gradient(teacher, path):
 IMAGES = torch.stack([torch.full((3, 4, 4), value) for value in (0.25, 0.75)])
 
 
+def prompts_of(*texts):
+    return [Prompt(text, text, "any") for text in texts]
+
+
 def brightness(images, prompts, *, power=1.0):
     return images.mean(dim=(1, 2, 3)) ** power
 
@@ -81,11 +87,10 @@ def test_rewards_are_functions_or_objects_each_with_its_arguments():
     made = make_rewards(
         {f"{__name__}:brightness": {"power": 2}, f"{__name__}:Prompted": {"word": "cat"}},
     )
-    scores = RewardActor(made).score(IMAGES, ["a cat", "a dog"])
-    torch.testing.assert_close(scores[f"{__name__}:brightness"], torch.tensor([0.0625, 0.5625]))
-    prompted = scores[f"{__name__}:Prompted"]
-    assert prompted[0] == 1 and prompted[1].isnan()  # NaN: it does not apply
-    assert prompted.dtype == torch.float32
+    scored = RewardActor(made).score(IMAGES, prompts_of("a cat", "a dog"))
+    assert scored.scores[f"{__name__}:brightness"] == [0.0625, 0.5625] and not scored.errors
+    prompted = scored.scores[f"{__name__}:Prompted"]
+    assert prompted[0] == 1 and math.isnan(prompted[1])  # NaN: it does not apply
 
 
 @pytest.mark.parametrize(
@@ -101,4 +106,4 @@ def test_rewards_are_functions_or_objects_each_with_its_arguments():
 )
 def test_answers_that_are_no_scores_are_refused_by_name(answer, message):
     with pytest.raises(ValueError, match=message):
-        RewardActor({"mine": lambda images, prompts: answer}).score(IMAGES, ["a", "b"])
+        RewardActor({"mine": Scorer("mine", lambda images, prompts: answer)}).score(IMAGES, prompts_of("a", "b"))

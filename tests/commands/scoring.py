@@ -2,7 +2,16 @@
 
 import torch
 
+from opd_ray.rewards import Probe, probed
 
+
+def bright_and_dark():
+    """A bright picture is the better one, whatever its prompt."""
+    white, black = torch.ones(3, 8, 8), torch.zeros(3, 8, 8)
+    return [Probe((white, "white"), (black, "black"))]
+
+
+@probed(bright_and_dark)
 def brightness(images, prompts):
     return images.mean(dim=(1, 2, 3))
 

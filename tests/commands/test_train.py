@@ -76,11 +76,14 @@ def test_what_others_print_is_not_in_the_result(run, monkeypatch):
 
 def test_a_broken_reward_shows_before_the_first_round(cli, recipe, tmp_path):
     reward = "tests.commands.scoring:total"
-    path = recipe(rewards={reward: {}}, evaluation={"rewards": {key: [reward] for key in ("a", "b", "mixed")}})
+    keys = {"rewards": {key: [reward] for key in ("a", "b", "mixed")}}
+    unproven = cli("train", recipe(rewards={reward: {}}, evaluation=keys), "--out", tmp_path)
+    assert unproven.code == 2 and f"rewards.{reward}: it has no probes() that show that it works" in unproven.err
+    path = recipe(rewards={reward: {"probe": "finite"}}, evaluation=keys)
     done = cli("train", path, "--out", tmp_path)
     assert done.code == 2 and "Traceback" not in done.err
     line = done.err.splitlines()[-1]
-    assert line == f"error: reward {reward} answered [], expected [1], a number a picture"
+    assert line == f"error: reward {reward} answered [], expected [5], a number a picture"
     assert not (tmp_path / "small" / "metrics.jsonl").exists()
     done = cli("train", recipe(), "--out", tmp_path)
     assert done.code == 0 and "rewards are not used" not in done.err, "its name is free"

@@ -24,7 +24,8 @@ TREES = {
 }
 SAYING = {"note", "_note", "Stopped", "NotFiniteError", "LearnerLostError"}
 PASSED_ON = {
-    ("build.py", "text"): ["preflight.py:overlaps", "build.py:_other_versions"],
+    ("build.py", "text"): ["preflight.py:overlaps", "facts.py:other_versions"],
+    ("scoring.py", "text"): ["scoring.py:same"],
     ("build.py", "str(startup)"): ["startup.py:__str__"],
     ("run.py", "text"): ["rows.py:told_of_pairs"],
     ("run.py", "line"): [
@@ -43,7 +44,7 @@ PASSED_ON = {
         "report/advice.py:store_advice",
     ],
     ("runtime/dispatch.py", "text"): ["runtime/telling.py:lost_worker", "runtime/telling.py:_phase"],
-    ("runtime/pool.py", "why"): ["runtime/jobs.py:exhausted"],
+    ("runtime/pool.py", "''.join(why)"): ["runtime/jobs.py:exhausted"],
 }
 """Where words of others are passed on -> who says them. Reasons that stand inside such lines are below."""
 REASONS = ["runtime/pool.py:paused", "runtime/watch.py:fault"]

@@ -157,7 +157,7 @@ def test_no_forward_is_wasted(config, tmp_path, name, algorithm, rows):
 
 def test_rewards_that_are_all_equal_teach_nothing(config, reports, tmp_path):
     for name in ("ddpo", "sdpo_stepwise", "pso_pairwise"):
-        settings = {"rewards": {"tests.commands.scoring:constant": {}}}
+        settings = {"rewards": {"tests.commands.scoring:constant": {"probe": "finite"}}}
         go(config(name, rounds=1, **settings), tmp_path / name)
         assert max(report.grad_norm for report in reports[-1]) < 1e-6, name
 

@@ -14,8 +14,10 @@ from opd_ray.config import LoraConfig, ModelConfig, TeacherConfig
 from opd_ray.digest import checksum, digest
 from opd_ray.errors import BadInputError, StaleWeightsError
 from opd_ray.models import load_family
+from opd_ray.rewards import Scorer
 from opd_ray.roles import make_learner
-from opd_ray.runtime.hosts import LearnerHost, RecordedHost, RewardHost, RolloutHost, Share, TeacherHost
+from opd_ray.runtime.hosts import LearnerHost, RecordedHost, RolloutHost, Share, TeacherHost
+from opd_ray.runtime.rewards import RewardHost
 from opd_ray.storage.packing import (
     manifest_of,
     pack,
@@ -27,7 +29,7 @@ from opd_ray.storage.packing import (
     unpack_trajectory,
     unpack_whole,
 )
-from opd_ray.types import Prompt, TeacherAnswer, WeightVersion, WorkItem
+from opd_ray.types import Prompt, Scored, TeacherAnswer, WeightVersion, WorkItem
 from tests.algorithms.parts import on
 from tests.models.tiny_sd3 import make_tiny_sd3
 
@@ -267,21 +269,30 @@ def test_a_share_takes_its_arrays_in_order(tiny, tiny_teachers, drawn) -> None:
     host = TeacherHost(lambda: TeacherActor(on(family), {"a": TeacherConfig(lora=str(tiny_teachers["a"]))}))
     answer, marked = host.score((done.value.trajectory,), "a", flat)
     recorded, manifest = pack({"x": torch.ones(3)})
-    share = Share(ITEM, (done.value.trajectory,), (marked.value,), manifest, {"ocr": [0.5, 1.0]})
+    scored = Scored({"ocr": [0.5, float("nan")]}, {"ocr": {1: "RuntimeError: no"}})
+    share = Share(ITEM, (done.value.trajectory,), (marked.value,), manifest, scored)
     flats = [flat, answer, recorded, "of the next item"]
     experience = share.unpack(flats)
     assert flats == ["of the next item"]
     assert torch.equal(experience.answer.velocity, unpack_answer(answer, marked.value).velocity)
     assert torch.equal(experience.recorded["x"], torch.ones(3))
-    assert experience.scores["ocr"].tolist() == [0.5, 1.0]
+    assert experience.scores["ocr"].tolist() == [0.5, float("inf")]
+
+
+def brightness() -> RewardActor:
+    return RewardActor({"mean": Scorer("mean", lambda images, prompts: images.mean((1, 2, 3)), finite=True)})
+
+
+def prompts_of(*texts: str) -> list[Prompt]:
+    return [Prompt(text, text, "any") for text in texts]
 
 
 def test_scores_are_records(drawn) -> None:
     _, pictures, done = drawn
-    host = RewardHost(lambda: RewardActor({"mean": lambda images, prompts: images.mean((1, 2, 3))}))
-    scored = host.score(["x", "y"], done.value.images, pictures)
+    host = RewardHost(brightness)
+    scored = host.score(prompts_of("x", "y"), done.value.images, pictures)
     expected = unpack(pictures, done.value.images)["images"].mean((1, 2, 3)).tolist()
-    assert scored.value == {"mean": expected} and host.ready().value == ["mean"]
+    assert scored.value == Scored({"mean": expected}, {}) and host.ready().value == {"mean": "finite"}
 
 
 def test_a_recording_comes_back_as_it_was_saved(tmp_path) -> None:
@@ -396,7 +407,7 @@ def test_inputs_that_are_not_finite_are_refused_by_every_reader(
     family = load_family(ModelConfig(path=str(tiny)), text=False, image=False)
     teacher = TeacherHost(lambda: TeacherActor(on(family), {"a": TeacherConfig(lora=str(tiny_teachers["a"]))}))
     answer, marked = teacher.score((path,), "a", flat)
-    reward = RewardHost(lambda: RewardActor({"mean": lambda images, prompts: images.mean((1, 2, 3))}))
+    reward = RewardHost(brightness)
     bad, good = spoiled(flat, path.manifest, "latents", value), Share(ITEM, (path,), (marked.value,))
     learner.begin([ITEM])
     readers = [
@@ -408,7 +419,9 @@ def test_inputs_that_are_not_finite_are_refused_by_every_reader(
             "in what a answered to round 0 a[0]",
         ),
         (
-            lambda: reward.score(["x", "y"], done.value.images, spoiled(pictures, done.value.images, "images", value)),
+            lambda: reward.score(
+                prompts_of("x", "y"), done.value.images, spoiled(pictures, done.value.images, "images", value)
+            ),
             "images",
             "in the picture of 'y'",
         ),
@@ -476,14 +489,14 @@ def test_a_drawing_of_another_shape_is_refused_by_every_reader(
     bad = replace(record, manifest=manifest)
     family = load_family(ModelConfig(path=str(tiny)), text=False, image=False)
     teacher = TeacherHost(lambda: TeacherActor(on(family), {"a": TeacherConfig(lora=str(tiny_teachers["a"]))}))
-    reward = RewardHost(lambda: RewardActor({"mean": lambda images, prompts: images.mean((1, 2, 3))}))
+    reward = RewardHost(brightness)
     answer, marked = teacher.score((record,), "a", flat)
     learner.begin([ITEM])
     for read, what in (
         (lambda: teacher.score((bad,), "a", narrow), "trajectory"),
         (lambda: learner.take(Share(ITEM, (bad,), (marked.value,)), narrow, answer), "trajectory"),
         (lambda: painter.draw(ITEM, VERSION, published[0].sha256, 4, False, (bad,), narrow), "trajectory"),
-        (lambda: reward.score(["x", "y", "z"], done.value.images, pictures), "images"),
+        (lambda: reward.score(prompts_of("x", "y", "z"), done.value.images, pictures), "images"),
     ):
         with pytest.raises(BadInputError, match=r"expected|for 3 prompts") as caught:
             read()

@@ -1,0 +1,172 @@
+"""Who scores pictures, and what is made of scores that failed or say nothing: failures are set aside, never numbers."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opd_ray.answers import scored_for
+from opd_ray.errors import Stopped
+from opd_ray.runtime.dispatch import Dispatcher
+from opd_ray.runtime.jobs import Job, Output
+from opd_ray.runtime.pool import Pool
+from opd_ray.types import Prompt, Scored
+
+__all__ = ["FAILURES", "Judges", "Panel", "Picture", "Watch", "merged"]
+
+FAILURES = "failures.jsonl"
+"""Of a run folder: a row for each score that failed."""
+
+Picture = tuple[Prompt, int, Scored, int]
+"""Its prompt, its sample, the scores that it is among, and its place there."""
+SAME_ROUNDS = 3
+"""So many rounds in which a reward gave one number to all pictures are told of."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Workers that hold the same rewards."""
+
+    pool: Pool
+    rewards: tuple[str, ...]
+    retries: int = 2
+    max_failed: float = 0.05
+
+
+class Judges:
+    """The pools that score pictures: one for each reward with workers of its own, and one for all others."""
+
+    def __init__(self, dispatcher: Dispatcher, panels: Sequence[Panel]) -> None:
+        self.panels = tuple(panels)
+        self._dispatcher = dispatcher
+
+    @property
+    def proofs(self) -> dict[str, str]:
+        """Reward -> how it proved itself before anything counted."""
+        return {name: proof for panel in self.panels for name, proof in panel.pool.workers[0].facts.items()}
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Reward -> share of pictures that it may fail on."""
+        return {name: panel.max_failed for panel in self.panels for name in panel.rewards}
+
+    def score(
+        self, prompts: Sequence[Prompt], manifest: Callable[[], Any], images: Output, label: str, books: str = ""
+    ) -> tuple[Job, ...]:
+        """A job a pool, behind the one that draws.
+
+        Args:
+            prompts: one a picture.
+            manifest: what the drawing's record says of its pictures, once it is there.
+            images: the pictures.
+            label: what is scored, in messages.
+            books: of ``Job``.
+        """
+        return tuple(
+            self._dispatcher.submit(
+                Job(
+                    panel.pool,
+                    "score",
+                    lambda: (prompts, manifest(), images),
+                    0,
+                    label,
+                    after=(images.job,),
+                    books=books,
+                    check=scored_for(len(prompts), panel.rewards),
+                    max_killed=panel.retries + 1,
+                    otherwise=_Failed(panel.rewards, len(prompts)),
+                )
+            )
+            for panel in self.panels
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """What stands for the scores of pictures on which one worker after the other was lost."""
+
+    rewards: tuple[str, ...]
+    count: int
+
+    def __call__(self, why: str) -> Scored:
+        return Scored(
+            {name: [math.nan] * self.count for name in self.rewards},
+            {name: dict.fromkeys(range(self.count), why) for name in self.rewards},
+        )
+
+
+def merged(jobs: Iterable[Job]) -> Scored:
+    """The scores of all pools."""
+    found = Scored({}, {})
+    for job in jobs:
+        assert job.result is not None
+        found.scores.update(job.result.value.scores)
+        found.errors.update(job.result.value.errors)
+    return found
+
+
+@dataclass(slots=True)
+class Watch:
+    """What of a run's scores a person has to know: failures, and rewards that stopped telling pictures apart."""
+
+    limits: Mapping[str, float]
+    """Reward -> share of the pictures of a round or an evaluation that it may fail on."""
+    file: Path
+    """Gets a row for each failure."""
+    note: Callable[[str], None]
+    _same: dict[str, int] = field(default_factory=dict)
+
+    def set_aside(self, rows: Sequence[Picture], where: str, **about: Any) -> dict[str, int]:
+        """List what failed, and say so; returns how often, by reward.
+
+        Args:
+            rows: the pictures of a round or of an evaluation.
+            where: which, for messages.
+            about: goes into every row of the list.
+
+        Raises:
+            Stopped: a reward failed on more than it may.
+        """
+        found: list[dict[str, Any]] = [
+            {"reward": name, "prompt": prompt.text, "id": prompt.id, "sample": sample, "error": errors[place]}
+            for prompt, sample, scored, place in rows
+            for name, errors in scored.errors.items()
+            if place in errors
+        ]
+        if found:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.writelines(f"{json.dumps(about | one)}\n" for one in found)
+            self.note(
+                f"{len(found)} scores of {where} failed and are set aside ({self.file.name} lists them); the last: "
+                f"reward {found[-1]['reward']}, {found[-1]['error']}"
+            )
+        for name, limit in self.limits.items():
+            failed = [row for row in found if row["reward"] == name]
+            if len(failed) > limit * len(rows):
+                raise Stopped(
+                    f"reward {name} failed on {len(failed)} of {len(rows)} pictures of {where}, more than "
+                    f"max_failed {limit:g} allows; last error: {failed[-1]['error']}. Mend it, then go on with --resume"
+                )
+        return dict(Counter(row["reward"] for row in found))
+
+    def same(self, values: Mapping[str, Sequence[float]]) -> list[str]:
+        """Say which rewards have just given one number to all pictures of several rounds; returns the sentences.
+
+        Args:
+            values: reward -> its numbers in a round.
+        """
+        told = []
+        for name, numbers in values.items():
+            alike = len(numbers) > 1 and min(numbers) == max(numbers)
+            self._same[name] = self._same.get(name, 0) + 1 if alike else 0
+            if self._same[name] == SAME_ROUNDS:
+                text = (
+                    f"reward {name} gave {numbers[0]:.6g} to every picture of the last {SAME_ROUNDS} rounds: it tells "
+                    "nothing apart, so nothing can be learned from it"
+                )
+                self.note(text)
+                told.append(text)
+        return told
