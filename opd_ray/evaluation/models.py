@@ -33,13 +33,16 @@ class Found:
     """The run's own where MODEL is a run, and the demo's where it is of the built-in world."""
     steps: int | None = None
 
-    def load(self) -> Family:
+    def load(self, device: str = "") -> Family:
         """With text encoders, VAE and what was trained, if there is anything, in use.
+
+        Args:
+            device: to compute on; a card where there is one, if not given.
 
         Raises:
             UserError: some of its weights do not load.
         """
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         family = load_family(self.model, text=True, image=True, device=device, dtype=dtype_of("auto", device))
         if self.denoiser is not None:
             family.load_own(Path(self.denoiser))

@@ -1,0 +1,158 @@
+"""The workers of an evaluation, and how its parts go through them."""
+
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from opd_ray import roles
+from opd_ray.config import Config, RolePlacement
+from opd_ray.errors import PlacementError, Stopped
+from opd_ray.evaluation.parts import Part
+from opd_ray.runtime.clerk import ClerkHost
+from opd_ray.runtime.dispatch import Dispatcher
+from opd_ray.runtime.handle import Backend, WorkerSpec
+from opd_ray.runtime.jobs import Job, Output
+from opd_ray.runtime.pool import Pool
+from opd_ray.scoring import Judges, Panel, merged
+from opd_ray.storage.run_folder import write_atomic
+from opd_ray.types import Prompt, Scored
+
+__all__ = ["Workers", "workers"]
+
+NONCE = ".nonce"
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """They make pictures (``method`` of a part), and score them."""
+
+    dispatcher: Dispatcher
+    pictures: Pool
+    judges: Judges
+    clerk: Pool | None
+    """Writes pictures where those who draw them do not see the folder."""
+
+    def carry_out(self, parts: Sequence[Part], write: Callable[[Part, Scored], None]) -> None:
+        """Every part, in order; several are under way at a time, and as many are done again by whoever goes on.
+
+        Raises:
+            Stopped: a reward fails on more than it may; what was scored until then is written.
+        """
+        limits, failed = self.judges.limits, dict.fromkeys(self.judges.limits, 0)
+        ahead, total = self.pictures.size + 2, sum(len(part.prompts) for part in parts)
+        flying: deque[tuple[Part, tuple[Job, ...], list[Job]]] = deque()
+        for number, part in enumerate(parts):
+            flying.append((part, *self._begin(part)))
+            while flying and (len(flying) >= ahead or number == len(parts) - 1):
+                first, scores, written = flying.popleft()
+                self.dispatcher.wait([*scores, *written])
+                found = merged(scores)
+                write(first, found)
+                for name, errors in found.errors.items():
+                    failed[name] += len(errors)
+                    if failed[name] > limits[name] * total:
+                        raise Stopped(
+                            f"reward {name} failed on {failed[name]} of {total} pictures, more than max_failed "
+                            f"{limits[name]:g} allows; last error: {[*errors.values()][-1]}. Mend it, then run it "
+                            "again to go on"
+                        )
+
+    def _begin(self, part: Part) -> tuple[tuple[Job, ...], list[Job]]:
+        """The jobs that score it, and those that write it."""
+        label = f"pictures of {part.model}"
+        args, files = part.args, list[str]()
+        if self.clerk is not None and part.method == "sample":
+            args, files = (part.args[0], []), part.args[1]
+        made = Job(self.pictures, part.method, args, 1, label, alike=False)
+        self.dispatcher.submit(made)
+
+        def manifest() -> Any:
+            return made.result.value if made.result else None
+
+        images, written = Output(made, 0), list[Job]()
+        if files and self.clerk is not None:
+            job = Job(self.clerk, "pictures", lambda: (files, manifest(), images), 0, f"writing {label}", after=(made,))
+            written.append(self.dispatcher.submit(job))
+        return self.judges.score(part.prompts, manifest, images, f"scores of {part.model}"), written
+
+
+@contextmanager
+def workers(
+    config: Config,
+    backend: Backend,
+    folder: Path,
+    make: Callable[[], Any],
+    prompts: Sequence[Prompt],
+    note: Callable[[str], None],
+) -> Iterator[Workers]:
+    """Start them; end them afterwards.
+
+    Args:
+        config: its rewards, and its cluster: pictures are made where rollouts would be drawn.
+        backend: where workers live.
+        folder: of the evaluation.
+        make: the host that makes pictures, in its process.
+        prompts: a few of the evaluation's, for rewards that are proven by their answering at all.
+        note: is told of everything unusual.
+
+    Raises:
+        UserError: there is no room, or a reward does not work.
+    """
+    cluster = config.cluster
+    dispatcher = Dispatcher(backend, call_timeout_s=cluster.call_timeout_s, pause_timeout_s=cluster.start_timeout_s)
+    dispatcher.note, dispatcher.logs = note, folder / "logs"
+    nonce = uuid.uuid4().hex
+    write_atomic(folder / NONCE, nonce.encode())
+
+    def pool(role: str, placement: RolePlacement, factory: Callable[[], Any], **more: Any) -> Pool:
+        spec = WorkerSpec(
+            role,
+            factory,
+            placement.threads,
+            dict(placement.resources),
+            folder / "logs",
+            nonce=(folder / NONCE, nonce),
+            ship=cluster.storage == "ship",
+        )
+        made = Pool(
+            backend,
+            replace(spec, **more),
+            placement.workers,
+            clock=time.monotonic,
+            start_timeout_s=cluster.start_timeout_s,
+            call_timeout_s=cluster.call_timeout_s,
+            beat_timeout_s=cluster.heartbeat_timeout_s,
+        )
+        dispatcher.pools.append(made)
+        return made
+
+    try:
+        pictures = pool("pictures", cluster.rollout, make)
+        judges = _judges(config, pool, dispatcher, prompts)
+        ships = cluster.storage == "ship" and cluster.runtime == "ray"
+        clerk = pool("clerk", RolePlacement(resources={"cpu": 0}), ClerkHost, home=True) if ships else None
+        lack = backend.shortage([one.spec for one in dispatcher.pools for _ in range(one.size)])
+        if lack and not cluster.nodes_may_come:
+            raise PlacementError(lack)
+        dispatcher.wait_ready()
+        yield Workers(dispatcher, pictures, judges, clerk)
+    finally:
+        backend.close()
+
+
+def _judges(config: Config, pool: Callable[..., Pool], dispatcher: Dispatcher, prompts: Sequence[Prompt]) -> Judges:
+    """A pool for each reward with an entry of its own in ``cluster.rewards``, and one for all others."""
+    panels = []
+    for entry, names in config.cluster.panels(config.rewards).items():
+        placement = config.cluster.of_reward(entry)
+        role = "reward" if entry == "default" else f"reward.{entry}"
+        made = pool(
+            role, placement, roles.reward(config, entry, names, prompts), runtime_env=dict(placement.runtime_env)
+        )
+        panels.append(Panel(made, names, placement.retries, placement.max_failed))
+    return Judges(dispatcher, panels)
