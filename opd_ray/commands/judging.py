@@ -31,8 +31,8 @@ __all__ = [
     "versions_of",
 ]
 
-PROOFS = "proofs.json"
-"""How each reward proved itself, before anything counted."""
+JUDGES = "rewards.json"
+"""How each reward proved itself before anything counted, the hashes of its weights, and its packages."""
 
 RewardNames = Annotated[
     list[str] | None,
@@ -125,7 +125,8 @@ def _mapping(text: str, what: str) -> dict[str, Any]:
 
 def versions_of(config: "Config") -> dict[str, Any]:
     """Of everything that draws and scores."""
-    from opd_ray.evaluation.versions import of_rewards, packages
+    from opd_ray.evaluation.versions import of_rewards
+    from opd_ray.rewards.versions import packages
 
     return {"packages": packages(), "rewards": of_rewards(config.rewards, _elsewhere(config))}
 
@@ -158,8 +159,8 @@ def carry_out(
     left = results.left(parts)
     if left:
         _work(config, results, parts, left, make, prompts, quiet=json)
-    for name, proof in read_json(results.folder / PROOFS).items():
-        told["versions"]["rewards"][name]["proof"] = proof
+    for name, about in read_json(results.folder / JUDGES).items():
+        told["versions"]["rewards"][name] |= about
     rows = results.finish(parts)
     told |= {"pictures": len(rows), **summary(rows, results.rewards)}
     write_json_atomic(results.folder / "summary.json", told)
@@ -223,7 +224,7 @@ def _work(
             for text in clean() if config.cluster.runtime == "ray" else ():
                 tell(text)
             with workers(config, make_backend(config), results.folder, make, prompts, tell) as found:
-                write_json_atomic(results.folder / PROOFS, found.judges.proofs)
+                write_json_atomic(results.folder / JUDGES, found.about())
                 found.carry_out(left, write)
         except KeyboardInterrupt:
             raise Stopped(f"{done()} of {total} pictures are done; run it again to go on") from None

@@ -110,9 +110,18 @@ def _pictures(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _versions(versions: Mapping[str, Any]) -> str:
-    rewards = [
-        (name, one["proof"], one["code"], ", ".join(f"{key}={value}" for key, value in one["arguments"].items()))
+    """Where a reward's environment is another one than the driver's, what differs stands in its row."""
+    rows = [
+        (
+            name,
+            one["proof"],
+            one["code"],
+            ", ".join(f"{key}={value}" for key, value in one["arguments"].items()),
+            ", ".join(f"{file} {sha256[:12]}" for file, sha256 in one["weights"].items()),
+            ", ".join(f"{key} {is_}" for key, is_ in one["packages"].items() if versions["packages"].get(key) != is_),
+        )
         for name, one in versions["rewards"].items()
     ]
+    head = ("reward", "proof", "code", "arguments", "weights", "other packages")
     packages = ", ".join(f"{name} {version}" for name, version in versions["packages"].items())
-    return f"{_table(('reward', 'proof', 'code', 'arguments'), rewards)}\n\n{packages}"
+    return f"{_table(head, rows)}\n\n{packages}"

@@ -1,9 +1,7 @@
-"""What scored, and what was scored: package versions, and the identity of files that take part."""
+"""The identity of files that take part in an evaluation."""
 
 import hashlib
-import importlib.metadata
 import inspect
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,25 +11,10 @@ from opd_ray.models.base import resolve
 from opd_ray.plugins import load
 from opd_ray.rewards.base import REWARDS
 
-__all__ = ["fingerprint", "of_rewards", "packages"]
+__all__ = ["fingerprint", "of_rewards"]
 
-PACKAGES = (
-    *("opd-ray", "torch", "torchvision", "diffusers", "transformers", "peft", "open_clip_torch", "rapidocr"),
-    *("onnxruntime", "numpy", "pillow", "ray"),
-)
 END = 2**20
 """Bytes at each end of a file that its identity is made of: whole checkpoints would take minutes."""
-
-
-def packages() -> dict[str, str]:
-    """Python, and those packages that are here of all that draw or score."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def fingerprint(path: Path) -> str:

@@ -16,7 +16,7 @@ from opd_ray.evaluation.parts import Part
 from opd_ray.runtime.clerk import ClerkHost
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import Backend, WorkerSpec
-from opd_ray.runtime.jobs import Job, Output
+from opd_ray.runtime.jobs import PROBE, Job, Output
 from opd_ray.runtime.pool import Pool
 from opd_ray.scoring import Judges, Panel, merged
 from opd_ray.storage.run_folder import write_atomic
@@ -61,6 +61,19 @@ class Workers:
                             f"{limits[name]:g} allows; last error: {[*errors.values()][-1]}. Mend it, then run it "
                             "again to go on"
                         )
+
+    def about(self) -> dict[str, dict[str, Any]]:
+        """Reward -> how it proved itself, its files with their sha256, and the packages of its environment."""
+        panels = self.judges.panels
+        jobs = [Job(panel.pool, "about", (), 0, "versions of rewards", books=PROBE) for panel in panels]
+        self.dispatcher.wait([self.dispatcher.submit(job) for job in jobs])
+        found, proofs = {}, self.judges.proofs
+        for job in jobs:
+            assert job.result is not None
+            weights, versions = job.result.value
+            for name, files in weights.items():
+                found[name] = {"proof": proofs[name], "weights": files, "packages": versions}
+        return found
 
     def _begin(self, part: Part) -> tuple[tuple[Job, ...], list[Job]]:
         """The jobs that score it, and those that write it."""

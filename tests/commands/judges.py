@@ -11,6 +11,9 @@ def moody(images, prompts):
     return images.std(dim=(1, 2, 3))
 
 
+moody.weights = {"mood.bin": "00ff"}
+
+
 def told(images, prompts, metadata):
     """What its prompt's row says."""
     return torch.tensor([float(row["level"]) for row in metadata])

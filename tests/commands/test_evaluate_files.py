@@ -61,6 +61,7 @@ def test_one_row_a_picture_and_what_is_made_of_them(evaluate, tiny, finished):
     assert summary["versions"]["packages"]["torch"] and summary["models"][models[1]]["files"]["lora"]
     reward = summary["versions"]["rewards"][BRIGHT]
     assert reward["code"] == BRIGHT and len(reward["code_sha256"]) == 64 and "1 probe pair" in reward["proof"]
+    assert reward["weights"] == {} and reward["packages"] == summary["versions"]["packages"]
     assert "| things | a red cat | ![](pictures/0-" in (out / "summary.md").read_text()
 
 
@@ -120,6 +121,7 @@ def test_what_a_reward_failed_on_is_left_out_told_and_tried_again(evaluate, tmp_
     assert done.code == 0, done.err
     assert "2 pictures left out of a mean, since a reward failed; run it again to try again" in done.out
     name = "tests.commands.judges:moody"
+    assert told(out)["versions"]["rewards"][name]["weights"] == {"mood.bin": "00ff"}
     failed = [row for row in table(out) if row[f"error_{name}"]]
     assert [row["prompt"] for row in failed] == ["two dogs"] * 2
     assert all(row[f"score_{name}"] is None and row[f"score_{BRIGHT}"] is not None for row in failed)

@@ -74,14 +74,16 @@ def test_failures_are_no_scores():
 
 def test_what_a_person_reads_has_all_of_it():
     rows = [*rows_of("m|1", [1.0, NAN, 0.25, 0.75], {1: "OSError: a | b"}), *rows_of("o", [1.0, 0.0, 0.5, 0.5], {})]
-    versions = {"packages": {"python": "3"}, "rewards": {"r": {"proof": "finite", "code": "a:b", "arguments": {}}}}
+    judge = {"proof": "finite", "code": "a:b", "arguments": {"k": 1}, "weights": {"m/w.bin": "0123456789abcdef"}}
+    judge["packages"] = {"python": "3", "torch": "2.1"}
+    versions = {"packages": {"python": "3", "torch": "2.15"}, "rewards": {"r": judge}}
     told = {"seed": 1, "images_per_prompt": 2, "pictures": 8, "versions": versions, **summary(rows, ["r"])}
     lines = markdown(told, rows).splitlines()
     assert "8 pictures, 2 images a prompt, seed 1. Means with 95 % bootstrap intervals over prompts." in lines
     assert any(line.startswith("| t | r | m\\|1 | 0.667 |") and line.endswith("| 3 | 1 |") for line in lines)
     assert "| r | m\\|1 | p0 | 1 | OSError: a \\| b |" in lines
     assert "| t | p0 | ![](m\\|1%200.png) | ![](o%200.png) |" in lines
-    assert "| r | finite | a:b |  |" in lines
+    assert "| r | finite | a:b | k=1 | m/w.bin 0123456789ab | torch 2.1 |" in lines
     for table in "\n".join(lines).split("\n\n"):
         widths = {line.replace("\\|", "").count("|") for line in table.splitlines() if line.startswith("|")}
         assert len(widths) <= 1, table
