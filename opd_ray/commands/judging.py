@@ -70,8 +70,8 @@ def config_of(
         override(data, key)
     for unused in ("teachers", "learner", "share_base"):
         data["cluster"].pop(unused, None)
-    placed = data["cluster"].get("rewards") or {}
-    data["cluster"]["rewards"] = {name: own for name, own in placed.items() if name in {"default", *chosen}}
+    if isinstance(placed := data["cluster"].get("rewards"), dict):
+        data["cluster"]["rewards"] = {name: own for name, own in placed.items() if name in {"default", *chosen}}
     data |= {"name": "evaluation", "rounds": 1, "model": dict(model), "algorithm": {"name": "ddpo"}}
     data |= {"rewards": chosen, "prompts": {"train": "-"}}
     config = parse(data, "-o" if cluster is None else f"--cluster {cluster}")
