@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ class Judges:
         self.panels = tuple(panels)
         self._dispatcher = dispatcher
 
-    @property
+    @cached_property
     def proofs(self) -> dict[str, str]:
-        """Reward -> how it proved itself before anything counted."""
+        """Reward -> how it proved itself before anything counted: to be asked for once all workers are up."""
         return {name: proof for panel in self.panels for name, proof in panel.pool.workers[0].facts.items()}
 
     @property

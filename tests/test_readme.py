@@ -10,6 +10,7 @@ import yaml
 from opd_ray import recipes
 from opd_ray.config import ModelConfig, TeacherConfig
 from opd_ray.models import load_family
+from opd_ray.rewards import Scorer
 from tests.algorithms.parts import item, random_experience
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +66,7 @@ def test_the_guides_reward_scores():
     (block,) = code("A reward", "python")
     exec(block, found := {})
     assert found["brightness"](torch.ones(2, 3, 4, 4), ["a", "b"]).tolist() == [1, 1]
+    assert Scorer("mine", found["brightness"]).prove() == "ranks 1 probe pair"
 
 
 def test_the_guides_algorithm_is_one(tiny):

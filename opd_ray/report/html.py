@@ -12,6 +12,7 @@ from pathlib import Path
 
 from opd_ray.report.gap import gaps
 from opd_ray.report.pictures import picture_grid
+from opd_ray.report.rewards import rewards
 from opd_ray.report.run_folder import RunFolder, mapping, numbers
 from opd_ray.report.settings import settings
 from opd_ray.report.table import Results, Score, summary
@@ -56,6 +57,12 @@ def page(run: RunFolder) -> str:
             "Gap to the teacher, before and after",
             gaps(run),
             "" if not run.rounds else "No gaps in the metrics: the algorithm reports none.",
+        ),
+        _section(
+            "Rewards",
+            rewards(run),
+            "",
+            "Each proved itself before its first score counted. What it then failed on has no score.",
         ),
         _section("Where the time went", time_spent(run), ""),
         _section("Settings and versions", settings(run), ""),

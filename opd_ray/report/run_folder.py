@@ -54,6 +54,9 @@ class Round:
     forwards: dict[str, float] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     evaluation: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, float] = field(default_factory=dict)
+    """By reward: pictures that it could not score."""
+    remarks: tuple[str, ...] = ()
     values: dict[str, float] = field(default_factory=dict)
     """The row's own numbers: grad_norm, lr, staleness."""
     weight_version: str = ""
@@ -72,6 +75,8 @@ class Round:
             forwards=numbers(row.get("forwards")),
             scores=numbers(row.get("scores")),
             evaluation=numbers(row.get("evaluation")),
+            failed=numbers(row.get("failed")),
+            remarks=tuple(map(str, row.get("remarks") or ())),
             values=numbers(row),
             weight_version=str(row.get("weight_version", "")),
         )

@@ -20,12 +20,13 @@ from ray.exceptions import (
     OwnerDiedError,
     RayActorError,
     RayTaskError,
+    RuntimeEnvSetupError,
     WorkerCrashedError,
 )
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from opd_ray.errors import InputLostError, PlacementError, Stopped, WorkerLostError
+from opd_ray.errors import ConfigError, InputLostError, PlacementError, Stopped, WorkerLostError
 from opd_ray.runtime.handle import Call, Done, Handle, Ref, Store, WorkerSpec
 from opd_ray.runtime.process import Process
 from opd_ray.runtime.resources import amounts, ray_resources
@@ -245,6 +246,11 @@ class RayBackend:
         try:
             done = ray.get(ref, timeout=RECORD_TIMEOUT_S)
         except ray.exceptions.RayError as error:
+            if isinstance(error, RuntimeEnvSetupError):
+                last = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+                raise ConfigError(
+                    f"an environment cannot be made on its node: {last}. Mend runtime_env under cluster.rewards"
+                ) from None
             known = classify(error)
             if known is not None:
                 raise known from None

@@ -252,6 +252,24 @@ def test_a_job_that_kills_every_worker_is_named_although_others_answer() -> None
     assert len(studio.painters.lost) == MAX_KILLED
 
 
+def test_a_job_that_may_be_given_up_has_another_answer_after_its_own_number_of_losses() -> None:
+    studio = Studio().open()
+
+    def poison() -> None:
+        for handle in studio.backend.handles.values():
+            if handle.requests and handle.requests[0].method == "draw" and handle.requests[0].args[0] == 13:
+                handle.die()
+
+    studio.backend.before_wait = poison
+    doomed, others = studio.draw(13), [studio.draw(n) for n in range(4)]
+    doomed.max_killed, doomed.otherwise = 2, lambda why: f"nothing, since {why}"
+    studio.dispatcher.wait([doomed, *others])
+    assert doomed.result.value.startswith("nothing, since drawing 13: 2 workers were lost one after the other")
+    assert "--resume" not in doomed.result.value and all(job.done for job in others)
+    assert len(studio.painters.lost) == 2
+    assert any("drawing 13" in note and "It is given up, and the run goes on" in note for note in studio.notes)
+
+
 def test_an_innocent_job_behind_it_is_not_the_one_that_is_given_up() -> None:
     studio = Studio(painters=1).open()
     studio.backend.seconds["draw"] = 1.0
