@@ -53,10 +53,7 @@ def evaluate(
     rewards: RewardNames = None,
     images_per_prompt: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     images: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Prompts of each task, in an order of the seed; all of a file's, and the world's 256."
-        ),
+        int | None, typer.Option(min=1, help="Prompts of each task, in an order of the seed; all, and the world's 256.")
     ] = None,
     steps: Annotated[
         str | None,
@@ -89,12 +86,8 @@ def evaluate(
     """
     scales, counts = _scales(models, guidance or []), _counts(steps)
     if prompts is None:
-        own = {"rewards": rewards, "cluster": cluster, "override": override, "resolution": resolution}
-        own |= {"pictures": pictures, "images-per-prompt": images_per_prompt if images_per_prompt > 1 else None}
-        if given := [name for name, value in own.items() if value is not None]:
-            raise ConfigError(
-                f"--{given[0]} needs --prompts: without them the tiny world's prompts and scorers are used"
-            )
+        several = images_per_prompt if images_per_prompt > 1 else None
+        _require_prompts(rewards, cluster, override, resolution, pictures, several)
         _world(models, scales, counts, images or 256, seed, batch or 64, threads, out, json=json)
         return
     found = _found(models, resolution)
@@ -102,6 +95,14 @@ def evaluate(
     by_task = _prompts(prompts, images, seed)
     cut = {"images_per_prompt": images_per_prompt, "seed": seed, "batch": batch or 8, "pictures": pictures}
     _files(found, scales, counts, config, by_task, cut, folder_for(out or Path("evaluation")), json=json)
+
+
+def _require_prompts(*given: Any) -> None:
+    """Refuse options that say nothing about the tiny world's own evaluation."""
+    names = ("rewards", "cluster", "override", "resolution", "pictures", "images-per-prompt")
+    for name, value in zip(names, given, strict=True):
+        if value is not None:
+            raise ConfigError(f"--{name} needs --prompts: without them the tiny world's prompts and scorers are used")
 
 
 def _found(models: Sequence[str], resolution: int | None) -> "dict[str, Found]":

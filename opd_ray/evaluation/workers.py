@@ -5,12 +5,13 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from opd_ray import roles
-from opd_ray.config import Config, RolePlacement
+from opd_ray.config import ClusterConfig, Config, RolePlacement
 from opd_ray.errors import PlacementError, Stopped
 from opd_ray.evaluation.parts import Part
 from opd_ray.runtime.clerk import ClerkHost
@@ -121,29 +122,7 @@ def workers(
     dispatcher.note, dispatcher.logs = note, folder / "logs"
     nonce = uuid.uuid4().hex
     write_atomic(folder / NONCE, nonce.encode())
-
-    def pool(role: str, placement: RolePlacement, factory: Callable[[], Any], **more: Any) -> Pool:
-        spec = WorkerSpec(
-            role,
-            factory,
-            placement.threads,
-            dict(placement.resources),
-            folder / "logs",
-            nonce=(folder / NONCE, nonce),
-            ship=cluster.storage == "ship",
-        )
-        made = Pool(
-            backend,
-            replace(spec, **more),
-            placement.workers,
-            clock=time.monotonic,
-            start_timeout_s=cluster.start_timeout_s,
-            call_timeout_s=cluster.call_timeout_s,
-            beat_timeout_s=cluster.heartbeat_timeout_s,
-        )
-        dispatcher.pools.append(made)
-        return made
-
+    pool = partial(_pool, dispatcher, cluster, (folder / NONCE, nonce))
     try:
         pictures = pool("pictures", cluster.rollout, make)
         judges = _judges(config, pool, dispatcher, prompts)
@@ -156,6 +135,33 @@ def workers(
         yield Workers(dispatcher, pictures, judges, clerk)
     finally:
         backend.close()
+
+
+def _pool(
+    dispatcher: Dispatcher,
+    cluster: ClusterConfig,
+    nonce: tuple[Path, str],
+    role: str,
+    placement: RolePlacement,
+    factory: Callable[[], Any],
+    **more: Any,
+) -> Pool:
+    """``more``: of ``WorkerSpec``."""
+    logs, resources = nonce[0].parent / "logs", dict(placement.resources)
+    spec = WorkerSpec(
+        role, factory, placement.threads, resources, logs, nonce=nonce, ship=cluster.storage == "ship", **more
+    )
+    made = Pool(
+        dispatcher.backend,
+        spec,
+        placement.workers,
+        clock=time.monotonic,
+        start_timeout_s=cluster.start_timeout_s,
+        call_timeout_s=cluster.call_timeout_s,
+        beat_timeout_s=cluster.heartbeat_timeout_s,
+    )
+    dispatcher.pools.append(made)
+    return made
 
 
 def _judges(config: Config, pool: Callable[..., Pool], dispatcher: Dispatcher, prompts: Sequence[Prompt]) -> Judges:

@@ -115,7 +115,7 @@ def test_whoever_was_stopped_goes_on(evaluate, monkeypatch):
 
 def test_what_a_reward_failed_on_is_left_out_told_and_tried_again(evaluate, tmp_path, monkeypatch):
     """One reward answers to every picture, the other one raises at those of dogs, until it is mended."""
-    allow = ("-o", "cluster.rewards.default.max_failed=0.5", "-o", "cluster.rewards.default.retries=0")
+    allow = ("-o", "cluster.rewards.default.max_failed=0.5", "-o", "cluster.rewards.default.retries=1")
     monkeypatch.setenv("MOOD", "bad")
     done, out = evaluate("moody", *allow, rewards=MOODY)
     assert done.code == 0, done.err
@@ -137,7 +137,7 @@ def test_what_a_reward_failed_on_is_left_out_told_and_tried_again(evaluate, tmp_
 
 def test_a_reward_that_fails_too_often_ends_it(evaluate, monkeypatch):
     monkeypatch.setenv("MOOD", "bad")
-    done, out = evaluate("moody", "-o", "cluster.rewards.default.retries=0", rewards=MOODY)
+    done, out = evaluate("moody", "-o", "cluster.rewards.default.retries=1", rewards=MOODY)
     assert done.code == 3 and "moody failed on 1 of 8 pictures, more than max_failed 0.05 allows" in done.err
     assert "ValueError: not in the mood" in done.err and (out / "parts").exists()
 
@@ -192,7 +192,7 @@ def test_refusals_are_one_line(evaluate, cli, tiny, prompts, tmp_path, no_start)
         (("-o", "cluster.rollout.workerz=1"), "unknown key 'workerz'"),
     ]:
         assert expected in refused(*more)
-    assert "draws 32 pixels; give --resolution for all" in refused(models=(str(tiny), "world"))
+    assert "draws 16 pixels and world 32; give --resolution for all" in refused(models=(str(tiny), "world"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     assert "is not empty and holds no evaluation" in evaluate("full")[0].error
