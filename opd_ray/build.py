@@ -21,6 +21,7 @@ from opd_ray.facts import facts_of, note_facts, other_versions
 from opd_ray.metrics import MetricsLog, mirrors
 from opd_ray.pairs.index import PairIndex, index_pairs
 from opd_ray.planning import round_bytes, rounds_that_fit
+from opd_ray.planning.rates import reward_role
 from opd_ray.preflight import FORCED, Prompts, anchored, identity, overlaps, preflight
 from opd_ray.prompts import PromptStream
 from opd_ray.report.live import Live
@@ -105,7 +106,8 @@ def build(
         try:
             run = _wire(config, folder, live, backend, algorithm, data, attempt)
             startup.mark("workers and models")
-            run.dispatcher.first["rollout"] = lambda: _started(run, startup)
+            if algorithm.needs_rollouts:
+                run.dispatcher.first["rollout"] = lambda: _started(run, startup)
             failed.pop_all()  # it started: the claim stands
             with closing(run.log):
                 if resume:
@@ -166,7 +168,7 @@ def _wire(
     dispatcher = Dispatcher(backend, call_timeout_s=cluster.call_timeout_s, pause_timeout_s=cluster.start_timeout_s)
     dispatcher.note, dispatcher.logs = live.note, folder / "logs"
     in_store = _rounds_in_store(config, algorithm, backend, live, len(data.train))
-    evaluated = bool(data.held_out) and config.evaluation.images_per_task > 0
+    evaluated = bool(data.held_out) and config.evaluated
     bases = Bases(share=config.cluster.share_base)
     reads = roles.reader(config, data.pairs, bases)
     some = [prompts[0] for prompts in (*data.held_out.values(), *data.train.values())]
@@ -292,7 +294,9 @@ def _pools(
         return made
 
     return Pools(
-        rollout=None if reads else pool("rollout", cluster.rollout, roles.rollout(config, algorithm, bases)),
+        rollout=pool("rollout", cluster.rollout, roles.rollout(config, algorithm, bases))
+        if judged is not None or not reads
+        else None,
         teachers=_teacher_pools(config, pool, bases) if algorithm.needs_teachers else {},
         judges=_judges(config, pool, dispatcher, judged) if judged is not None else None,
         reader=pool("reader", cluster.rollout, reads) if reads else None,
@@ -370,8 +374,7 @@ def _judges(config: Config, pool: Any, dispatcher: Dispatcher, prompts: list[Pro
     panels = []
     for entry, names in config.cluster.panels(config.rewards).items():
         placement = config.cluster.of_reward(entry)
-        role = "reward" if entry == "default" else f"reward.{entry}"
-        made = pool(role, placement, roles.reward(config, entry, names, prompts))
+        made = pool(reward_role(entry), placement, roles.reward(config, entry, names, prompts))
         panels.append(Panel(made, names, placement.retries, placement.max_failed))
     return Judges(dispatcher, panels)
 

@@ -84,13 +84,13 @@ def preflight(
 
 
 def _prompts(config: Config, note: Callable[[str], None]) -> tuple[Prompts, Prompts]:
-    """Training and held-out prompts; none where experience is recorded."""
+    """Those that are drawn to learn from, and held-out ones; none where the configuration has none."""
     chosen = config.prompts
     if chosen is None:
         return {}, {}
     train, held_out = (
         read_prompts(_located(spec), what, on_bad=chosen.on_bad, deduplicate=chosen.deduplicate, note=note)
-        for spec, what in ((chosen.train, "prompts.train"), (chosen.eval or {}, "prompts.eval"))
+        for spec, what in ((config.drawn or {}, "prompts.train"), (chosen.eval or {}, "prompts.eval"))
     )
     return train, held_out
 
@@ -163,8 +163,8 @@ def identity(config: Config) -> dict[str, Any]:
     if not make_algorithm(config).needs_rewards:
         free.add("rewards")  # they score what was trained, and change nothing of it
     found = config.model_dump(mode="json", exclude=free)
-    for name in ("eval", "deduplicate", "on_bad"):  # of what is trained on a checkpoint holds the digests
-        (found["prompts"] or {}).pop(name, None)
+    if config.prompts:  # without those that are only scored; a checkpoint holds the digests of the others
+        found["prompts"] = {"train": config.drawn} if config.drawn else None
     return found
 
 

@@ -283,7 +283,7 @@ class Run:
             self.live.note(text)
         result = self.result("done")
         if self.evaluation is not None:
-            self.live.phase("evaluating base, teachers and student")
+            self.live.phase(f"evaluating base{', teachers' if self.config.teachers else ''} and student")
             average = self.learner.average()
             self.learner.rest()
             result |= self.evaluation.final(average)

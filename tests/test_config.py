@@ -104,12 +104,12 @@ REFUSED = [
     (
         "prompts",
         None,
-        "f: give one of prompts (rollouts draw on them), recorded (experience to read) and pairs (preferences)",
+        "f: give one of prompts.train (rollouts draw on them), recorded (experience to read) and pairs (preferences)",
     ),
     (
         "recorded",
         "folder",
-        "f: give one of prompts (rollouts draw on them), recorded (experience to read) and pairs (preferences)",
+        "f: give one of prompts.train (rollouts draw on them), recorded (experience to read) and pairs (preferences)",
     ),
     # Where it runs.
     ("cluster.runtime", "slurm", "f: cluster.runtime: Input should be 'ray' or 'local', got 'slurm'"),

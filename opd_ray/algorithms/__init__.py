@@ -50,12 +50,12 @@ def make_algorithm(config: Config) -> Algorithm:
 
 def _check_needs(config: Config, algorithm: Algorithm) -> None:
     name = config.algorithm.name
-    if algorithm.needs_rollouts and config.prompts is None:
+    if algorithm.needs_rollouts and config.drawn is None:
         given = "pairs" if config.pairs is not None else "recorded"
-        raise ConfigError(f"algorithm {name} learns from rollouts; give prompts in place of {given}")
-    if not algorithm.needs_rollouts and config.prompts is not None:
+        raise ConfigError(f"algorithm {name} learns from rollouts; give prompts.train in place of {given}")
+    if not algorithm.needs_rollouts and config.drawn is not None:
         raise ConfigError(
-            f"algorithm {name} learns from recorded experience; give recorded or pairs in place of prompts"
+            f"algorithm {name} learns from recorded experience; give recorded or pairs in place of prompts.train"
         )
     if algorithm.needs_teachers and not config.teachers:
         raise ConfigError(f"algorithm {name} learns from teachers; teachers is empty, add at least one")

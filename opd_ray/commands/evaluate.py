@@ -91,7 +91,7 @@ def evaluate(
         _world(models, scales, counts, images or 256, seed, batch or 64, threads, out, json=json)
         return
     found = _found(models, resolution)
-    config = config_of(rewards or [], cluster, override or [], threads, next(iter(found.values())).model.model_dump())
+    config = config_of(rewards or [], cluster, override or [], threads)
     by_task = _prompts(prompts, images, seed)
     cut = {"images_per_prompt": images_per_prompt, "seed": seed, "batch": batch or 8, "pictures": pictures}
     _files(found, scales, counts, config, by_task, cut, folder_for(out or Path("evaluation")), json=json)
@@ -184,7 +184,7 @@ def _world(
     _require_file(out)
     found = [find_model(name) for name in models]  # all of them before the first one costs minutes
     for name, model in zip(models, found, strict=True):
-        _require_pixels(name, model)
+        _require_fit(name, model, counts)
     files = {task: str(prompts_path(task, "heldout")) for task in TASKS}
     prompts = held_out(read_prompts(files, "the tiny world"), images, seed)
     torch.set_num_threads(threads)
@@ -228,9 +228,12 @@ def _counts(steps: str | None) -> list[int]:
     return list(dict.fromkeys(map(int, found)))
 
 
-def _require_pixels(name: str, found: "Found") -> None:
+def _require_fit(name: str, found: "Found", counts: Sequence[int]) -> None:
+    """The tiny world's size, and numbers of steps that it knows."""
     from opd_ray.models.base import family_class
 
+    for steps in counts or [found.steps or 10]:
+        found.known_steps(steps)
     shape = family_class(found.model.family).shape(found.model)
     if shape is not None and shape.pixels != PIXELS:
         raise ConfigError(

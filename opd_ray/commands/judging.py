@@ -50,9 +50,7 @@ ClusterKeys = Annotated[
 ]
 
 
-def config_of(
-    rewards: Sequence[str], cluster: str | None, keys: Sequence[str], threads: int, model: Mapping[str, Any]
-) -> "Config":
+def config_of(rewards: Sequence[str], cluster: str | None, keys: Sequence[str], threads: int) -> "Config":
     """A run of which only rewards and cluster are used.
 
     Raises:
@@ -72,7 +70,7 @@ def config_of(
         data["cluster"].pop(unused, None)
     if isinstance(placed := data["cluster"].get("rewards"), dict):
         data["cluster"]["rewards"] = {name: own for name, own in placed.items() if name in {"default", *chosen}}
-    data |= {"name": "evaluation", "rounds": 1, "model": dict(model), "algorithm": {"name": "ddpo"}}
+    data |= {"name": "evaluation", "rounds": 1, "model": {"path": "world"}, "algorithm": {"name": "ddpo"}}
     data |= {"rewards": chosen, "prompts": {"train": "-"}}
     config = parse(data, "-o" if cluster is None else f"--cluster {cluster}")
     check_rewards(config.rewards, {}, (), _elsewhere(config))

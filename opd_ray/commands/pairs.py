@@ -88,7 +88,8 @@ def pairs(
         found = find_model(str(model))
         scale = guidance if guidance is not None else 4.5 if found.guidance is None else found.guidance
         about = {"model": found.label, "prompts": str(prompts), "seed": seed, "batch": batch, "pairs": count}
-        about |= {"steps": steps or found.steps or 40, "guidance": scale, "images_per_prompt": images_per_prompt}
+        steps = found.known_steps(steps or found.steps or 40)
+        about |= {"steps": steps, "guidance": scale, "images_per_prompt": images_per_prompt}
         about |= {"pictures": str(pictures), "beside": beside} if pictures is not None else {}
         sizes = [min(PART, count - start) for start in range(0, count, PART)]
     else:
@@ -96,8 +97,7 @@ def pairs(
     about |= {"reward": reward, "versions": {name: importlib.metadata.version(name) for name in VERSIONS}}
     make = _source(found, about, relabel, pictures)
     require_folder(out.parent)
-    parts = Parts(out, about)
-    _write(parts, sizes, make, quiet=json or not errors.is_terminal)
+    _write(parts := Parts(out, about), sizes, make, quiet=json or not errors.is_terminal)
     _tell(out, about, parts.finish(), json)
 
 

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["plan"]
 
+READS = (
+    "Experience is read and not drawn, so there is nothing to divide: this is memory alone. Who waits for whom shows "
+    "in `opd-ray status RUN` and in the run's report"
+)
 HOW = (
     "No rates are known, so this is memory alone. `opd-ray train` measures them: give --from-run RUN after a few "
     "rounds, or --rates FILE"
@@ -61,7 +65,7 @@ def plan(
     else:
         _print_memory(loaded, needed)
         if found is None:
-            console.print(HOW)
+            console.print(HOW if loaded.drawn else READS)
         else:
             _print_split(found)
     check_memory(loaded, needed)
@@ -79,6 +83,11 @@ def _rates(config: Config, run: Path | None, file: Path | None) -> "Rates | None
         raise ConfigError("--from-run and --rates both say how fast workers are; give one of them")
     if run is None and file is None:
         return None
+    if not config.drawn:
+        option = "--from-run" if run is not None else "--rates"
+        raise ConfigError(
+            f"{config.name} reads its experience and draws none: {option} has nothing to divide; leave it out"
+        )
     found = Rates.from_run(run) if run is not None else Rates.read(file or Path())
     return found.for_config(config)
 

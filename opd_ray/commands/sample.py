@@ -42,11 +42,11 @@ def sample(
     if guidance is not None and not 0 <= guidance < float("inf"):
         raise ConfigError(f"--guidance {guidance}: expected a number from 0 on")
     found = find_model(model)
+    steps = found.known_steps(steps or found.steps or 40)
     out = out or Path("samples") / "-".join(Path(model).parts[-2:]).strip("/.")
     require_folder(out)
     torch.set_num_threads(threads)
     family = found.load()
-    steps = steps or found.steps or 40
     scale = guidance if guidance is not None else 4.5 if found.guidance is None else found.guidance
     files = []
     with Progress(console=errors, disable=json, transient=True) as progress:

@@ -37,7 +37,7 @@ def score(
     from opd_ray.evaluation.hosts import ReadingHost
     from opd_ray.evaluation.parts import Results
 
-    config = config_of(rewards or [], cluster, override or [], threads, {"path": "world"})
+    config = config_of(rewards or [], cluster, override or [], threads)
     pictures = given_pictures(images, prompts)
     parts, versions = given_parts(images, pictures, batch), versions_of(config)
     stamps = [(one.file, one.prompt.text, *_stamp(images / one.file)) for one in pictures]

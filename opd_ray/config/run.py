@@ -72,7 +72,7 @@ class Config(Frozen):
     """By built-in name or package.module:attr; the value holds its keyword arguments, and `probe: finite` for one
     that has no pairs of pictures to prove itself by."""
     prompts: PromptsConfig | None = None
-    """What rollouts draw; null where experience is recorded, or is pairs."""
+    """What rollouts draw (`train`) and what is scored (`eval`, which recorded experience and pairs may have, too)."""
     recorded: str | None = None
     """Folder of recorded experience (<task>/<name>.safetensors), for algorithms that need no rollouts."""
     pairs: PairsConfig | None = None
@@ -107,8 +107,7 @@ class Config(Frozen):
                 f"{self.batch.item_size}; a prompt's images stay in one work item"
             )
         known_steps = self.model.distilled_steps
-        evaluated = self.prompts is not None and self.prompts.eval and self.evaluation.images_per_task
-        scored = self.evaluation.steps if evaluated else ()
+        scored = self.evaluation.steps if self.evaluated else ()
         for key, steps in (("sampling.steps", self.sampling.steps), *(("evaluation.steps", n) for n in scored)):
             if known_steps is not None and steps not in known_steps:
                 raise ValueError(
@@ -133,9 +132,10 @@ class Config(Frozen):
             if self.cluster.share_teachers:
                 raise ValueError(f"cluster.teachers.{name}: teachers are shared, so only `default` applies")
         self._check_rewards()
-        if sum(source is not None for source in (self.prompts, self.recorded, self.pairs)) != 1:
+        if sum(source is not None for source in (self.drawn, self.recorded, self.pairs)) != 1:
             raise ValueError(
-                "give one of prompts (rollouts draw on them), recorded (experience to read) and pairs (preferences)"
+                "give one of prompts.train (rollouts draw on them), recorded (experience to read) and pairs "
+                "(preferences)"
             )
         if self._own_files():
             self.check_tasks(self._own_files())
@@ -220,8 +220,7 @@ class Config(Frozen):
 
     def _own_files(self) -> tuple[str, ...]:
         """The tasks that have a prompt file of their own; the others are known once their file is read."""
-        train = self.prompts.train if self.prompts else {}
-        return tuple(train) if isinstance(train, dict) else ()
+        return tuple(self.drawn) if isinstance(self.drawn, dict) else ()
 
     def _check_opd(self, opd: OpdConfig) -> None:
         if not self.teachers:
@@ -238,6 +237,16 @@ class Config(Frozen):
             )
         if opd.objective == "kl" and opd.loss_target != "xt":
             raise ValueError(f"algorithm.loss_target {opd.loss_target} belongs to objective mean; kl compares xt")
+
+    @property
+    def drawn(self) -> str | dict[str, str] | None:
+        """The files of prompts that rollouts draw to learn from; None where experience is recorded, or is pairs."""
+        return self.prompts.train if self.prompts else None
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether models are drawn with, and scored."""
+        return bool(self.prompts and self.prompts.eval and self.evaluation.images_per_task)
 
     @property
     def teacher_of_task(self) -> dict[str, str]:

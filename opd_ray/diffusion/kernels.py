@@ -7,8 +7,8 @@ Every kernel is the Euler step plus a pull along the predicted noise eps = x + (
 The pull takes away the noise level that std adds again, so at noise level 0 every kernel *is* the
 Euler step (ODE), bit for bit. `std` always means the std of the whole transition.
 
-Shapes: x, v [B, C, H, W] or [B, C, F, H, W] of any float type, fp32 inside and out; t and t_next
-one number or [B], in [0, 1] and falling; `noise_level` is the paper's a >= 0.
+Shapes: x, v [B, C, H, W] or [B, C, F, H, W] of any float type, fp32 inside and out (fp64 where they
+are fp64); t and t_next one number or [B], in [0, 1] and falling; `noise_level` is the paper's a >= 0.
 """
 
 import math
@@ -21,6 +21,7 @@ from opd_ray.diffusion.prediction import END_TOLERANCE, eps_from_velocity
 from opd_ray.diffusion.shapes import (
     PerSample,
     Reduction,
+    full,
     over_samples,
     reduce_dims,
     require_positive_std,
@@ -32,7 +33,7 @@ class Step(NamedTuple):
     """A transition p(x_next | x) = N(mean, std^2 I)."""
 
     mean: Tensor
-    """[B, C, H, W] or [B, C, F, H, W], fp32."""
+    """[B, C, H, W] or [B, C, F, H, W], fp32 or fp64."""
     std: Tensor
     """The whole transition's, sqrt(-dt) included; 0 is deterministic. [B, 1, ..., 1] where t was
     per sample, else 0-d on the device of t."""
@@ -120,7 +121,7 @@ def sample(step: Step, noise: Tensor | None = None) -> Tensor:
             raise ValueError("this step is random (std is not 0): give it noise")
         return step.mean
     require_same_shape(mean=step.mean, noise=noise)
-    return step.mean + over_samples(step.std, step.mean) * noise.float()
+    return step.mean + over_samples(step.std, step.mean) * full(noise)
 
 
 def log_prob(x_next: Tensor, step: Step, *, reduction: Reduction = "mean") -> Tensor:
@@ -141,12 +142,12 @@ def log_prob(x_next: Tensor, step: Step, *, reduction: Reduction = "mean") -> Te
     require_same_shape(x_next=x_next, mean=step.mean)
     require_positive_std(step.std)
     std = over_samples(step.std, step.mean)
-    standard = (x_next.detach().float() - step.mean) / std
+    standard = (full(x_next.detach()) - step.mean) / std
     return reduce_dims(-0.5 * standard.square() - std.log() - 0.5 * math.log(2 * math.pi), reduction)
 
 
 def _step(x: Tensor, v: Tensor, now: Tensor, then: Tensor, pull: Tensor, std: Tensor) -> Step:
-    euler = x.float() + (then - now) * v.float()
+    euler = full(x) + (then - now) * full(v)
     return Step(mean=euler + pull * eps_from_velocity(x, v, now), std=std)
 
 

@@ -2,13 +2,13 @@
 
 x_t = (1 - t) x0 + t eps with t in [0, 1], t = 1 pure noise, and velocity v = eps - x0, as in
 arXiv 2605.15055. Latents are [B, C, H, W] or [B, C, F, H, W]; t is one number or one per sample.
-Results are fp32 whatever came in.
+Results are fp32 whatever came in, but fp64 stays fp64.
 """
 
 import torch
 from torch import Tensor
 
-from opd_ray.diffusion.shapes import PerSample, over_samples, require_same_shape
+from opd_ray.diffusion.shapes import PerSample, full, over_samples, require_same_shape
 
 END_TOLERANCE = 1e-6
 """A t this close to 0 or 1 is that end: what is left of the distance in fp32 is rounding error."""
@@ -18,19 +18,19 @@ def add_noise(x0: Tensor, eps: Tensor, t: PerSample) -> Tensor:
     """x_t = (1 - t) x0 + t eps."""
     require_same_shape(x0=x0, eps=eps)
     t = over_samples(t, x0)
-    return (1 - t) * x0.float() + t * eps.float()
+    return (1 - t) * full(x0) + t * full(eps)
 
 
 def x0_from_velocity(x: Tensor, v: Tensor, t: PerSample) -> Tensor:
     """x0 = x - t v, the clean prediction."""
     require_same_shape(x=x, v=v)
-    return x.float() - over_samples(t, x) * v.float()
+    return full(x) - over_samples(t, x) * full(v)
 
 
 def eps_from_velocity(x: Tensor, v: Tensor, t: PerSample) -> Tensor:
     """Eps = x + (1 - t) v, the noise prediction."""
     require_same_shape(x=x, v=v)
-    return x.float() + (1 - over_samples(t, x)) * v.float()
+    return full(x) + (1 - over_samples(t, x)) * full(v)
 
 
 def velocity_from_x0(x: Tensor, x0: Tensor, t: PerSample) -> Tensor:
@@ -38,7 +38,7 @@ def velocity_from_x0(x: Tensor, x0: Tensor, t: PerSample) -> Tensor:
     require_same_shape(x=x, x0=x0)
     if bool((torch.as_tensor(t) < END_TOLERANCE).any()):
         raise ValueError(f"velocity from x0 needs t > 0, got {t}: at t = 0 every velocity fits")
-    return (x.float() - x0.float()) / over_samples(t, x)
+    return (full(x) - full(x0)) / over_samples(t, x)
 
 
 def velocity_from_eps(x: Tensor, eps: Tensor, t: PerSample) -> Tensor:
@@ -46,7 +46,7 @@ def velocity_from_eps(x: Tensor, eps: Tensor, t: PerSample) -> Tensor:
     require_same_shape(x=x, eps=eps)
     if bool((torch.as_tensor(t) > 1 - END_TOLERANCE).any()):
         raise ValueError(f"velocity from eps needs t < 1, got {t}: at t = 1 every velocity fits")
-    return (eps.float() - x.float()) / (1 - over_samples(t, x))
+    return (full(eps) - full(x)) / (1 - over_samples(t, x))
 
 
 def guide(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
@@ -56,4 +56,4 @@ def guide(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
     model that runs the conditional branch alone.
     """
     require_same_shape(uncond=uncond, cond=cond)
-    return cond.float() + (scale - 1) * (cond.float() - uncond.float())
+    return full(cond) + (scale - 1) * (full(cond) - full(uncond))

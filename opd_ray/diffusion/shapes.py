@@ -12,8 +12,13 @@ Reduction: TypeAlias = Literal["sum", "mean"]
 """Over everything but the batch. The paper sums; learning rates are tuned for means."""
 
 
+def full(x: Tensor) -> Tensor:
+    """In fp32, or in fp64 where it is already: what steps are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def over_samples(value: PerSample, x: Tensor) -> Tensor:
-    """Shape `value` in fp32 so that it multiplies `x` sample by sample, whatever its dimensions.
+    """Shape `value` in `full(x)`'s type so that it multiplies `x` sample by sample, whatever its dimensions.
 
     Args:
         value: a float, a 0-d tensor, [B], or [B, 1, ..., 1] with as many dimensions as `x`.
@@ -27,7 +32,7 @@ def over_samples(value: PerSample, x: Tensor) -> Tensor:
         ValueError: for every other shape; by broadcasting alone [B] would land on the last
             dimension, and [1, S, 1, 1, 1] on the channels.
     """
-    value = torch.as_tensor(value, dtype=torch.float32)
+    value = torch.as_tensor(value, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     if value.ndim == 0:
         return value
     column = (x.shape[0],) + (1,) * (x.ndim - 1)

@@ -50,12 +50,7 @@ def drawings(models: Mapping[str, Found], guidances: Mapping[str, float], steps:
     """
     found = []
     for name, model in models.items():
-        known = model.model.distilled_steps
-        for chosen in steps or [model.steps or 40]:
-            if known is not None and chosen not in known:
-                raise ConfigError(
-                    f"--steps {chosen}: {name} was distilled to {', '.join(map(str, known))} steps; take one of these"
-                )
+        for chosen in map(model.known_steps, steps or [model.steps or 40]):
             label = name if len(steps) < 2 else f"{name}, {chosen} step{'s' * (chosen > 1)}"
             scale = guidances.get(name, 4.5 if model.guidance is None else model.guidance)
             found.append(Drawing(label, name, model, scale, chosen))

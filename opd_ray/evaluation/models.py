@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from opd_ray.config import ModelConfig
-from opd_ray.errors import RunFolderError
+from opd_ray.errors import ConfigError, RunFolderError
 from opd_ray.models.base import Family, check_lora, family_class, load_family, resolve, trained_folder
 from opd_ray.models.checkpoint import check_complete, read_config
 from opd_ray.models.precision import dtype_of
@@ -16,8 +16,8 @@ __all__ = ["Found", "find_model"]
 
 PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl", "StableDiffusion3Pipeline": "sd3"}
 """Which family a checkpoint of diffusers is of; any other is told by that of sd3."""
-UNETS = {"unet": (2.0, 50), "few": (1.0, 4)}
-"""The built-in U-Nets: guidance and steps that they are meant for."""
+UNETS: dict[str, tuple[float, int, tuple[int, ...] | None]] = {"unet": (2.0, 50, None), "few": (1.0, 4, (1, 2, 4))}
+"""The built-in U-Nets: guidance and steps that they are meant for, and the steps that they were distilled to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,20 @@ class Found:
     guidance: float | None = None
     """The run's own where MODEL is a run, and the demo's where it is of the built-in world."""
     steps: int | None = None
+
+    def known_steps(self, steps: int) -> int:
+        """That number of denoising steps, where a distilled model knows it.
+
+        Raises:
+            ConfigError: it, and those that the model knows.
+        """
+        known = self.model.distilled_steps
+        if known is not None and steps not in known:
+            raise ConfigError(
+                f"--steps {steps}: {self.label} was distilled to {', '.join(map(str, known)) or 'no'} steps "
+                "(model.distilled_steps); take one of these"
+            )
+        return steps
 
     def load(self, device: str = "") -> Family:
         """With text encoders, VAE and what was trained, if there is anything, in use.
@@ -70,8 +84,9 @@ def find_model(name: str) -> Found:
 def _world(name: str) -> Found:
     demo, own = load("demo"), name.partition("/")[2]
     if own in UNETS:
-        guidance, steps = UNETS[own]
-        return Found(name, ModelConfig(family="sd", path=name), guidance=guidance, steps=steps)
+        guidance, steps, known = UNETS[own]
+        model = ModelConfig(family="sd", path=name, distilled_steps=known)
+        return Found(name, model, guidance=guidance, steps=steps)
     teachers = {teacher.lora: teacher.guidance for teacher in demo.teachers.values()}
     guidance = teachers.get(name, demo.student.guidance)
     lora = name if "/" in name else None
@@ -104,4 +119,7 @@ def _run(folder: Path) -> Found:
     config = read(folder / "config.yaml")
     trained = folder / trained_folder(config.model, config.student)
     lora, denoiser = (None, str(trained)) if config.student.lora is None else (str(trained), None)
-    return Found(str(folder), config.model, lora, denoiser, config.student.guidance, config.evaluation.steps[0])
+    steps, known = config.evaluation.steps[0], config.model.distilled_steps
+    if known is not None and steps not in known:  # it was never evaluated: the default
+        steps = config.sampling.steps
+    return Found(str(folder), config.model, lora, denoiser, config.student.guidance, steps)

@@ -14,7 +14,16 @@ from opd_ray.config import ModelConfig
 from opd_ray.errors import ModelError
 from opd_ray.models.download import Source
 
-__all__ = ["check_complete", "fetch_part", "load_component", "read_config", "refusing", "resolve", "weight_files"]
+__all__ = [
+    "check_complete",
+    "fetch_part",
+    "load_component",
+    "load_folder",
+    "read_config",
+    "refusing",
+    "resolve",
+    "weight_files",
+]
 
 LONGEST_CAUSE = 500
 WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -160,15 +169,38 @@ def load_component(
     Raises:
         ModelError: it is missing, gated, cut short, not safetensors, or leaves a weight of ``kind`` unset.
     """
-    what = f"model {model.path!r}: its {name} cannot be loaded as {kind.__name__}"
-    with refusing(what), _quiet():
+    what = f"model {model.path!r}: its {name}"
+    with refusing(f"{what} cannot be loaded as {kind.__name__}"):
         part = fetch_part(model, name)
+    return load_folder(what, kind, part, device, dtype, **options)
+
+
+def load_folder(
+    what: str, kind: Any, part: Path, device: str, dtype: torch.dtype = torch.float32, **options: Any
+) -> nn.Module:
+    """What a folder with a configuration and weights holds, frozen, in eval mode, every weight from the file.
+
+    Args:
+        what: for messages: whose files they are.
+        kind: a diffusers or transformers model class.
+        part: the folder.
+        device: where it goes.
+        dtype: what its weights are kept in.
+        options: further arguments of ``from_pretrained``.
+
+    Raises:
+        ModelError: a file is cut short, or not safetensors, or leaves a weight of ``kind`` unset.
+    """
+    what = f"{what} cannot be loaded as {kind.__name__}"
+    with refusing(what), _quiet():
         weight_files(part)
         component, info = kind.from_pretrained(
             part, use_safetensors=True, output_loading_info=True, dtype=dtype, **options
         )
-    unset = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if unset:
-        raise ModelError(f"{what}: {len(unset)} weights are not in it, the first is {unset[0]}")
+    missing, foreign = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
+    if missing:
+        raise ModelError(f"{what}: {len(missing)} weights are not in it, the first is {missing[0]}")
+    for key, theirs, ours in foreign:
+        raise ModelError(f"{what}: {key} is {list(theirs)}, expected {list(ours)}: it is of another architecture")
     module: nn.Module = component.to(device).requires_grad_(False).eval()
     return module

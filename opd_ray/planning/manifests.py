@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from opd_ray.config import Config, RolePlacement
+from opd_ray.config import Config
 from opd_ray.errors import ConfigError
-from opd_ray.planning.rates import SHARED, teacher_role
+from opd_ray.planning.rates import SHARED, reward_role, teacher_role
 from opd_ray.runtime.resources import amounts, ray_resources
 
 __all__ = ["check_manifests"]
@@ -94,7 +94,9 @@ def _demands(config: Config) -> Iterator[Demand]:
     )
     teachers = {SHARED: "default"} if cluster.share_teachers else {teacher_role(name): name for name in config.teachers}
     elastic = {"rollout": cluster.rollout} | {role: cluster.of_teacher(name) for role, name in teachers.items()}
-    elastic["reward"] = cluster.rewards.get("default", RolePlacement())
+    elastic |= {
+        reward_role(entry): cluster.of_reward(entry) for entry in cluster.panels(config.rewards) or ("default",)
+    }
     for role, placement in elastic.items():
         yield Demand(
             role,

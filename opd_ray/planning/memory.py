@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from opd_ray.algorithms import make_algorithm
 from opd_ray.config import Config, LearnerPlacement, LoraConfig, ModelConfig, Placement, Precision, RolePlacement
 from opd_ray.errors import PlacementError
 from opd_ray.learners.deepspeed import REDUCED
@@ -77,7 +78,11 @@ def needs(config: Config) -> list[Need]:
     shape = family_class(config.model.family).shape(config.model)
     if shape is None:
         return []
-    found = [_rollout(config, shape), *_teachers(config, shape), _learner(config, shape)]
+    algorithm = make_algorithm(config)
+    found = [_reader(config, shape)] if config.pairs is not None else []
+    found += [_rollout(config, shape)] if algorithm.needs_rollouts or config.evaluated else []
+    found += _teachers(config, shape) if algorithm.needs_teachers else []
+    found.append(_learner(config, shape))
     return [_together(config, found)] if config.cluster.runtime == "local" else found
 
 
@@ -165,18 +170,27 @@ def _student(config: Config, shape: Shape, size: int) -> tuple[float, float]:
     return numbers * size, _adapter(config, shape)
 
 
+def _reader(config: Config, shape: Shape) -> Need:
+    """A whole model, of which pairs pass through the text encoders and the VAE."""
+    placement, parts = config.cluster.rollout, shape.parameters
+    size = _bytes(config.precision.rollout, placement.device)
+    weights = ((parts["denoiser"] + parts["text"]) * size + parts["vae"] * 4) / GB
+    pictures = 2 * config.batch.item_size
+    return _need("reader", placement, weights, 0.0, pictures * shape.pixels**2 * VAE_CHANNELS * 4 / GB)
+
+
 def _rollout(config: Config, shape: Shape) -> Need:
     placement, parts = config.cluster.rollout, shape.parameters
     size = _bytes(config.precision.rollout, placement.device)
-    pictures = max(config.batch.item_size, config.evaluation.batch if config.evaluation.images_per_task else 0)
+    pictures = max(config.batch.item_size, config.evaluation.batch if config.evaluated else 0)
     whole = ((parts["denoiser"] + parts["text"]) * size + parts["vae"] * 4) / GB
     frozen, trained = _student(config, shape, size)
     base = frozen + (parts["text"] * size + parts["vae"] * 4) / GB
     # A teacher that is a full checkpoint is drawn with at the end, one such at a time; so is the base, where it is not
     # under the student.
     others = config.student.lora is None or any(teacher.model for teacher in config.teachers.values())
-    evaluated = config.evaluation.images_per_task > 0 and others
-    decoding = pictures * shape.pixels**2 * VAE_CHANNELS * 4 / GB if config.evaluation.images_per_task else 0.0
+    evaluated = config.evaluated and others
+    decoding = pictures * shape.pixels**2 * VAE_CHANNELS * 4 / GB if config.evaluated else 0.0
     working = max(_block(shape, _rows(config.student.guidance, pictures), size), decoding)
     return _need("rollout", placement, base, trained, working, own=whole if evaluated else 0.0)
 

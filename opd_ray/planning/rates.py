@@ -28,6 +28,11 @@ def teacher_role(name: str) -> str:
     return f"{SHARED}.{name}"
 
 
+def reward_role(entry: str = "default") -> str:
+    """The pool of an entry of ``cluster.rewards``."""
+    return "reward" if entry == "default" else f"reward.{entry}"
+
+
 class LearnerRate(Frozen):
     """Seconds of one round's update on the learner. Ranks share the forward and backward passes alone."""
 
@@ -54,6 +59,9 @@ class Rates(Frozen):
     """Role -> seconds of one item in which its worker holds the request and does not work: transport, loading."""
     learner: LearnerRate
     """Of a round, for the whole group."""
+    streams: bool = True
+    """Whether the learner begins with a round's first items while others are still drawn, marked and scored; false
+    where an update needs all of them. `plan` takes it from the recipe's algorithm and backend."""
     publish: float = Field(0.0, ge=0)
     """From the last step of a round until its weights can be asked for. The learner does nothing else meanwhile."""
     bind: float = Field(0.0, ge=0)
@@ -78,10 +86,10 @@ class Rates(Frozen):
 
     @model_validator(mode="after")
     def _known_roles(self) -> "Rates":
-        known = ("rollout", SHARED, *map(teacher_role, self.items), "reward")
+        known = ("rollout", SHARED, *map(teacher_role, self.items), reward_role())
         for field, given in (("seconds", self.seconds), ("transfer", self.transfer)):
             for role in given:
-                if role not in known:
+                if role not in known and not role.startswith(f"{reward_role()}."):
                     raise ValueError(f"{field}.{role}: no such role; allowed: {', '.join(known)}")
         if "rollout" not in self.seconds:
             raise ValueError("seconds.rollout is missing: every item is drawn first")
@@ -110,7 +118,12 @@ class Rates(Frozen):
     def roles(self, *, shared: bool) -> tuple[str, ...]:
         """The pools of a run with these rates, and its learner."""
         teachers = () if not self.marked else (SHARED,) if shared else tuple(map(teacher_role, self.items))
-        return "rollout", *teachers, *(("reward",) if "reward" in self.seconds else ()), "learner"
+        return "rollout", *teachers, *self.scoring, "learner"
+
+    @property
+    def scoring(self) -> tuple[str, ...]:
+        """Roles whose workers score what is drawn."""
+        return tuple(role for role in self.seconds if role.partition(".")[0] == reward_role())
 
     def work(self, role: str) -> float:
         """Worker-seconds that a round costs a pool; for the learner, on one rank."""
@@ -144,6 +157,7 @@ class Rates(Frozen):
                 "seconds": {role: value * ratio for role, value in self.seconds.items() if role not in stale},
                 "transfer": {role: value * ratio for role, value in self.transfer.items() if role not in stale},
                 "learner": LearnerRate(serial=self.learner.serial, shared=self.learner.shared * growth),
+                "streams": _streams(config),
             }
         )
 
@@ -194,8 +208,7 @@ def items_of(config: Config) -> dict[str, int]:
     """Teacher -> work items of a round, in the order of drawing; all under one name where nobody teaches."""
     each = config.batch.images_per_task // config.batch.item_size
     routes = config.teacher_of_task
-    train = config.prompts.train if config.prompts else {}
-    tasks = list(train) if isinstance(train, dict) else list(routes)
+    tasks = list(config.drawn) if isinstance(config.drawn, dict) else list(routes)
     items: dict[str, int] = {}
     for task in tasks:
         teacher = routes.get(task, "all")
@@ -203,13 +216,21 @@ def items_of(config: Config) -> dict[str, int]:
     return items or {"all": each}
 
 
+def _streams(config: Config) -> bool:
+    """What the learner does: ranks that go through their forwards together also wait for all items."""
+    learner = config.cluster.learner
+    lockstep = learner.backend == "fsdp2" or (learner.backend == "deepspeed" and learner.stage >= 2)
+    return make_algorithm(config).streams and not lockstep
+
+
 def _measure(rows: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]], config: Config) -> Rates:
     items = items_of(config)
     count, ranks = sum(items.values()), config.cluster.learner.ranks
-    counts = {"rollout": count, SHARED: count, "reward": count} | {teacher_role(name): n for name, n in items.items()}
+    counts = {"rollout": count, SHARED: count} | {teacher_role(name): n for name, n in items.items()}
+    counts |= dict.fromkeys(map(reward_role, config.cluster.panels(config.rewards)), count)
     seconds, transfer = dict[str, float](), dict[str, float]()
     for role, expected in counts.items():
-        if role == "reward" and not make_algorithm(config).needs_rewards:
+        if role.partition(".")[0] == reward_role() and not make_algorithm(config).needs_rewards:
             continue  # it scores evaluations alone
         if any(_busy(row, role) for row in rows):
             answers = [_answers(row, role, expected) for row in rows]
@@ -230,6 +251,7 @@ def _measure(rows: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any
         seconds=seconds,
         transfer={role: value for role, value in transfer.items() if value > 0},
         learner=LearnerRate(serial=max(wall - shared / ranks, 0.0), shared=shared),
+        streams=_streams(config),
         publish=publish,
         checkpoint=sum(row["seconds"].get("checkpoint", 0.0) for row in every) / len(every),
     )

@@ -2,14 +2,16 @@
 
 A round holds the items i = 0 .. m-1. An item is drawn on one of R rollout workers in d seconds, then marked by its
 teacher, on one of T workers in s seconds, and scored at the same time on one of W reward workers in w seconds. The
-learner takes items in their order on rank i mod L, u = shared / m seconds each, as soon as they are there; after the
-last one come the serial part of the update and the publish, p seconds together. Every pool serves in the order of
-arrival, and an item starts on the worker that is free first. With F(i) the time at which that worker becomes free:
+learner takes items in their order on rank i mod L, u = shared / m seconds each, as soon as they are there, or, where an
+update needs all of a round's scores, as soon as all of them are; after the last one come the serial part of the updates
+and the publish, p seconds together. Every pool serves in the order of arrival, and an item starts on the worker that is
+free first. With F(i) the time at which that worker becomes free:
 
     drawn(i)   = max(released(r), F_rollout(i)) + d        released(r) = published(r - 1 - staleness)
     marked(i)  = max(drawn(i), F_teacher(i)) + s
     scored(i)  = max(drawn(i), F_reward(i)) + w
-    learned(i) = max(marked(i), scored(i), learned(i - L), published(r - 1)) + u
+    there(i)   = max(marked(i), scored(i))                 of all items the last one's, where the learner waits for all
+    learned(i) = max(there(i), learned(i - L), published(r - 1)) + u
     published(r) = max over i of learned(i) + p
 
 These equations hold max and + alone, so ``round_seconds`` works them out item by item. What they leave out is that a
@@ -21,6 +23,7 @@ pool gives a busy worker its next item ahead: where fewer than two items a round
 - staleness 0: nothing is drawn while the learner finishes, so a round is a pipeline that fills and drains. Its longest
   path follows the slowest stage b all the way and every other stage once:
   max over b of [ceil(m_b / workers_b) seconds_b + sum over the other stages of their seconds of one item] + p.
+  A learner that waits is no stage of it: its ceil(m / L) u come after the pipeline of the others.
 """
 
 import heapq
@@ -94,19 +97,22 @@ class _Timeline:
         rates, number = self.rates, len(self.published)
         drawn_with = number - 1 - self.staleness
         released = self.published[drawn_with] if drawn_with >= 0 else 0.0
-        ranks = [self.published[-1] if self.published else 0.0] * self.workers["learner"]
-        each, position = rates.learner.shared / rates.item_count, 0
+        arrivals = list[float]()
         for name, count in rates.items.items():
             own = teacher_role(name)
             pool = own if own in self.workers else SHARED
             for _ in range(count):
                 drawn = self._serve("rollout", released, rates.held("rollout"), max(drawn_with, -1))
                 there = self._serve(pool, drawn, rates.held(own)) if rates.marked else drawn
-                if "reward" in self.workers:
-                    there = max(there, self._serve("reward", drawn, rates.held("reward")))
-                rank = position % len(ranks)
-                ranks[rank] = max(ranks[rank], there) + each
-                position += 1
+                for role in self.workers.keys() & rates.scoring:
+                    there = max(there, self._serve(role, drawn, rates.held(role)))
+                arrivals.append(there)
+        if not rates.streams:
+            arrivals = [max(arrivals)] * len(arrivals)
+        ranks = [self.published[-1] if self.published else 0.0] * self.workers["learner"]
+        for position, there in enumerate(arrivals):
+            rank = position % len(ranks)
+            ranks[rank] = max(ranks[rank], there) + rates.learner.shared / len(arrivals)
         self.published.append(max(ranks) + rates.learner.serial + rates.publish + rates.checkpoint)
         return self.published[-1]
 

@@ -73,7 +73,7 @@ def _seconds(rates: Rates) -> Seconds:
 
     def seconds(role: str, method: str, args: tuple[Any, ...]) -> float:
         if method == "score":
-            return rates.held("reward" if role == "reward" else teacher_role(args[0]))
+            return rates.held(role if role in rates.scoring else teacher_role(args[0]))
         return fixed.get(method, 0.0)
 
     return seconds
@@ -119,13 +119,18 @@ class _Simulation:
         pool = self.pools.get(teacher_role(teacher), self.pools.get(SHARED))
         if pool is not None:
             jobs.append(submit(Job(pool, "score", (teacher, Output(draw, 0)), 1, "marking", after=(draw,))))
-        if "reward" in self.pools:
-            jobs.append(submit(Job(self.pools["reward"], "score", (Output(draw, 0),), 0, "scoring", after=(draw,))))
+        for role in self.rates.scoring:
+            if role in self.pools:
+                jobs.append(submit(Job(self.pools[role], "score", (Output(draw, 0),), 0, "scoring", after=(draw,))))
         return tuple(jobs)
 
     def _train(self, items: Sequence[tuple[Job, ...]]) -> None:
-        """Each item goes to its rank as soon as it and all before it are there."""
+        """Each item goes to its rank as soon as it and all before it are there; all at once where the learner waits."""
         calls = list[Call]()
+        if not self.rates.streams:
+            before = self.backend.now
+            self.dispatcher.wait([job for jobs in items for job in jobs])
+            self.waited += self.backend.now - before
         for position, jobs in enumerate(items):
             before = self.backend.now
             self.dispatcher.wait(jobs)

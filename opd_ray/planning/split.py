@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from opd_ray.config import Config, Placement
 from opd_ray.errors import PlacementError
-from opd_ray.planning.rates import SHARED, LearnerRate, Rates, teacher_role
+from opd_ray.planning.rates import SHARED, LearnerRate, Rates, reward_role, teacher_role
 from opd_ray.planning.schedule import limits, throughput
 
 __all__ = ["Demand", "Split", "best_split", "bottleneck", "curve", "gains"]
@@ -61,8 +61,9 @@ def _into_rest(rest: list[float], part: float, count: int) -> int:
 
 def _placement(config: Config, role: str) -> Placement:
     cluster = config.cluster
-    if role == "reward":
-        return cluster.rewards.get("default", Placement())
+    kind, _, entry = role.partition(".")
+    if kind == reward_role():
+        return cluster.of_reward(entry or "default")
     if role.partition(".")[0] == SHARED:
         return cluster.of_teacher(role.removeprefix(teacher_role("")) if role != SHARED else "default")
     return cluster.learner if role == "learner" else cluster.rollout
@@ -256,6 +257,14 @@ class _Search:
                     paid = self._pay(grown, donor) if donor not in (role, *self.free) else None
                     if paid is not None:
                         yield paid
+                        yield self._filled(paid, role)
+
+    def _filled(self, workers: Mapping[str, int], role: str) -> dict[str, int]:
+        """A card that was paid may have room for more of the workers that it was paid for."""
+        filled = dict(workers)
+        while self._fits(more := {**filled, role: filled[role] + 1}):
+            filled = more
+        return filled
 
     def _next_step(self, role: str, count: int) -> int:
         """The next number of workers of which the busiest has less to do."""

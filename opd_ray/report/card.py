@@ -5,6 +5,7 @@ and through YAML's or Python's own quoting elsewhere. Folders of this machine go
 alone: a card is made to be published.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,10 @@ from typing import Any
 import yaml
 
 from opd_ray import __version__
+from opd_ray.config import ModelConfig
+from opd_ray.errors import UserError
+from opd_ray.models.alphas import AlphaSchedule
+from opd_ray.models.base import family_class
 from opd_ray.report.run_folder import RunFolder, mapping, numbers
 from opd_ray.report.table import Results, Score
 from opd_ray.report.wording import MISSING, Write, count, model_title, percent, span
@@ -28,7 +33,7 @@ STOCK = {
     "sdxl": ("unet", "UNet2DConditionModel", "StableDiffusionXLPipeline"),
 }
 TAGS = ["text-to-image", "diffusers", "opd-ray"]
-LICENSE = "# license: yours to choose, within those of the base and of the teachers"
+LICENSE = "# license: yours to choose, within those of the base"
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~&$:@])")
 """What Markdown, tables, HTML or a hub's autolinks could take for their own."""
 
@@ -50,13 +55,12 @@ def write_card(run_dir: Path) -> Path:
 def card(run: RunFolder) -> str:
     """The whole card."""
     parts = [
-        _front_matter(mapping(run.config.get("model")), whole=_whole(run.config)),
+        _front_matter(run.config),
         f"# {_text(run.name)}",
         f"A {_trained(run.config).replace('lora', 'LoRA')} for text-to-image diffusion, {_made(run)} by opd-ray.",
         "## Use",
         _usage(run.config),
-        "## Teachers",
-        "\n".join(_teachers(run)) or "None: the run had no teachers.",
+        *(["## Teachers", "\n".join(_teachers(run))] if run.config.get("teachers") else []),
         "## Scores",
         _scores(run.result),
         "## Settings",
@@ -99,8 +103,9 @@ def _published(path: str) -> bool:
     return not (Path(path).is_absolute() or path.startswith((".", "~")))
 
 
-def _front_matter(model: Mapping[str, Any], *, whole: bool) -> str:
-    base = str(model.get("path", ""))
+def _front_matter(config: Mapping[str, Any]) -> str:
+    base, whole = str(mapping(config.get("model")).get("path", "")), _whole(config)
+    of_teachers = " and of the teachers" if config.get("teachers") else ""
     tags = TAGS if whole else ["lora", *TAGS]
     known = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     if base.partition("/")[0] != "world" and _published(base):
@@ -108,7 +113,7 @@ def _front_matter(model: Mapping[str, Any], *, whole: bool) -> str:
         head = yaml.safe_dump({"base_model": base, "base_model_relation": relation}, sort_keys=False)
     else:
         head = f"# base_model: the hub id of the base, which was {json.dumps(_public(base))} here\n"
-    return f"---\n{head}{yaml.safe_dump(known, sort_keys=False)}{LICENSE}\n---"
+    return f"---\n{head}{yaml.safe_dump(known, sort_keys=False)}{LICENSE}{of_teachers}\n---"
 
 
 def _usage(config: Mapping[str, Any]) -> str:
@@ -118,8 +123,11 @@ def _usage(config: Mapping[str, Any]) -> str:
         options["revision"] = revision
     if subfolder := model.get("subfolder"):
         options["subfolder"] = subfolder
-    if base == "world":
-        start, source = "from opd_ray import world\n", "world.pipeline_path(), text_encoder_3=None, tokenizer_3=None"
+    world, _, of_world = base.partition("/")
+    if world == "world":
+        lacking = "safety_checker=None" if of_world else "text_encoder_3=None, tokenizer_3=None"
+        start = "from opd_ray import world\n"
+        source = f"world.pipeline_path({json.dumps(of_world) if of_world else ''}), {lacking}"
     else:
         start, source = "", json.dumps(base if _published(base) else f"path/to/{_public(base)}")
     part, network, pipeline = _stock(config)
@@ -131,12 +139,9 @@ def _usage(config: Mapping[str, Any]) -> str:
         "width": model.get("resolution"),
     }
     kinds, given, before, after = [pipeline], "", "", ""
-    if part == "unet":
-        kinds = ["DDIMScheduler", *kinds]
-        how = {"timestep_spacing": model.get("spacing")}
-        after = (  # DDIM is the ODE that pictures are drawn by here, whatever solver the base comes with
-            f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False{_arguments(how)})\n"
-        )
+    if part == "unet" and (solver := _solver(model)):
+        kinds = [solver[0], *kinds]
+        after = f"pipe.scheduler = {solver[0]}.from_config(pipe.scheduler.config{solver[1]})\n"
     if _whole(config):
         kinds, given = [network, *kinds], f", {part}={part}"
         before = f'{part} = {network}.from_pretrained("path/to/{part}")  # this folder\n'
@@ -149,8 +154,28 @@ def _usage(config: Mapping[str, Any]) -> str:
     )
 
 
+def _solver(model: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The stock scheduler, with its arguments, of the ODE that pictures are drawn by here; None: as the base comes."""
+    schedule = None
+    with contextlib.suppress(UserError, ValueError):  # a card is also written where the base is out of reach
+        chosen = ModelConfig.model_validate(model)
+        schedule = family_class(chosen.family).read_schedule(chosen)
+    if not isinstance(schedule, AlphaSchedule):
+        return "DDIMScheduler", _arguments({"clip_sample": False, "timestep_spacing": model.get("spacing")})
+    if schedule.spacing == "lcm":
+        return None  # no other class goes through these timesteps
+    if schedule.euler:
+        return "EulerDiscreteScheduler", _arguments({"timestep_spacing": schedule.spacing})
+    how = {"clip_sample": False, "timestep_spacing": schedule.spacing, "set_alpha_to_one": schedule.ends_at_zero}
+    return "DDIMScheduler", _arguments(how)
+
+
 def _arguments(options: Mapping[str, Any]) -> str:
-    return "".join(f", {name}={json.dumps(value)}" for name, value in options.items() if value is not None)
+    return "".join(
+        f", {name}={value if isinstance(value, bool) else json.dumps(value)}"
+        for name, value in options.items()
+        if value is not None
+    )
 
 
 def _teachers(run: RunFolder) -> Iterator[str]:

@@ -43,20 +43,22 @@ def write_report(run_dir: Path) -> Path:
 
 def page(run: RunFolder) -> str:
     """The whole page."""
+    taught = bool(run.teacher_of_task)
     sections = [
         _section("Result", _result(run), "No scores: the models have not been evaluated yet."),
         _section(
             "Pictures",
             picture_grid(run.samples, run.teacher_of_task) if run.samples else "",
             "No samples: no pictures have been drawn for comparison yet.",
-            "Same prompt and seed across each row. A marked teacher is on the task it teaches. "
-            "Click a row to see it large; ← and → lead on, Esc leads back.",
+            "Same prompt and seed across each row. "
+            + "A marked teacher is on the task it teaches. " * taught
+            + "Click a row to see it large; ← and → lead on, Esc leads back.",
         ),
         _section("Training", curves(run), "No metrics: no round has finished yet."),
         _section(
             "Gap to the teacher, before and after",
             gaps(run),
-            "" if not run.rounds else "No gaps in the metrics: the algorithm reports none.",
+            "No gaps in the metrics: the algorithm reports none." if run.rounds and taught else "",
         ),
         _section(
             "Rewards",
@@ -122,9 +124,10 @@ def _result(run: RunFolder) -> str:
     if not results.models:
         return ""
     ranges = "".join(_range(results, task) for task in results.tasks)
+    teacher = '<li class="own"><i></i>its teacher</li>' if results.own else ""
     return (
         f'<div class="ranges">{ranges}</div><ul class="legend marks"><li class="base"><i></i>base'
-        '</li><li class="own"><i></i>its teacher</li><li class="me"><i></i>student</li>'
+        f'</li>{teacher}<li class="me"><i></i>student</li>'
         "<li>lines: the intervals</li></ul>"
         f"{_table(results)}{_conditions(run)}"
     )
@@ -158,7 +161,8 @@ def _range(results: Results, task: str) -> str:
             tip = f"{style.replace('own', 'teacher').replace('me', 'student')} {write(score.value)}"
             drawn.append(f'<b class="{style}" style="left:{place(score.value)}" title="{tip}"></b>')
     gap = results.gap_closed.get(task)
-    taught = f"taught by {own.removeprefix('teacher:')}" if own else "no teacher of its own"
+    untaught = "no teacher of its own" if results.own else ""
+    taught = f"taught by {own.removeprefix('teacher:')}" if own else untaught
     if gap:
         said = f"<strong>{percent(gap.value)}</strong> of the gap"
     else:
@@ -210,7 +214,7 @@ def _counts(scores: object) -> list[float]:
 def _conditions(run: RunFolder) -> str:
     """How the scores were made, in one line."""
     test = mapping(run.result.get("evaluation"))
-    said = ["Outlined: a teacher on the task it teaches."]
+    said = ["Outlined: a teacher on the task it teaches."] if run.teacher_of_task else []
     counts = {int(n) for scores in mapping(run.result.get("scores")).values() for n in _counts(scores)}
     if counts:
         amount = "to".join(f" {n} " for n in sorted({min(counts), max(counts)})).strip()

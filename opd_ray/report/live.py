@@ -69,6 +69,7 @@ class Live:
         self._phase = ""
         self._phase_since = self._started = clock()
         self._first: dict[str, float] = {}
+        self._first_scores: dict[str, float] = {}
         self._last: Round | None = None
         self._spent: dict[str, float] = {}
         self._ends: deque[float] = deque(maxlen=PACE_ROUNDS + 1)
@@ -120,9 +121,9 @@ class Live:
                 self._print(text)
 
     def within(self, done: int, total: int) -> None:
-        """How far a round's drawings and marks are; without a screen it is told once a minute."""
+        """How far a round's work is; without a screen it is told once a minute."""
         with self._safely():
-            text = f"round {self._done + 1}: {done} of {total} drawings and marks"
+            text = f"round {self._done + 1}: {done} of {total} pieces of work"
             if self._screen is not None:
                 if self._phase != text:
                     self._phase, self._phase_since = text, self._clock()
@@ -170,6 +171,8 @@ class Live:
         self._recent.append(row)
         for task, loss in row.task_loss.items():
             self._first.setdefault(task, loss)
+        for reward, mean in row.scores.items():
+            self._first_scores.setdefault(reward, mean)
         for part, seconds in row.seconds.items():
             self._spent[part] = self._spent.get(part, 0.0) + seconds
 
@@ -202,12 +205,14 @@ class Live:
         return f"{speed}, {duration(left)} left"
 
     def _losses(self) -> list[tuple[str, str]]:
-        if self._last is None:
-            return []
-        return [
-            (task, f"{number(self._first[task])} {self._arrow} {number(loss)}")
-            for task, loss in self._last.task_loss.items()
-        ]
+        return [] if self._last is None else self._changes(self._first, self._last.task_loss)
+
+    def _rewards(self) -> list[tuple[str, str]]:
+        """Means of what was drawn to be learned from, where rewards score it."""
+        return [] if self._last is None else self._changes(self._first_scores, self._last.scores)
+
+    def _changes(self, first: Mapping[str, float], last: Mapping[str, float]) -> list[tuple[str, str]]:
+        return [(name, f"{number(first[name])} {self._arrow} {number(value)}") for name, value in last.items()]
 
     def _shares(self) -> str:
         """Of all rounds so far; the parts that hardly count are left out."""
@@ -240,11 +245,14 @@ class Live:
         return f"{self._last.weight_version}, staleness {stale}"
 
     def _line(self) -> str:
-        losses = ", ".join(f"{task} {change}" for task, change in self._losses())
+        losses, rewards = (
+            ", ".join(f"{name} {change}" for name, change in found) for found in (self._losses(), self._rewards())
+        )
         parts = [
             f"round {self._done}/{self._total}",
             self._pace(),
             f"loss {losses}" if losses else "",
+            f"reward {rewards}" if rewards else "",
         ]
         parts += [self._shares(), self._busiest(), f"weights {self._weights()}"]
         return " | ".join(filter(None, parts))
@@ -268,10 +276,12 @@ class Live:
         body.add_column(style="dim", no_wrap=True)
         body.add_column()
         if self._last is not None:
-            losses = Text()
-            for task, change in self._losses():
-                losses.append(f"{task} ", style="cyan").append(f"{change}   ")
-            body.add_row("loss", losses)
+            for what, found in (("loss", self._losses()), ("reward", self._rewards())):
+                told = Text()
+                for name, change in found:
+                    told.append(f"{name} ", style="cyan").append(f"{change}   ")
+                if found:
+                    body.add_row(what, told)
             body.add_row("time", Text(self._shares()))
             if roles := self._roles():
                 body.add_row("roles", Text(" | ".join(said for _, said in roles)))

@@ -37,6 +37,16 @@ def tables(data: object) -> dict[str, dict[str, float]]:
     return {key: numbers(value) for key, value in mapping(data).items()}
 
 
+def _measures(row: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """A row's tables of tables with numbers, but for the roles' own; steps become their mean."""
+    found = {key: tables(value) for key, value in row.items() if key != "roles"}
+    return {
+        key: {task: sum(steps.values()) / len(steps) for task, steps in by_task.items() if steps}
+        for key, by_task in found.items()
+        if any(by_task.values())
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Round:
     """One row of metrics.jsonl."""
@@ -59,6 +69,8 @@ class Round:
     remarks: tuple[str, ...] = ()
     values: dict[str, float] = field(default_factory=dict)
     """The row's own numbers: grad_norm, lr, staleness."""
+    measures: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What else the algorithm tells by task and step: name -> task -> mean over steps."""
     weight_version: str = ""
 
     @classmethod
@@ -78,6 +90,7 @@ class Round:
             failed=numbers(row.get("failed")),
             remarks=tuple(map(str, row.get("remarks") or ())),
             values=numbers(row),
+            measures=_measures(row),
             weight_version=str(row.get("weight_version", "")),
         )
 

@@ -100,28 +100,43 @@ def summary(result: Mapping[str, Any], seconds: float | None = None) -> str:
     stopped = f"Stopped after {effort}; it can be resumed." if status == "stopped" else ""
     closed = {task: gap for task, gap in results.gap_closed.items() if gap.value is not None}
     if not closed:
-        known = stopped or f"Trained for {effort}."
-        untold = "the models were not evaluated, which takes prompts.eval and rewards"
-        why = "no teacher's gap was measured" if results.scores else untold
-        return f"{known} How close the student came is unknown: {why}."
+        return " ".join(filter(None, [stopped or f"Trained for {effort}.", _without_gaps(result, results)]))
     shares = join([f"{percent(gap.value)} ({task})" for task, gap in closed.items()])
     amount = len({results.own.get(task, task) for task in closed})
     whose = f"{WORDS[amount] if amount < len(WORDS) else amount} teachers' gaps" if amount > 1 else "its teacher's gap"
     sentence = f"Closed {shares} of {whose} in {effort}."
-    others = []
+    others = _changes(results)
+    untaught = f"Without a teacher: {join(others)}." if others else ""
+    return " ".join(filter(None, [sentence, untaught, stopped]))
+
+
+def _without_gaps(result: Mapping[str, Any], results: Results) -> str:
+    """What is known of the student where no teacher's gap is: of a run without teachers its scores."""
+    unscored = "the models were not evaluated, which takes prompts.eval and rewards"
+    if mapping(result.get("teachers")):
+        why = "no teacher's gap was measured" if results.scores else unscored
+        return f"How close the student came is unknown: {why}."
+    if changes := _changes(results):
+        return f"On held-out prompts: {join(changes)}."
+    return f"What it gained is unknown: {unscored}."
+
+
+def _changes(results: Results) -> list[str]:
+    """Of each task that nobody teaches: the base's score, and the student's."""
+    found = []
     for task in results.tasks:
         base, student = (results.scores.get((model, task)) for model in ("base", "student"))
         if task not in results.own and base and student:
             write = results.write(task)
-            others.append(f"{task} {write(base.value)} → {write(student.value)}")
-    untaught = f"Without a teacher: {join(others)}." if others else ""
-    return " ".join(filter(None, [sentence, untaught, stopped]))
+            found.append(f"{task} {write(base.value)} → {write(student.value)}")
+    return found
 
 
 def result_table(result: Mapping[str, Any]) -> Table:
     """Models by tasks, each mean with its interval; ● marks a teacher on its own task."""
     results = Results.read(result)
-    caption = Text("● on its own task; below each mean its interval", style="dim")
+    marked = "● on its own task; " if results.own else ""
+    caption = Text(f"{marked}below each mean its interval", style="dim")
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     table.add_column("")
     if not results.models:

@@ -1,4 +1,4 @@
-"""The page's curves over rounds: loss by task, scores, gradient norm."""
+"""The page's curves over rounds: loss by task, scores, gradient norm, and what the algorithm measures beside them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -10,9 +10,25 @@ from opd_ray.report.wording import number
 
 __all__ = ["curves", "figure", "series_of"]
 
+MEASURES = {
+    "implicit_accuracy": ("Pairs whose better image is preferred", "share, at the noises of the update"),
+    "accuracy": ("Pairs whose better image is preferred", "share, among those that are no tie"),
+    "ties": ("Prompts whose images are equally good", "share; they weigh nothing"),
+    "ratio": ("Log-ratio to what the likelihood is compared with", "the largest of a forward, mean over steps"),
+    "clipped": ("Rows beyond the clip range", "share, mean over steps"),
+}
+"""What algorithms report by task and step -> title and note of its curve."""
+ERRORS = {
+    "error_better": "better",
+    "error_worse": "worse",
+    "reference_better": "better, of the frozen start",
+    "reference_worse": "worse, of the frozen start",
+}
+"""Mean squared errors of prediction, of the images of pairs."""
+
 
 def curves(run: RunFolder) -> str:
-    """Loss, gradient norm, evaluation and reward scores, each where the run has them."""
+    """Loss, gradient norm, scores and the algorithm's own measures, each where the run has them."""
     colors = {task: color for color, task in enumerate(run.tasks)}
     results = Results.read(run.result)
     levels = {
@@ -24,14 +40,31 @@ def curves(run: RunFolder) -> str:
     norms = series_of(run.rounds, lambda row: _only(row.values, "grad_norm"), {})
     tests = series_of(run.rounds, lambda row: row.evaluation, colors, levels)
     scores = series_of(run.rounds, lambda row: row.scores, {})
-    dashes = "dashed: its teacher" if levels else "its teacher's are not known yet"
+    untold = "its teacher's are not known yet" if run.teacher_of_task else "mean of each evaluation"
+    dashes = "dashed: its teacher" if levels else untold
+    errors = series_of(run.rounds, _errors, {name: color for color, name in enumerate(ERRORS.values())})
     charts = [
         _curve("Loss by task", losses, "first → last round", changes=True),
         _curve("Student's scores during training", tests, dashes, dots=True),
         _curve("Reward scores of what the student drew", scores, "mean of each round"),
+        *(
+            _curve(title, series_of(run.rounds, _measure(name), colors), note)
+            for name, (title, note) in MEASURES.items()
+        ),
+        _curve("Errors of prediction", errors, "first → last round", changes=True),
         _curve("Gradient norm", norms, "of each update", legend=False),
     ]
     return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
+
+
+def _measure(name: str) -> Callable[[Round], Mapping[str, float]]:
+    return lambda row: row.measures.get(name, {})
+
+
+def _errors(row: Round) -> dict[str, float]:
+    """Of each kind, over all tasks."""
+    found = {title: row.measures.get(name, {}).values() for name, title in ERRORS.items()}
+    return {title: sum(values) / len(values) for title, values in found.items() if values}
 
 
 def _only(values: Mapping[str, float], name: str) -> dict[str, float]:

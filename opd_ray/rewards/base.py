@@ -20,6 +20,12 @@ REWARDS = {
     "compose_partial": "opd_ray.world.scorers:compose_partial",
     "text": "opd_ray.world.scorers:text",
     "look": "opd_ray.world.scorers:look",
+    "pickscore": "opd_ray.rewards.pickscore:PickScore",
+    "clipscore": "opd_ray.rewards.clipscore:ClipScore",
+    "aesthetic": "opd_ray.rewards.aesthetic:Aesthetic",
+    "hpsv2": "opd_ray.rewards.hpsv2:HPSv2",
+    "hpsv2_1": "opd_ray.rewards.hpsv2:HPSv21",
+    "imagereward": "opd_ray.rewards.imagereward:ImageReward",
 }
 
 PROBE = "probe"

@@ -72,7 +72,10 @@ def test_the_loop_has_no_case_for_any_algorithm():
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"algorithm": {"name": "opd"}, "teachers": {"a": {"lora": "x"}}}, "opd learns from rollouts; give prompts in"),
+        (
+            {"algorithm": {"name": "opd"}, "teachers": {"a": {"lora": "x"}}},
+            "opd learns from rollouts; give prompts.train in",
+        ),
         (
             {"recorded": None, "prompts": {"train": "x"}},
             "Anchored learns from recorded experience; give recorded or pairs in",

@@ -231,3 +231,33 @@ def test_the_worlds_models_are_drawn_as_in_the_demo(monkeypatch):
         found = find_model(name)
         assert (found.label, found.model.path, found.guidance, found.steps) == (name, "world", guidance, 10)
         assert found.lora == (None if name == "world" else name)
+
+
+def test_the_four_step_model_is_drawn_in_steps_that_it_knows(cli, tmp_path):
+    assert (find_model("world/few").steps, find_model("world/unet").steps) == (4, 50)
+    wrong = "--steps 10: world/few was distilled to 1, 2, 4 steps (model.distilled_steps); take one of these"
+    assert cli("sample", "world/few", "-p", "x", "--steps", 10, "--out", tmp_path / "a").error == wrong
+    assert cli("evaluate", "world/unet", "world/few", "--steps", "4,10").error == wrong
+    prompts = ("--prompts", "world/text/train", "--reward", "text")
+    assert cli("pairs", "world/few", *prompts, "--steps", 10, "--out", tmp_path / "a.parquet").error == wrong
+    assert cli("sample", "world/few", "-p", "a red circle", "--count", 1, "--out", tmp_path / "b").code == 0
+
+
+def test_a_distilled_run_that_was_never_scored_is_drawn_in_its_own_steps(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("opd_ray.evaluation.models.check_lora", lambda model, path: None)
+    folder = tmp_path / "run"
+    (folder / "lora").mkdir(parents=True)
+    (folder / "lora" / "pytorch_lora_weights.safetensors").touch()
+    (folder / "run.json").write_text("{}")
+    for steps, drawn in ({}, 3), ({"steps": 2}, 2):
+        config = {
+            "name": "run",
+            "rounds": 1,
+            "model": {"path": str(tiny), "distilled_steps": [2, 3]},
+            "sampling": {"steps": 3},
+            "algorithm": {"name": "pso_offline", "space": "velocity"},
+            "pairs": {"files": ["a.parquet"]},
+            "evaluation": steps,
+        }
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        assert find_model(str(folder)).steps == drawn

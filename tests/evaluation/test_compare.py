@@ -113,7 +113,7 @@ def test_scores_of_unknown_tasks_and_by_unknown_rewards_are_refused():
         with pytest.raises(ConfigError, match=message):
             check_rewards(rewards, by_task, tasks)
     for name, args, message in [
-        ("ocr", {}, r"reward 'ocr' is unknown\. Known: compose, compose_partial, look, text\. For your own use pack"),
+        ("unheard", {}, r"reward 'unheard' is unknown\. Known: aesthetic, .*text\. For your own use pack"),
         (BRIGHT, {"power": 2}, r"brightness takes no argument 'power'; it takes images, prompts"),
         ("tests.actors.test_teacher_and_reward:Prompted", {}, r"Prompted needs word"),
     ]:

@@ -71,6 +71,39 @@ def test_items_that_are_handed_over_in_parts_count_whole(tmp_path) -> None:
     assert Rates.from_run(run_folder(tmp_path, rows)).seconds["rollout"] == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "streams"),
+    [
+        ("demo", [], True),
+        ("world_pso", [], False),
+        ("world_ddpo", [], False),
+        ("world_dpo", [], False),
+        ("demo", ["cluster.learner.backend=fsdp2"], False),
+        ("demo", ["cluster.learner.backend=deepspeed", "cluster.learner.zero_stage=1"], True),
+        ("demo", ["cluster.learner.backend=deepspeed"], False),
+    ],
+)
+def test_whether_the_learner_waits_for_all_items_is_the_recipes(recipe, overrides, streams) -> None:
+    rates = Rates.model_validate(GOOD | {"items": {"all": 2}, "streams": not streams})
+    assert rates.for_config(load(recipe, overrides)).streams == streams
+
+
+def test_a_run_on_pairs_has_readers_and_nothing_to_divide(tmp_path) -> None:
+    asked = ["plan", "pso_style", "-o", "prompts=null", "-o", "rewards={}"]
+    shown = CliRunner().invoke(app, asked).output
+    assert "reader" in shown and "learner" in shown and "nothing to divide" in shown
+    assert not {"rollout", "teacher", "--from-run"} & set(shown.split())
+    scored = CliRunner().invoke(app, ["plan", "pso_style"]).output
+    assert {"reader", "rollout"} <= set(scored.split()), "it has prompts.eval"
+    found = CliRunner().invoke(app, [*asked, "--from-run", str(tmp_path)]).exception
+    assert isinstance(found, ConfigError) and "pso_style reads its experience and draws none: --from-run" in str(found)
+
+
+def test_a_run_without_teachers_lists_none() -> None:
+    shown = CliRunner().invoke(app, ["plan", "world_pso"]).output
+    assert "rollout" in shown and "teacher" not in shown
+
+
 def test_a_run_without_rounds_tells_nothing(tmp_path) -> None:
     with pytest.raises(RunFolderError, match="no round with times"):
         Rates.from_run(tmp_path)

@@ -29,6 +29,15 @@ def test_a_strict_round_fills_and_drains_a_pipeline() -> None:
     assert throughput(rates(), workers, 0) == pytest.approx(32 / 10.25)
 
 
+def test_a_learner_that_needs_all_scores_begins_after_the_last_one() -> None:
+    """4 draws of 2 s and the last one's score, then 4 items of half a second, the step and the publish."""
+    scored = rates(seconds={"rollout": 2.0, "reward": 1.0}, streams=False)
+    workers = {"rollout": 1, "reward": 1, "learner": 1}
+    assert round_seconds(scored, workers, 0) == pytest.approx(4 * 2 + 1 + 4 * 0.5 + 0.5 + 0.25)
+    assert round_seconds(scored, workers | {"learner": 2}, 0) == pytest.approx(4 * 2 + 1 + 2 * 0.5 + 0.5 + 0.25)
+    assert round_seconds(scored, workers, 1) == pytest.approx(4 * 2), "with a round ahead drawing never waits"
+
+
 def test_two_drawing_workers_draw_in_pairs() -> None:
     workers = {"rollout": 2, "teacher": 1, "learner": 1}
     assert round_seconds(rates(), workers, 0) == pytest.approx(2 * 2 + 2 * 1 + 0.5 + 0.5 + 0.25)
@@ -67,21 +76,25 @@ counts = st.integers(1, 6)
     workers=st.tuples(counts, counts, counts, counts, counts),
     shared=st.booleans(),
     staleness=st.integers(0, 2),
+    streams=st.booleans(),
 )
-def test_the_arithmetic_is_what_the_real_pools_do(items, times, learner, publish, workers, shared, staleness) -> None:
+def test_the_arithmetic_is_what_the_real_pools_do(
+    items, times, learner, publish, workers, shared, staleness, streams
+) -> None:
     draw, text, look, score = times
     rollout, first, second, reward, ranks = workers
     marks = {"teacher": text} if shared else {"teacher.text": text, "teacher.look": look}
     each = rates(
         items={"text": items[0], "look": items[1]},
-        seconds={"rollout": draw, **marks, **({"reward": score} if score is not None else {})},
+        seconds={"rollout": draw, **marks, **({"reward": score, "reward.ocr": text} if score is not None else {})},
         learner={"serial": learner[0], "shared": learner[1] * sum(items)},
         publish=publish,
+        streams=streams,
     )
     if staleness:  # fewer than two items a drawing worker: see the module
         rollout = max(min(rollout, sum(items) // 2), 1)
     pools = {"rollout": rollout, **({"teacher": first} if shared else {"teacher.text": first, "teacher.look": second})}
-    pools |= {"reward": reward} if score is not None else {}
+    pools |= {"reward": reward, "reward.ocr": first} if score is not None else {}
     pools["learner"] = min(ranks, sum(items))
     skipped = warm_up(staleness)
     measured = simulate(each, pools, staleness, rounds=skipped + ROUNDS_PER_CYCLE).throughput(skipped)

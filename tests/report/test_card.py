@@ -6,13 +6,18 @@ import re
 import pytest
 import torch
 import yaml
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
 from markdown_it import MarkdownIt
 
+from opd_ray.actors.rollout import SampleRequest, draw_pictures
 from opd_ray.config import Config, ModelConfig
 from opd_ray.errors import RunFolderError
 from opd_ray.models import load_family
 from opd_ray.report.card import card, write_card
 from opd_ray.report.run_folder import RunFolder
+from opd_ray.seeds import fold, noise
+from opd_ray.types import Prompt
+from tests.models.tiny_unet import BETAS, make_tiny_sdxl, turbo_scheduler
 from tests.report.run_folders import result, write_run
 
 HOSTILE = "a|b <script>alert(1)</script>\n# [x](http://evil) `c` ![i](j) **&amp;**"
@@ -99,7 +104,7 @@ def test_a_run_without_scores_average_or_teachers_says_so(written):
     told = {"status": "done", "rounds": 3, "student_sha256": "5f" * 32, "ema_sha256": None, "scores": {}}
     text = written(settings() | {"teachers": {}, "ema": None}, told)
     assert "The run was not evaluated." in text
-    assert "None: the run had no teachers." in text
+    assert "teacher" not in text.partition("## Settings")[0].lower()
     assert f"raw, as of the last step (sha256 {'5f' * 32})" in text
     same = {**told, "ema_sha256": "5f" * 32}  # ema is on, and its first average was never due
     assert "raw, as of the last step" in written(settings() | {"teachers": {}}, same)
@@ -170,3 +175,54 @@ def test_a_folder_that_is_not_there(tmp_path):
 def test_a_broken_run_folder_still_gets_a_card(tmp_path):
     (tmp_path / "lora").mkdir()
     assert "The run was not evaluated." in card(RunFolder.read(tmp_path))
+
+
+SDXL_OWN = EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "scheduler"),
+    [
+        ("turbo", {}, turbo_scheduler()),
+        ("dmd2", {"spacing": "trailing"}, LCMScheduler.from_config(SDXL_OWN.config)),
+        ("own", {}, SDXL_OWN),
+        ("ddim", {"spacing": "trailing"}, DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)),
+    ],
+)
+def test_the_cards_words_draw_what_the_run_draws(written, tmp_path, name, changes, scheduler):
+    """By the ODE, from the first state to the end that the run's pictures have. Files have DDIM's options left over."""
+    folder = make_tiny_sdxl(tmp_path / name, scheduler=scheduler)
+    left_over = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()) | {"set_alpha_to_one": False}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(left_over))
+    model = {"family": "sdxl", "path": str(folder), **changes}
+    text = written(settings(model=model, evaluation={"steps": 4}, student={"guidance": 1.0}))
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    loading = snippet.partition("pipe.load_lora_weights")[0].replace(f"path/to/{name}", str(folder))
+    names: dict = {}
+    exec(loading, names)
+    family = load_family(ModelConfig(**model), text=True, image=True)
+    prompt = Prompt("a red cat", "a red cat", "")
+    ours = draw_pictures(family, SampleRequest("", None, 1.0, 4, 3, (prompt,), (0,)))
+    first = noise([fold(3, "eval", prompt.id, 0)], family.latent_shape)
+    names["pipe"].set_progress_bar_config(disable=True)
+    theirs = names["pipe"](
+        "a red cat",
+        latents=first,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        output_type="pt",
+        height=16,
+        width=16,
+    ).images
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_the_four_step_models_card_loads_its_base(written):
+    text = written(settings(model={"family": "sd", "path": "world/few"}, evaluation={"steps": 4}))
+    (snippet,) = re.findall(r"```python\n(.*?)pipe.load_lora", text, re.DOTALL)
+    assert 'world.pipeline_path("few"), safety_checker=None' in snippet
+    names: dict = {}
+    exec(snippet, names)
+    assert type(names["pipe"].scheduler).__name__ == "EulerDiscreteScheduler"
+    names["pipe"].scheduler.set_timesteps(4)
+    assert names["pipe"].scheduler.timesteps.tolist() == [999, 749, 499, 249]

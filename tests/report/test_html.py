@@ -353,3 +353,35 @@ def test_large_images_are_embedded_smaller(run):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(RunFolderError, match="no such run folder"):
         write_report(tmp_path / "nothing")
+
+
+def test_a_run_on_rewards_shows_what_its_algorithm_measures_and_no_teacher(run):
+    scores = {model: {"look": {"value": x, "n": 64}} for model, x in (("base", 0.2), ("student", 0.5))}
+    data = result() | {"teachers": {}, "scores": scores, "gap_closed": {}, "evaluation": {"steps": 4, "seed": 7}}
+    (run / "result.json").write_text(json.dumps(data))
+    (run / "config.yaml").write_text("name: pso\nteachers: {}\n")
+    rows = []
+    for index in range(4):
+        steps = {"look": {"0": 1e-3 * index, "1": 3e-3 * index}}
+        told = {"ratio": steps, "clipped": steps, "ties": {"look": {"0": 0.5, "1": 0.7}}, "accuracy": steps}
+        told |= {"error_better": steps, "reference_better": steps, "scores": {"look": 0.2 + 0.1 * index}}
+        rows.append({"round": index, "loss": {"total": 0.7, "look": 0.7}, "grad_norm": 0.1} | told)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text, page = read(run)
+    charts = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
+    assert charts == [
+        "Loss by task, over rounds",
+        "Reward scores of what the student drew, over rounds",
+        "Pairs whose better image is preferred, over rounds",
+        "Prompts whose images are equally good, over rounds",
+        "Log-ratio to what the likelihood is compared with, over rounds",
+        "Rows beyond the clip range, over rounds",
+        "Errors of prediction, over rounds",
+        "Gradient norm, over rounds",
+    ]
+    said = " ".join(page.text.split())
+    assert "look 0.600" in said, "ties, mean over steps"
+    assert "better 0 → 0.006" in said and "better, of the frozen start 0 → 0.006" in said
+    assert "On held-out prompts: look 0.200 → 0.500." in said
+    before = text.partition("Settings and versions")[0].partition("<main>")[2].lower()
+    assert "taught" not in before and "its teacher" not in before and "a teacher on" not in before

@@ -52,6 +52,23 @@ def test_plain_lines_come_at_a_pace_and_always_first_and_last(clock):
     assert "weights 0.0.10, staleness 0" in lines(console)[-1]
 
 
+def test_rewards_are_told_beside_losses_from_first_to_last(clock):
+    console = plain()
+    with Live(2, "pso", console=console, clock=clock) as live:
+        for index, score in enumerate((0.4, 0.512)):
+            clock.now += 6
+            live.round(metrics_row(index, ("compose",)) | {"scores": {"compose": score}})
+    assert " | reward compose 0.400 → 0.512 | " in lines(console)[-1]
+    console = screen()
+    with Live(1, "pso", console=console, clock=clock) as live:
+        live.round(metrics_row(0) | {"scores": {"compose": 0.4}})
+    assert "reward" in console.file.getvalue()
+    plainly = plain()
+    with Live(1, "demo", console=plainly, clock=clock) as live:
+        live.round(metrics_row(0))
+    assert "reward" not in plainly.file.getvalue(), "distillation scores nothing that it learns from"
+
+
 def test_the_last_round_of_a_stopped_run_is_printed(clock):
     console = plain()
     with Live(10, "demo", console=console, clock=clock) as live:
@@ -173,9 +190,9 @@ def test_a_long_round_says_how_far_it_is(clock):
         for second in range(150):
             clock.now += 1
             live.within(second // 3, 54)
-    assert lines(console)[1:] == ["round 1: 19 of 54 drawings and marks", "round 1: 39 of 54 drawings and marks"]
+    assert lines(console)[1:] == ["round 1: 19 of 54 pieces of work", "round 1: 39 of 54 pieces of work"]
     console = screen()
     with Live(10, "demo", console=console, clock=clock) as live:
         live.within(3, 54)
         console.print(live._panel())
-    assert "round 1: 3 of 54 drawings and marks" in console.file.getvalue()
+    assert "round 1: 3 of 54 pieces of work" in console.file.getvalue()

@@ -83,6 +83,18 @@ def test_summary_of_one_teacher_with_two_tasks():
     assert summary(data) == "Closed 50 % (a) and −20 % (b) of its teacher's gap in 1 round."  # noqa: RUF001
 
 
+def test_summary_of_a_run_without_teachers():
+    scores = {"base": {"look": {"value": 0.25}}, "student": {"look": {"value": 0.5}}}
+    data = {"status": "done", "rounds": 60, "teachers": {}, "scores": scores}
+    assert summary(data, 184) == "Trained for 60 rounds, 3 min 4 s. On held-out prompts: look 0.250 → 0.500."
+    assert summary(data | {"status": "stopped"}).startswith("Stopped after 60 rounds; it can be resumed. On held-out")
+    unscored = (
+        "Trained for 60 rounds. What it gained is unknown: the models were not evaluated, which takes prompts.eval"
+    )
+    assert summary(data | {"scores": {}}).startswith(unscored)
+    assert "on its own task" not in shown(data)
+
+
 @pytest.mark.parametrize(
     ("status", "expected"),
     [("failed", "failed after 7 rounds"), ("stopped", "can be resumed"), ("done", "Trained for 7")],
