@@ -21,7 +21,6 @@ from opd_ray.facts import facts_of, note_facts, other_versions
 from opd_ray.metrics import MetricsLog, mirrors
 from opd_ray.pairs.index import PairIndex, index_pairs
 from opd_ray.planning import round_bytes, rounds_that_fit
-from opd_ray.planning.rates import reward_role
 from opd_ray.preflight import FORCED, Prompts, anchored, identity, overlaps, preflight
 from opd_ray.prompts import PromptStream
 from opd_ray.report.live import Live
@@ -37,7 +36,7 @@ from opd_ray.runtime.pool import Pool
 from opd_ray.runtime.scaling import Scaler
 from opd_ray.runtime.session import clean
 from opd_ray.runtime.usage import Meter
-from opd_ray.scoring import FAILURES, Judges, Panel, Watch
+from opd_ray.scoring import FAILURES, Judges, Watch
 from opd_ray.startup import Startup
 from opd_ray.storage.run_folder import abandon, claim, write_atomic
 from opd_ray.types import Prompt
@@ -81,7 +80,8 @@ def build(
     startup.mark("imports")
     folder = folder.resolve()  # as in `anchored`
     algorithm = make_algorithm(config)
-    train, held_out = preflight(config, algorithm)
+    notes: list[str] = []
+    train, held_out = preflight(config, algorithm, notes.append)
     pairs = anchored(config).pairs
     data = Data(train, held_out, index_pairs(pairs) if pairs else None)
     startup.mark("checks")
@@ -91,7 +91,7 @@ def build(
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     with ExitStack() as failed, live:
         failed.callback(abandon, folder)
-        for text in overlaps(train, held_out):
+        for text in [*notes, *overlaps(train, held_out)]:
             live.note(text)
         if data.pairs is not None:
             live.note(f"pairs: {data.pairs}")
@@ -105,8 +105,7 @@ def build(
         try:
             run = _wire(config, folder, live, backend, algorithm, data, attempt)
             startup.mark("workers and models")
-            if algorithm.needs_rollouts:
-                run.dispatcher.first["rollout"] = lambda: _started(run, startup)
+            run.dispatcher.first |= {"rollout": lambda: _started(run, startup)} if algorithm.needs_rollouts else {}
             failed.pop_all()  # it started: the claim stands
             with closing(run.log):
                 if resume:
@@ -297,7 +296,7 @@ def _pools(
         if judged is not None or not reads
         else None,
         teachers=_teacher_pools(config, pool, bases) if algorithm.needs_teachers else {},
-        judges=_judges(config, pool, dispatcher, judged) if judged is not None else None,
+        judges=roles.judges(config, dispatcher, pool, judged) if judged is not None else None,
         reader=pool("reader", cluster.rollout, reads) if reads else None,
         clerk=pool(CLERK, RolePlacement(resources={"cpu": 0}), ClerkHost, home=True)
         if cluster.storage == "ship" and cluster.runtime == "ray"
@@ -366,16 +365,6 @@ def _teacher_pools(config: Config, pool: Any, bases: Bases) -> dict[str, Pool]:
         name: pool(f"teacher.{name}", of(name), roles.teacher(config, (name,), bases), (name,))
         for name in config.teachers
     }
-
-
-def _judges(config: Config, pool: Any, dispatcher: Dispatcher, prompts: list[Prompt]) -> Judges:
-    """A pool for each reward with an entry of its own, and one for all others."""
-    panels = []
-    for entry, names in config.cluster.panels(config.rewards).items():
-        placement = config.cluster.of_reward(entry)
-        made = pool(reward_role(entry), placement, roles.reward(config, entry, names, prompts))
-        panels.append(Panel(made, names, placement.retries, placement.max_failed))
-    return Judges(dispatcher, panels)
 
 
 def _spec(role: str, placement: Placement, factory: Any, folder: Path, cluster: ClusterConfig) -> WorkerSpec:

@@ -16,6 +16,7 @@ from opd_ray.commands.plan import plan
 from opd_ray.commands.report import report
 from opd_ray.commands.sample import sample
 from opd_ray.commands.scale import scale
+from opd_ray.commands.score import score
 from opd_ray.commands.status import status
 from opd_ray.commands.train import train
 from opd_ray.console import console, errors
@@ -46,7 +47,7 @@ def _options(
     pass
 
 
-for verb in (demo, train, sample, evaluate, pairs, accuracy, scale, status, config, plan, report, doctor):
+for verb in (demo, train, sample, evaluate, score, pairs, accuracy, scale, status, config, plan, report, doctor):
     app.command()(verb)
 
 

@@ -1,7 +1,7 @@
 """What can be refused before anything starts, and what a resumed run must not change."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,15 @@ FORCED = (
 """Sections in which a resumed run may differ with --force: the saved weights and moments still mean the same."""
 
 
-def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
-    """Everything that can be refused before a worker starts; returns training and held-out prompts."""
+def preflight(
+    config: Config, algorithm: Algorithm, note: Callable[[str], None] = lambda text: None
+) -> tuple[Prompts, Prompts]:
+    """Everything that can be refused before a worker starts; returns training and held-out prompts.
+
+    ``note`` is told of rows that are left out.
+    """
     check_logging(config)
-    prompts = config.prompts
-    train = read_prompts(_located(config.drawn), "prompts.train") if config.drawn else {}
-    held_out = read_prompts(_located(prompts.eval), "prompts.eval") if prompts and prompts.eval else {}
+    train, held_out = _prompts(config, note)
     if train:
         config.check_tasks(tuple(train))
     if config.recorded is not None:
@@ -77,6 +80,18 @@ def preflight(config: Config, algorithm: Algorithm) -> tuple[Prompts, Prompts]:
             check_checkpoint(name, config.model, model)
             check_complete(model)
     check_teacher_memory(config)
+    return train, held_out
+
+
+def _prompts(config: Config, note: Callable[[str], None]) -> tuple[Prompts, Prompts]:
+    """Those that are drawn to learn from, and held-out ones; none where the configuration has none."""
+    chosen = config.prompts
+    if chosen is None:
+        return {}, {}
+    train, held_out = (
+        read_prompts(_located(spec), what, on_bad=chosen.on_bad, deduplicate=chosen.deduplicate, note=note)
+        for spec, what in ((config.drawn or {}, "prompts.train"), (chosen.eval or {}, "prompts.eval"))
+    )
     return train, held_out
 
 
@@ -148,7 +163,7 @@ def identity(config: Config) -> dict[str, Any]:
     if not make_algorithm(config).needs_rewards:
         free.add("rewards")  # they score what was trained, and change nothing of it
     found = config.model_dump(mode="json", exclude=free)
-    if config.prompts:  # without those that are only scored
+    if config.prompts:  # without those that are only scored; a checkpoint holds the digests of the others
         found["prompts"] = {"train": config.drawn} if config.drawn else None
     return found
 

@@ -9,7 +9,7 @@ import yaml
 from opd_ray.config import ClusterConfig, Config, Precision, PrecisionConfig, parse
 from opd_ray.errors import ConfigError
 
-__all__ = ["find", "load", "read", "recipes", "schema"]
+__all__ = ["cluster_file", "find", "load", "override", "read", "recipes", "schema"]
 
 
 def _places(kind: str) -> list[Path]:
@@ -54,7 +54,12 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _override(data: dict[str, Any], assignment: str) -> None:
+def override(data: dict[str, Any], assignment: str) -> None:
+    """Set one key of plain data, for instance ``cluster.rollout.workers=2``.
+
+    Raises:
+        ConfigError: it is no assignment, or its key is below a value.
+    """
     key, separator, text = assignment.partition("=")
     if not separator or not key:
         raise ConfigError(f"-o {assignment}: expected key=value, for instance -o rounds=6")
@@ -94,12 +99,21 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     for assignment in [a for a in overrides if a.startswith("cluster=")]:
         cluster = assignment.partition("=")[2]
     if isinstance(cluster, str):
-        beside = path.parent / cluster
-        data["cluster"] = _read(beside if beside.is_file() else find(cluster, "configs/cluster"))
+        data["cluster"] = cluster_file(cluster, path.parent)
     for assignment in overrides:
         if not assignment.startswith("cluster="):
-            _override(data, assignment)
+            override(data, assignment)
     return parse(data, str(path))
+
+
+def cluster_file(name: str, folder: Path = Path()) -> dict[str, Any]:
+    """What a cluster file says: one of ``configs/cluster`` by its name, or a path, as seen from a folder or from here.
+
+    Raises:
+        ConfigError: there is none, or it is not YAML.
+    """
+    beside = folder / name
+    return _read(beside if beside.is_file() else find(name, "configs/cluster"))
 
 
 def schema() -> dict[str, Any]:

@@ -24,14 +24,19 @@ from opd_ray.models.teachers import Checkpoint, same_text, teacher_model
 from opd_ray.pairs.index import PairIndex
 from opd_ray.pairs.order import Order
 from opd_ray.pairs.windows import Reading, Rows
+from opd_ray.planning.rates import reward_role
 from opd_ray.rewards.base import make_rewards
+from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.hosts import LearnerHost, RecordedHost, RolloutHost, TeacherHost
+from opd_ray.runtime.pool import Pool
 from opd_ray.runtime.readers import PairsHost
 from opd_ray.runtime.rewards import RewardHost
+from opd_ray.scoring import Judges, Panel
 from opd_ray.types import Prompt
 
 __all__ = [
     "Bases",
+    "judges",
     "learner",
     "make_learner",
     "make_pairs",
@@ -171,6 +176,23 @@ def pair_rows(config: PairsConfig, order: Order, side: int, *, ray: bool) -> Row
 def reward(config: Config, entry: str, names: Sequence[str], prompts: Sequence[Prompt]) -> Made:
     """Scores pictures."""
     return partial(RewardHost, partial(make_reward, config, entry, tuple(names), tuple(prompts)))
+
+
+def judges(config: Config, dispatcher: Dispatcher, pool: Callable[..., Pool], prompts: Sequence[Prompt]) -> Judges:
+    """A pool for each reward with an entry of its own in ``cluster.rewards``, and one for all others.
+
+    Args:
+        config: its rewards and their placement.
+        dispatcher: of the pools.
+        pool: makes one, of a role's name, its placement and what makes its host.
+        prompts: a few of those whose pictures are scored.
+    """
+    panels = []
+    for entry, names in config.cluster.panels(config.rewards).items():
+        placement = config.cluster.of_reward(entry)
+        made = pool(reward_role(entry), placement, reward(config, entry, names, prompts))
+        panels.append(Panel(made, names, placement.retries, placement.max_failed))
+    return Judges(dispatcher, panels)
 
 
 def make_reward(config: Config, entry: str, names: Sequence[str], prompts: Sequence[Prompt] = ()) -> RewardActor:

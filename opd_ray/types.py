@@ -50,7 +50,9 @@ class Prompt:
     text: str
     task: str
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """The other columns of its row, for rewards that ask for them."""
+    """The other columns of its row, as they are there: what a reward may need, such as GenEval's ``include``."""
+    weight: float = field(default=1.0, compare=False)
+    """How often an epoch takes it: 2 is twice, 0.5 in every other epoch."""
 
 
 @dataclass(frozen=True, slots=True)

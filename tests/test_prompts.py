@@ -1,6 +1,7 @@
 """Prompt files in every format, mistakes named with file and row; and the order of a run."""
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 
@@ -160,6 +161,131 @@ def test_any_bytes_are_read_or_refused(tmp_path, content, kind, mapped):
         assert "\n" not in str(error)
     else:
         assert all(prompts.values())
+
+
+GENEVAL = (
+    '{"tag": "counting", "include": [{"class": "cat", "count": 2}], "exclude": [], "prompt": "a photo of two cats"}\n'
+    '{"tag": "colors", "include": "[{\\"class\\": \\"cat\\"}]", "exclude": null, "prompt": "a photo of a red cat"}\n'
+)
+
+
+def test_the_other_columns_of_a_row_are_metadata(tmp_path):
+    (tmp_path / "geneval.jsonl").write_text(GENEVAL)
+    two, red = read_prompts({"geneval": str(tmp_path / "geneval.jsonl")}, "x")["geneval"]
+    assert two.metadata == {"tag": "counting", "include": [{"class": "cat", "count": 2}], "exclude": []}
+    assert red.metadata == {"tag": "colors", "include": '[{"class": "cat"}]'}  # text stays text, and null is nothing
+    assert two == Prompt(two.id, two.text, "geneval") and hash(two) == hash(Prompt(two.id, two.text, "geneval"))
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_metadata_of_other_formats_without_pictures(tmp_path, kind):
+    row = {"caption": "a", "task": "t", "tag": "colors", "note": None, "weight": 2.0}
+    file = write(tmp_path / f"p.{kind}", [row | ({"jpg_0": b"\xff\xd8"} if kind == "parquet" else {})])
+    (prompt,) = read_prompts(file, "x")["t"]
+    assert prompt.metadata == {"tag": "colors"} | ({"note": ""} if kind == "csv" else {})
+    assert prompt.weight == 2
+
+
+def test_digests_are_those_of_id_and_text_where_there_is_no_more():
+    def digest(**more):
+        return PromptStream({"t": [Prompt("i", "a cat", "t", **more)]}, 0).digests()["t"]
+
+    assert digest() == hashlib.sha256(b'[["i", "a cat"]]').hexdigest()  # that of runs before there was more
+    others = [digest(metadata={"n": 1}), digest(metadata={"n": 2}), digest(weight=2.0)]
+    assert len({digest(), *others}) == 4
+    assert digest(metadata={"n": 1, "m": 2}) == digest(metadata={"m": 2, "n": 1})
+
+
+MALFORMED = """{"prompt": "a", "task": "t"}
+{"prompt"
+{"prompt": "a", "task": "t", "id": 1}
+{"prompt": "b", "task": "t", "id": 1}
+[]
+{"prompt": "c", "task": "t", "weight": -1}
+{"prompt": "d"}
+{"text": ""}
+{"prompt": "e", "task": "t"}
+{}
+"""
+WHERE = "line 2 is not JSON (Expecting ':' delimiter: line 1 column 10 (char 9)); also line 4, line 5, line 6, line 7"
+
+
+def test_malformed_rows_are_refused_together(tmp_path):
+    (tmp_path / "p.jsonl").write_text(MALFORMED)
+    assert refused(tmp_path / "p.jsonl") == f"{WHERE}, line 8 and 1 more"
+
+
+def test_malformed_rows_are_left_out_counted_and_told_where_asked(tmp_path):
+    notes, file = [], tmp_path / "p.jsonl"
+    file.write_text(MALFORMED)
+    prompts = read_prompts(str(file), "prompts.train", on_bad="skip", note=notes.append)
+    assert [p.text for p in prompts["t"]] == ["a", "a", "e"]
+    assert notes == [f"prompts.train: {file}: 7 malformed rows are left out: {WHERE}, line 8 and 1 more"]
+
+
+def test_a_file_of_malformed_rows_alone_is_refused_even_so(tmp_path):
+    (tmp_path / "p.jsonl").write_text("[]\n")
+    with pytest.raises(PromptError, match="has no prompts; expected at least one: line 1 is a JSON list"):
+        read_prompts(str(tmp_path / "p.jsonl"), "x", on_bad="skip")
+
+
+def test_a_csv_goes_on_behind_a_malformed_row(tmp_path):
+    (tmp_path / "p.csv").write_text('prompt,task\na "b"c,t\n"d"e,t\nf,t,\n"g,\nh",t\n')
+    notes = []
+    found = read_prompts(str(tmp_path / "p.csv"), "x", on_bad="skip", note=notes.append)["t"]
+    assert [p.text for p in found] == ['a "b"c', "g,\nh"]
+    assert "2 malformed rows" in notes[0] and "line 3 is not CSV" in notes[0] and "also line 4" in notes[0]
+
+
+def test_repeated_texts_are_left_out_where_asked(tmp_path):
+    rows = [("a", "t", None), ("a", "u", None), ("a", "t", "1"), ("b", "t", "2"), ("b", "t", None), ("a", "t", None)]
+    lines = [json.dumps({"prompt": text, "task": task, "id": own}) for text, task, own in rows]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    notes, file = [], str(tmp_path / "p.jsonl")
+    all_of_them = read_prompts(file, "x")
+    assert [p.id[-2:] for p in all_of_them["t"]].count("-2") == 1 and len(all_of_them["t"]) == 5
+    once = read_prompts(file, "x", deduplicate=True, note=notes.append)
+    assert [p.text for p in once["t"]] == ["a", "b"] and [p.text for p in once["u"]] == ["a"]
+    assert once["t"][0] == all_of_them["t"][0] and once["t"][1].id == "t/2"
+    assert notes == ["x: 3 rows are left out, since they repeat a text of their task"]
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "NaN", "true", '"much"', "1001", "[1]", "Infinity"])
+def test_a_weight_is_a_number_above_zero(tmp_path, weight):
+    (tmp_path / "p.jsonl").write_text(f'{{"prompt": "a", "task": "t", "weight": {weight}}}')
+    assert refused(tmp_path / "p.jsonl").startswith("line 1: weight is ")
+
+
+def test_an_epoch_takes_a_prompt_as_often_as_its_weight_says():
+    prompts = {"t": [Prompt(name, name, "t", weight=weight) for name, weight in [("a", 1), ("b", 3), ("c", 2)]]}
+    one = PromptStream(prompts, 0)
+    for epoch in range(3):
+        taken = [p.text for p in one.take("t", 6 * epoch, 6)[0]]
+        assert sorted(taken) == ["a", "b", "b", "b", "c", "c"]
+    assert one.take("t", 0, 6) != one.take("t", 6, 6)
+    assert sorted(p.text for p in PromptStream(prompts, 0, weighted=False).take("t", 3, 3)[0]) == ["a", "b", "c"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([0.1, 0.5, 1.0, 1.7, 3.0]), min_size=1, max_size=8), st.lists(st.integers(0, 30)))
+def test_weights_that_are_no_whole_numbers_hold_over_epochs_and_takes_follow_one_order(weights, counts):
+    prompts = {"t": [Prompt(str(n), str(n), "t", weight=weight) for n, weight in enumerate(weights)]}
+    whole, _ = PromptStream(prompts, 0).take("t", 0, 400)
+    taken, cursor = [], 0
+    for count in counts:
+        part, cursor = PromptStream(prompts, 0).take("t", cursor, count)
+        taken += part
+    assert tuple(taken) == PromptStream(prompts, 0).take("t", 0, cursor)[0]
+    for prompt in prompts["t"]:
+        # After e whole epochs weight * e times, but for one; an epoch that is begun adds at most one epoch's share.
+        expected = prompt.weight * 400 / sum(weights)
+        assert abs(whole.count(prompt) - expected) <= 2 * prompt.weight + 2
+
+
+def test_prompts_of_one_broken_weight_take_turns():
+    prompts = {"t": [Prompt(str(n), str(n), "t", weight=0.5) for n in range(100)]}
+    first, second = (set(PromptStream(prompts, 0).take("t", start, 45)[0]) for start in (0, 55))
+    assert len(first) == 45 and len(second) == 45 and not first & second  # half of them in each epoch
 
 
 def stream(count=7, seed=0, task="t"):

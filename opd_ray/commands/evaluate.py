@@ -8,16 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from opd_ray.commands.judging import (
+    Cluster,
+    ClusterKeys,
+    RewardNames,
+    carry_out,
+    config_of,
+    folder_for,
+    table_of,
+    versions_of,
+)
 from opd_ray.commands.options import Json, Seed, Threads, require_folder
 from opd_ray.console import console, errors
 from opd_ray.errors import ConfigError, RunFolderError
-from opd_ray.report.wording import MISSING, Write, alike, span
 
 if TYPE_CHECKING:
+    from opd_ray.config import Config
     from opd_ray.evaluation.models import Found
     from opd_ray.models import Family
     from opd_ray.rewards import Reward
@@ -35,22 +43,135 @@ def evaluate(
     models: Annotated[
         list[str], typer.Argument(help="Diffusers folders, hub ids, run folders, `world` or `world/<name>`.")
     ],
-    images: Annotated[int, typer.Option(min=1, help="Held-out prompts of each task.")] = 256,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A file .txt, .csv, .jsonl or .parquet, `world/<task>/<split>`, or TASK=FILE; may be given several "
+            "times. Without it: the tiny world's held-out prompts and scorers."
+        ),
+    ] = None,
+    rewards: RewardNames = None,
+    images_per_prompt: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Prompts of each task, in an order of the seed; all, and the world's 256.")
+    ] = None,
     steps: Annotated[
         str | None,
-        typer.Option(help="Denoising steps, or several as in 1,2,4,8; a run's and the world's own, else 10."),
+        typer.Option(help="Denoising steps, or several as in 10,40; a run's and the world's own, else 40."),
     ] = None,
     guidance: Annotated[
         list[str] | None,
         typer.Option(help="MODEL=G for one model, or G for all; a run's and the world's own, else 4.5."),
     ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=8, help="Height and width of the pictures; the models' own where not given.")
+    ] = None,
     seed: Seed = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures a forward.")] = 64,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures a forward; 8, and 64 of the world's.")] = None,
+    pictures: Annotated[
+        int | None, typer.Option(min=0, help="Prompts of each task whose pictures are written; all where not given.")
+    ] = None,
+    cluster: Cluster = None,
+    override: ClusterKeys = None,
     threads: Threads = 1,
-    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="With --prompts the folder of the evaluation (`evaluation`), else a JSON file."),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Score models on the tiny world's held-out prompts: mean and 95 % bootstrap interval."""
+    """Score models on the same prompts and first noises: mean and 95 % bootstrap interval.
+
+    With --prompts through workers, one row a picture; run it again to go on where it was stopped.
+    """
+    scales, counts = _scales(models, guidance or []), _counts(steps)
+    if prompts is None:
+        several = images_per_prompt if images_per_prompt > 1 else None
+        _require_prompts(rewards, cluster, override, resolution, pictures, several)
+        _world(models, scales, counts, images or 256, seed, batch or 64, threads, out, json=json)
+        return
+    found = _found(models, resolution)
+    config = config_of(rewards or [], cluster, override or [], threads)
+    by_task = _prompts(prompts, images, seed)
+    cut = {"images_per_prompt": images_per_prompt, "seed": seed, "batch": batch or 8, "pictures": pictures}
+    _files(found, scales, counts, config, by_task, cut, folder_for(out or Path("evaluation")), json=json)
+
+
+def _require_prompts(*given: Any) -> None:
+    """Refuse options that say nothing about the tiny world's own evaluation."""
+    names = ("rewards", "cluster", "override", "resolution", "pictures", "images-per-prompt")
+    for name, value in zip(names, given, strict=True):
+        if value is not None:
+            raise ConfigError(f"--{name} needs --prompts: without them the tiny world's prompts and scorers are used")
+
+
+def _found(models: Sequence[str], resolution: int | None) -> "dict[str, Found]":
+    """All of them before the first one costs hours."""
+    from opd_ray.evaluation.drawings import anchored, check_pixels
+    from opd_ray.evaluation.models import find_model
+
+    found = {name: anchored(find_model(name), resolution) for name in models}
+    check_pixels(found)
+    return found
+
+
+def _prompts(files: Sequence[str], count: int | None, seed: int) -> "dict[str, tuple[Prompt, ...]]":
+    """By task: that of the option, or else of the row, or else the file's name."""
+    from opd_ray.evaluation.compare import held_out
+    from opd_ray.preflight import locate
+    from opd_ray.prompts import PromptFile, read_files
+
+    chosen = []
+    for text in files:
+        task, equals, path = text.partition("=")
+        if not equals or Path(text).exists():
+            task, path = "", text
+        chosen.append(PromptFile(locate(path), task or None, Path(path).stem))
+    prompts = read_files(chosen, "--prompts")
+    return held_out(prompts, count, seed) if count is not None else prompts
+
+
+def _files(
+    found: "Mapping[str, Found]",
+    scales: Mapping[str, float],
+    counts: Sequence[int],
+    config: "Config",
+    prompts: "Mapping[str, Sequence[Prompt]]",
+    cut: Mapping[str, Any],
+    folder: Path,
+    *,
+    json: bool,
+) -> None:
+    """Prompts of files, through workers."""
+    from opd_ray.evaluation.drawings import drawings, parts_of
+    from opd_ray.evaluation.hosts import DrawingHost
+    from opd_ray.evaluation.parts import Results
+    from opd_ray.prompts import PromptStream
+
+    drawn, versions = drawings(found, scales, counts), versions_of(config)
+    models = {one.label: one.about for one in drawn}
+    asked = {"models": models, "prompts": PromptStream(prompts, 0).digests(), **cut, "versions": versions}
+    results = Results(folder, tuple(config.rewards), asked)
+    parts = parts_of(drawn, prompts, folder, **cut)
+    make = partial(DrawingHost, dict(found), config.cluster.rollout.device)
+    some = [rows[0] for rows in prompts.values()]
+    told = {"seed": cut["seed"], "images_per_prompt": cut["images_per_prompt"], "models": models, "versions": versions}
+    carry_out(config, results, parts, make, some, told, json=json)
+
+
+def _world(
+    models: Sequence[str],
+    scales: Mapping[str, float],
+    counts: Sequence[int],
+    images: int,
+    seed: int,
+    batch: int,
+    threads: int,
+    out: Path | None,
+    *,
+    json: bool,
+) -> None:
+    """The tiny world's held-out prompts and scorers, in this process."""
     import torch
 
     from opd_ray.evaluation.compare import held_out
@@ -60,7 +181,6 @@ def evaluate(
     from opd_ray.rewards import make_rewards
     from opd_ray.world import prompts_path
 
-    scales, counts = _scales(models, guidance or []), _counts(steps)
     _require_file(out)
     found = [find_model(name) for name in models]  # all of them before the first one costs minutes
     for name, model in zip(models, found, strict=True):
@@ -79,7 +199,7 @@ def evaluate(
             if not (json or errors.is_terminal):
                 errors.print(f"drawing and scoring {name}", soft_wrap=True)
             family = model.load()
-            for chosen in counts or [model.steps or 10]:
+            for chosen in counts or [model.steps or 40]:
                 how = (scale, chosen, seed, batch)
                 scores = _score(family, prompts, rewards, how, lambda done: progress.advance(bar, done))
                 means = {key: mean(values) for key, values in scores.items()}
@@ -94,7 +214,7 @@ def evaluate(
 
 
 def _tell(result: Mapping[str, Any]) -> None:
-    console.print(_table(result))
+    console.print(table_of({name: model["scores"] for name, model in result["models"].items()}))
     for name, model in result["models"].items():
         console.print(f"{name}: guidance {model['guidance']:g}, {model['steps']} steps", soft_wrap=True)
     console.print(f"The same held-out prompts and first noises for all, seed {result['seed']}.")
@@ -118,7 +238,7 @@ def _require_fit(name: str, found: "Found", counts: Sequence[int]) -> None:
     if shape is not None and shape.pixels != PIXELS:
         raise ConfigError(
             f"{name} draws {shape.pixels} pixels; evaluate scores the tiny world's {PIXELS}. For your own prompts give "
-            "the recipe prompts.eval, rewards and evaluation: `train --resume` scores a finished run"
+            "--prompts and --rewards"
         )
 
 
@@ -172,24 +292,3 @@ def _score(
                 found = rewards[reward](pictures, [prompt.text for prompt in part])
                 scores.setdefault(key, []).extend(found.tolist())
     return scores
-
-
-def _table(result: Mapping[str, Any]) -> Table:
-    """A line for each score and model, so that any number of models fits on 80 columns."""
-    keys = list(dict.fromkeys(key for model in result["models"].values() for key in model["scores"]))
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("score", no_wrap=True)
-    table.add_column("model", overflow="fold")
-    for name in ("mean", "95 % interval", "n"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for key in keys:
-        scores = [model["scores"][key] for model in result["models"].values()]
-        write = alike(score[name] for score in scores for name in ("value", "low", "high"))
-        for place, (name, model) in enumerate(result["models"].items()):
-            last = place == len(result["models"]) - 1
-            table.add_row("" if place else key, name, *_cells(model["scores"][key], write), end_section=last)
-    return table
-
-
-def _cells(score: Mapping[str, Any], write: Write) -> list[str]:
-    return [write(score["value"]), span(score["low"], score["high"], write) or MISSING, str(score["n"])]

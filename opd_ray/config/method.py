@@ -234,9 +234,15 @@ class PromptsConfig(Frozen):
     """Prompt files: one file whose rows name their task, or one file a task. Either key, or both."""
 
     train: str | dict[str, str] | None = None
-    """Each file .txt, .csv, .jsonl or .parquet, or `world/<task>/train`; null where nothing is drawn to learn from."""
+    """Each file .txt, .csv, .jsonl or .parquet, or `world/<task>/train`; null where nothing is drawn to learn from. The
+    text is in a column prompt, text or caption; `task`, `id` and `weight` are optional (a weight of 2: twice in every
+    epoch; 0.5: in every other), and rewards get the other columns as metadata."""
     eval: str | dict[str, str] | None = None
     """Held-out prompts; tasks without a teacher are allowed here and are only scored."""
+    deduplicate: bool = False
+    """Take each text of a task once: its first row. Otherwise a text that comes n times is n prompts."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """A malformed row (without a text, no JSON): refuse the run and say where it is, or leave it out and say so."""
 
     @model_validator(mode="after")
     def _says_something(self) -> "PromptsConfig":

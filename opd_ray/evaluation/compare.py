@@ -56,7 +56,7 @@ def contestants(config: Config) -> list[Contestant]:
 
 def held_out(prompts: Mapping[str, Sequence[Prompt]], count: int, seed: int) -> dict[str, tuple[Prompt, ...]]:
     """The same prompts for every model: the first ``count`` of each task in a seeded order, none twice."""
-    stream = PromptStream(prompts, seed)
+    stream = PromptStream(prompts, seed, weighted=False)
     return {task: stream.take(task, 0, min(count, len(prompts[task])))[0] for task in prompts}
 
 

@@ -47,13 +47,16 @@ class Found:
             )
         return steps
 
-    def load(self) -> Family:
+    def load(self, device: str = "") -> Family:
         """With text encoders, VAE and what was trained, if there is anything, in use.
+
+        Args:
+            device: to compute on; a card where there is one, if not given.
 
         Raises:
             UserError: some of its weights do not load.
         """
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         family = load_family(self.model, text=True, image=True, device=device, dtype=dtype_of("auto", device))
         if self.denoiser is not None:
             family.load_own(Path(self.denoiser))

@@ -1,13 +1,15 @@
 """Means with intervals, by a paired bootstrap over prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["gap_closed", "mean"]
+__all__ = ["gap_closed", "mean", "mean_by_prompt", "mean_of_tags", "wins"]
 
 RESAMPLES = 2000
+BLOCK = 200
+"""Resamples at a time: tens of thousands of prompts fit into memory too."""
 LEVEL = (2.5, 97.5)
 
 Floats = npt.NDArray[np.float64]
@@ -45,6 +47,83 @@ def gap_closed(
         return None
     low, high = np.percentile((picked[2] - picked[0])[usable] / gaps[usable], LEVEL)
     return {"value": float((got - start) / (goal - start)), "low": float(low), "high": float(high)}
+
+
+def mean_by_prompt(scores: Sequence[float], prompts: Sequence[Hashable], seed: int = 0) -> dict[str, float | None]:
+    """As ``mean``, of several pictures of each prompt: prompts are resampled, with all of their pictures.
+
+    Pictures of one prompt are no independent evidence about the model: an interval that took them so would be too
+    narrow by up to the root of their number.
+
+    Args:
+        scores: one a picture, NaN where there is none.
+        prompts: whose picture each is.
+        seed: of the resampling.
+    """
+    values, means = _resampled(scores, prompts, seed)
+    return _told(float(np.mean(values)), means, len(values)) if len(values) else _told(None, means, 0)
+
+
+def mean_of_tags(
+    tags: Mapping[str, tuple[Sequence[float], Sequence[Hashable]]], seed: int = 0
+) -> dict[str, float | None]:
+    """The mean of the tags' means, each tag as much as another: GenEval's overall score (arXiv 2310.11513, Section 4).
+
+    Args:
+        tags: of each its scores and their prompts, as ``mean_by_prompt``; prompts are resampled within their tag.
+        seed: of the resampling.
+
+    Returns:
+        Value, interval and number of pictures; None where one of the tags has no score.
+    """
+    found = [_resampled(scores, prompts, seed + number) for number, (scores, prompts) in enumerate(tags.values())]
+    count = sum(len(values) for values, _ in found)
+    if not found or not all(len(values) for values, _ in found):
+        return _told(None, np.empty(0), count)
+    value = float(np.mean([np.mean(values) for values, _ in found]))
+    return _told(value, np.mean([means for _, means in found], axis=0), count)
+
+
+def wins(
+    ours: Sequence[float], theirs: Sequence[float], prompts: Sequence[Hashable], seed: int = 0
+) -> dict[str, float | None]:
+    """How often the first of two models is better at the same prompts and first noises; a tie is half a win.
+
+    Args:
+        ours: one score a picture, NaN where there is none; such pictures are left out.
+        theirs: of the other model's picture of the same prompt and sample.
+        prompts: whose picture each is; they are resampled.
+        seed: of the resampling.
+
+    Returns:
+        Value in [0, 1], its 95 % interval, the number of pictures that both have a score of, and of ties among them.
+    """
+    first, second = (np.asarray(side, dtype=np.float64) for side in (ours, theirs))
+    outcome = np.where(first > second, 1.0, np.where(first == second, 0.5, 0.0))
+    outcome[np.isnan(first) | np.isnan(second)] = np.nan
+    return mean_by_prompt(outcome.tolist(), prompts, seed) | {"ties": int((outcome == 0.5).sum())}
+
+
+def _resampled(scores: Sequence[float], prompts: Sequence[Hashable], seed: int) -> tuple[Floats, Floats]:
+    """The scores that are there, and the means of bootstrap samples of their prompts."""
+    values = np.asarray(scores, dtype=np.float64)
+    there = ~np.isnan(values)
+    values, means = values[there], np.empty(0)
+    if len(values):
+        numbers: dict[Hashable, int] = {}
+        groups = [numbers.setdefault(prompt, len(numbers)) for prompt, kept in zip(prompts, there, strict=True) if kept]
+        sums, counts = np.bincount(groups, values), np.bincount(groups)
+        rng, parts = np.random.default_rng(seed), []
+        for _ in range(0, RESAMPLES, BLOCK):
+            rows = rng.integers(0, len(sums), (BLOCK, len(sums)))
+            parts.append(sums[rows].sum(axis=1) / counts[rows].sum(axis=1))
+        means = np.concatenate(parts)
+    return values, means
+
+
+def _told(value: float | None, means: Floats, count: int) -> dict[str, float | None]:
+    low, high = np.percentile(means, LEVEL).tolist() if len(means) else (None, None)
+    return {"value": value, "low": low, "high": high, "n": count}
 
 
 def _rows(count: int, seed: int) -> npt.NDArray[np.int64]:

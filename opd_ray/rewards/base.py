@@ -46,7 +46,7 @@ class Reward(Protocol):
 
     With a parameter ``metadata`` it is also given that of each prompt: the other columns of its row in its file. A
     class with a parameter ``device`` is made with that of its worker. A method ``probes()`` gives the pairs of pictures
-    (``Probe``) that it has to rank.
+    (``Probe``) that it has to rank. An attribute ``weights`` names the files that it scores with and their sha256.
     """
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -69,6 +69,11 @@ class Scorer:
         function = reward.func if isinstance(reward, partial) else reward
         self._probes = getattr(function, "probes", None)
         self._wants_metadata = "metadata" in inspect.signature(reward).parameters
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Files that it scores with -> their sha256, as far as it says them."""
+        return dict(getattr(self._reward, "weights", {}))
 
     @property
     def has_probes(self) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from opd_ray.actors.reward import RewardActor
 from opd_ray.errors import BadInputError
+from opd_ray.rewards.versions import packages
 from opd_ray.runtime.handle import Done
 from opd_ray.storage.packing import Flat, Manifest, unpack
 from opd_ray.types import Prompt
@@ -21,6 +22,11 @@ class RewardHost:
     def ready(self) -> Done:
         """The rewards it holds, each with how it has just proven itself."""
         return Done(self.actor.prove(), 0.0, 0)
+
+    def about(self) -> Done:
+        """The files that each scores with, and the versions of what is in its environment."""
+        weights = {name: scorer.weights for name, scorer in self.actor.rewards.items()}
+        return Done((weights, packages()), 0.0, 0)
 
     def score(self, prompts: Sequence[Prompt], manifest: Manifest, flat: Flat) -> Done:
         """Reward -> one number a picture, small enough to travel as a record."""

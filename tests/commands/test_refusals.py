@@ -322,6 +322,8 @@ class TestModels:
         ["sample", "world", "-p", "x", "--seed", "-1"],
         ["evaluate"],
         ["evaluate", "world", "--images", "0"],
+        ["evaluate", "world", "--images-per-prompt", "0"],
+        ["score"],
         ["config"],
         ["config", "demo", "--schema"],
         ["report"],
@@ -333,7 +335,7 @@ def test_wrong_arguments(cli, args):
     assert done.code == 2 and done.out == "" and "Error" in done.err and "Traceback" not in done.err
 
 
-@pytest.mark.parametrize("verb", ["demo", "train", "sample", "evaluate", "config", "report", "doctor"])
+@pytest.mark.parametrize("verb", ["demo", "train", "sample", "evaluate", "score", "config", "report", "doctor"])
 def test_every_verb_explains_itself(cli, verb):
     done = cli(verb, "--help")
     assert done.code == 0 and "Usage: opd-ray" in done.out and done.err == ""

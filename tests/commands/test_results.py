@@ -53,6 +53,8 @@ def test_identity_and_scores(result):
         "steps": 2,
         "seed": 0,
         "images_per_task": 4,
+        "failed": {},
+        "rewards": {"tests.commands.scoring:brightness": "ranks 1 probe pair", "look": "ranks 1 probe pair"},
     }
 
 

@@ -1,0 +1,53 @@
+"""The folder of an evaluation: parts that are there, parts that failed, and folders that are something else."""
+
+import math
+
+import pyarrow.parquet as pq
+import pytest
+
+from opd_ray.errors import RunFolderError
+from opd_ray.evaluation.parts import Part, Results, score_of
+from opd_ray.types import Prompt, Scored
+
+KNOWN = {"sample": 0, "seed": 0, "steps": 4, "guidance": 1.0, "file": None}
+PARTS = [Part(f"part{n}", "m", (Prompt(f"{n}", f"p{n}", "t", {"n": n}),), (KNOWN,), "sample", ()) for n in range(3)]
+GOOD = Scored({"r": [0.5]}, {})
+
+
+def test_parts_that_are_there_are_not_done_again_but_those_that_failed(tmp_path):
+    first = Results(tmp_path, ["r"], {"seed": 0})
+    assert first.left(PARTS) == PARTS
+    first.write(PARTS[0], GOOD)
+    first.write(PARTS[1], Scored({"r": [math.nan]}, {"r": {0: "OSError: gone"}}))
+    again = Results(tmp_path, ["r"], {"seed": 0})
+    assert again.left(PARTS) == PARTS[1:]
+    for part in PARTS[1:]:
+        again.write(part, GOOD)
+    rows = again.finish(PARTS)
+    assert pq.read_table(tmp_path / "images.parquet").to_pylist() == rows and not (tmp_path / "parts").exists()
+    assert [(row["part"], row["metadata"], row["score_r"]) for row in rows] == [
+        (f"part{n}", f'{{"n": {n}}}', 0.5) for n in range(3)
+    ]
+    assert Results(tmp_path, ["r"], {"seed": 0}).left(PARTS) == []
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_what_is_no_number_is_no_score(tmp_path, score):
+    (row,) = PARTS[0].table(Scored({"r": [score]}, {}))
+    assert row["score_r"] is None and row["error_r"] is None and math.isnan(score_of(row, "r"))
+    (row,) = PARTS[0].table(Scored({"r": [1.0]}, {"r": {0: "it failed"}}))
+    assert row["score_r"] is None and row["error_r"] == "it failed"
+
+
+def test_other_folders_are_refused(tmp_path):
+    (tmp_path / "one").mkdir()
+    Results(tmp_path / "one", ["r"], {"seed": 0, "models": {"a": 1}})
+    with pytest.raises(RunFolderError, match=r"holds another evaluation: seed was 0, now 1\. Choose another --out"):
+        Results(tmp_path / "one", ["r"], {"seed": 1, "models": {"a": 1}})
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "thesis.tex").touch()
+    with pytest.raises(RunFolderError, match="is not empty and holds no evaluation"):
+        Results(tmp_path / "two", ["r"], {})
+    (tmp_path / "one" / "parts" / "part0.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RunFolderError, match=r"part0\.parquet: cannot be read \(.*\); remove it"):
+        Results(tmp_path / "one", ["r"], {"seed": 0, "models": {"a": 1}})
