@@ -5,8 +5,8 @@ With A the advantage within the group (Eq. 4), clipped to +-a, and r = p_student
     L = E [ max(-A r, -A clip(r, 1 - c, 1 + c)) + kl |dt| KL(p_student || p_start) ]          (Eq. 5)
 
 over images and trained steps. Log-ratios are means over C, H, W, which the published clip ranges are for, and so is
-the KL. The paper's KL of a step is |mu - mu_start|^2 / (2 std^2). Its code leaves |dt| out of std^2 = sigma^2 |dt|, which
-weighs each step by |dt|; the published weights are for that, so it is written out here.
+the KL, |mu - mu_start|^2 / (2 std^2). The published code leaves |dt| out of std^2 = sigma^2 |dt|, which weighs each
+step by |dt|; the published weights are for that, so it is written out here.
 """
 
 from collections.abc import Mapping, Sequence

@@ -70,8 +70,8 @@ class NftConfig(RewardedConfig, GroupsConfig):
     """How the adapter `old`, which draws, follows the student: old <- d old + (1 - d) student after each round. At n
     optimizer steps d is 0; min(0.001 n, 0.5); or 0 up to 75, then min(0.0075 (n - 75), 0.999) (the code's for OCR)."""
     weighting: Literal["adaptive", "plain"] = "adaptive"
-    """`adaptive`: errors of the clean prediction, each over its own mean absolute value; `plain`: of the velocity, as in
-    Eq. 5."""
+    """`adaptive`: errors of the clean prediction, each over its own mean absolute value; `plain`: of the velocity
+    (Eq. 5)."""
     kl: float = Field(1e-4, ge=0)
     """Weight of the squared distance of velocities from the frozen start's."""
     timestep_fraction: float = Field(0.99, gt=0, le=1)

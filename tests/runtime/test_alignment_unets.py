@@ -4,8 +4,7 @@ import pytest
 
 from opd_ray.run import Run
 from tests.models.tiny_unet import make_tiny_sd
-from tests.runtime.runs import go
-from tests.runtime.test_alignment_runs import BRIGHT, metric
+from tests.runtime.runs import go, metric
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +19,7 @@ def config(make_config, unet):
             rounds=1,
             model={"family": "sd", "path": str(unet)},
             algorithm={"name": name, **algorithm},
-            rewards={BRIGHT: {}},
+            rewards={"tests.commands.scoring:brightness": {}},
             batch={"images_per_task": 4, "item_size": 4, "images_per_prompt": 2},
             teachers={},
         )
