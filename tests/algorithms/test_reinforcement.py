@@ -1,6 +1,7 @@
 """DiffusionNFT, Flow-GRPO and GRPO-Guard against arithmetic by hand."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -261,6 +262,31 @@ class TestPolicyGradients:
         assert found.value.item() == pytest.approx(policy + 0.1 * 0.25 * kl, rel=1e-5)
         assert found.metrics["ratio"].item() == pytest.approx(abs(log), rel=1e-4)
         assert found.metrics["kl"].item() == pytest.approx(kl, rel=1e-4)
+
+    @pytest.mark.parametrize("shuffle", [False, True])
+    def test_a_round_goes_through_every_step_of_every_image_once(self, shuffle):
+        """Three items in two parts, three trained steps, two at a time: four updates."""
+        config = FlowGrpoConfig(name="flow_grpo", steps_per_update=2, shuffle_steps=shuffle)
+        algorithm, sigmas = FlowGrpo(config), torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
+        algorithm.facts = Facts(num_steps=4, images_per_prompt=2)
+        items = [work("p", "p", index=n, position=n, steps=(0, 1, 2)) for n in range(3)]
+        latents = torch.arange(30.0).reshape(3, 2, 5, 1, 1, 1)
+        paths = [
+            Trajectory(one, VERSION, sigmas, x, {}, {}, velocities=x[:, 1:])
+            for one, x in zip(items, latents, strict=True)
+        ]
+        algorithm.observe([(one, {"x": torch.tensor([0.0, 1.0])}) for one in items])
+        seen = Counter[float]()
+        for update in range(algorithm.updates_per_round):
+            for one in algorithm.select(items, update):
+                for forward in algorithm.forwards(Experience(one, paths[one.position]), update):
+                    seen.update(forward.x.flatten().tolist())
+                    assert ("first" in forward.inputs) == (update == 0)
+                    assert torch.equal(forward.inputs["x_next"], forward.x + 1)
+                    assert torch.equal(forward.inputs["drawn"], forward.x + 1)
+                    assert forward.inputs["advantage"].tolist() == pytest.approx([-1, 1], abs=1e-3)
+        assert algorithm.updates_per_round == 4
+        assert seen == dict.fromkeys(latents[:, :, :3].flatten().tolist(), 1)
 
     def test_without_a_kl_nothing_is_asked_of_the_frozen_start(self):
         algorithm = FlowGrpo(FlowGrpoConfig(name="flow_grpo", kl=0.0, clip_range=0.5))
