@@ -77,6 +77,7 @@ class Run:
     """How often the learner was, since the last round that was finished for the first time."""
     _furthest: int = 0
     _told_status: bool = False
+    _told_ties: bool = False
 
     @property
     def rounds(self) -> int:
@@ -240,6 +241,13 @@ class Run:
         if row["skipped_steps"]:
             self.live.note(
                 f"round {number + 1}: the fp16 gradient overflowed; the step was skipped, the loss scale halved"
+            )
+        ties = [share for steps in row.get("ties", {}).values() for share in steps.values()]
+        if ties and min(ties) == 1 and not self._told_ties:
+            self._told_ties = True
+            self.live.note(
+                f"round {number + 1}: the images of every prompt have equal rewards (ties 1 in metrics.jsonl): "
+                "nothing to learn"
             )
         if number == 0:
             for task, steps in row.get("gap", {}).items():

@@ -1,4 +1,4 @@
-"""What a reward is compared with: the mean and deviation of earlier rewards of the same prompt."""
+"""What a reward is compared with: those of the same prompt, earlier ones or the round's."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_ray.errors import RewardError
+from opd_ray.config import GroupsConfig
+from opd_ray.errors import ConfigError, RewardError
 from opd_ray.types import Prompt, WorkItem
 
-__all__ = ["PromptStatistics", "combined", "preferences"]
+__all__ = ["Groups", "PromptStatistics", "combined", "group_advantages", "preferences"]
 
 Scores = Mapping[str, Tensor]
 
@@ -21,7 +22,7 @@ def combined(item: WorkItem, scores: Scores, weights: Mapping[str, float]) -> Te
     Args:
         item: whose pictures were scored.
         scores: reward -> [B] or [B, K]; NaN where one does not apply, infinity where it failed.
-        weights: reward -> weight; 1 where it is not named.
+        weights: reward -> weight; 1 where it is not named, 0 for one that does not count.
 
     Returns:
         [B] or [B, K] float32; NaN where one of the rewards that apply failed: the others would be another reward.
@@ -31,7 +32,7 @@ def combined(item: WorkItem, scores: Scores, weights: Mapping[str, float]) -> Te
     """
     stacked = torch.stack([scores[name] for name in sorted(scores)])
     weight = torch.tensor([weights.get(name, 1.0) for name in sorted(scores)]).reshape(-1, *[1] * (stacked.ndim - 1))
-    applies, failed = ~stacked.isnan(), stacked.isinf().any(0)
+    applies, failed = ~stacked.isnan(), (stacked.isinf() & (weight > 0)).any(0)
     total = (applies * weight).sum(0)
     if not (total > 0).all():
         row = int((total <= 0).reshape(len(item.prompts), -1).any(1).nonzero()[0])
@@ -67,7 +68,8 @@ def preferences(item: WorkItem, scores: Scores, weights: Mapping[str, float], gr
         best, worst = rows[int(values.argmax())], rows[int(values.argmin())]
         better = bool(total[best] > total[worst])
         if pareto:
-            better &= all(not bool(score[best] < score[worst]) for score in scores.values())
+            counted = [score for name, score in scores.items() if weights.get(name, 1.0)]
+            better &= all(not bool(score[best] < score[worst]) for score in counted)
         found.append((best, worst, int(better)))
     return torch.tensor(found)
 
@@ -108,7 +110,7 @@ class PromptStatistics:
                 continue
             self._seen.setdefault(prompt.id, deque(maxlen=self._length)).append(row)
         of_task: dict[str, tuple[Tensor, Tensor]] = {}
-        for task in {prompt.task for prompt in prompts}:
+        for task in {prompt.task for prompt, lacks in zip(prompts, failed.tolist(), strict=True) if not lacks}:
             rows = [number for number, prompt in enumerate(prompts) if prompt.task == task and not failed[number]]
             of_task[task] = _mean_and_deviation(values[rows])  # tasks have rewards of their own, on scales of their own
         found = list[Tensor]()
@@ -129,6 +131,73 @@ class PromptStatistics:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
         self._seen = {name: deque(rows, maxlen=self._length) for name, rows in state.items()}
+
+
+class Groups:
+    """A round's rewards, compared within the images of each prompt."""
+
+    def __init__(self, config: GroupsConfig, weights: Mapping[str, float]) -> None:
+        self._config, self._weights = config, weights
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def check(self, algorithm: str, size: int) -> None:
+        """Refuse groups of one image, whose reward is its own mean.
+
+        Raises:
+            ConfigError: says what to set.
+        """
+        if size < 2:
+            raise ConfigError(
+                f"algorithm {algorithm} compares images of one prompt, and batch.images_per_prompt is {size}, so that "
+                "every advantage would be 0; set it to 2 or more (published runs: 24)"
+            )
+
+    def observe(self, scores: Sequence[tuple[WorkItem, Scores]]) -> None:
+        """Take a round's rewards."""
+        prompts = [prompt for item, _ in scores for prompt in item.prompts]
+        rewards = torch.cat([combined(item, found, self._weights) for item, found in scores])
+        settings = self._config
+        found = group_advantages(prompts, rewards, per_prompt=settings.advantage_std == "prompt")
+        sizes, clip = [len(item.prompts) for item, _ in scores], settings.advantage_clip
+        parts = zip(found[0].clamp(-clip, clip).split(sizes), found[1].split(sizes), strict=True)
+        self._known = {item.position: part for (item, _), part in zip(scores, parts, strict=True)}
+
+    def known(self, item: WorkItem) -> tuple[Tensor, Tensor]:
+        """The advantage [B] of each image, within the clip; and [B] 1 where its group ties, else 0."""
+        return self._known[item.position]
+
+
+def group_advantages(
+    prompts: Sequence[Prompt], rewards: Tensor, *, per_prompt: bool, eps: float = 1e-4
+) -> tuple[Tensor, Tensor]:
+    """(R - mean of the prompt) / (deviation + eps), GRPO's advantage (arXiv 2505.05470 Eq. 4).
+
+    In float64: the mean of equal float32 numbers is then exactly that number, and a tie no advantage.
+
+    Args:
+        prompts: N of them.
+        rewards: [N]; NaN where one failed: such a row is compared with nothing, and ties.
+        per_prompt: the deviation is that of the prompt's own rewards; else of all of the task's.
+        eps: added to the deviation.
+
+    Returns:
+        [N] float32 advantages; and [N] float32, 1 where all images of the prompt have the same reward.
+    """
+    rewards = rewards.double()
+    groups, tasks = dict[tuple[str, str], list[int]](), dict[str, list[int]]()
+    for row, prompt in enumerate(prompts):
+        if bool(rewards[row].isnan()):
+            continue
+        groups.setdefault((prompt.task, prompt.id), []).append(row)
+        tasks.setdefault(prompt.task, []).append(row)
+    of_task = {task: _mean_and_deviation(rewards[rows])[1] for task, rows in tasks.items()}
+    advantages, ties = torch.zeros_like(rewards), torch.ones_like(rewards)
+    for (task, _), rows in groups.items():
+        own = rewards[rows]
+        mean, deviation = _mean_and_deviation(own)
+        advantages[rows] = (own - mean) / ((deviation if per_prompt else of_task[task]) + eps)
+        ties[rows] = float((own == own[0]).all())
+    return advantages.float(), ties.float()
 
 
 def _mean_and_deviation(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ experience, runs the forwards it asks for, and gives it the velocities.
 
 from abc import ABC, abstractmethod
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ from opd_ray.errors import ConfigError
 from opd_ray.seeds import fold
 from opd_ray.types import Conditioning, Experience, Trajectory, WorkItem
 
-__all__ = ["Algorithm", "Facts", "Forward", "Loss"]
+__all__ = ["Algorithm", "Facts", "Forward", "Loss", "part_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,3 +183,9 @@ class Algorithm(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Take back what ``state_dict`` gave."""
+
+
+def part_of(items: Sequence[WorkItem], number: int, parts: int) -> list[WorkItem]:
+    """The items of one of a round's ``parts`` equal parts, each of which has items of every task."""
+    of_task = Counter(item.task for item in items)
+    return [item for item in items if item.index * parts // of_task[item.task] == number]

@@ -17,9 +17,9 @@ from opd_ray.config import NoisedPairsConfig
 from opd_ray.diffusion import add_noise, over_samples
 from opd_ray.errors import ConfigError
 from opd_ray.seeds import fold, noise
-from opd_ray.types import Conditioning, Experience
+from opd_ray.types import Conditioning, Experience, Trajectory
 
-__all__ = ["Errors", "NoisedPairs", "errors"]
+__all__ = ["Errors", "NoisedPairs", "drawn_images", "errors"]
 
 
 END = 1e-3
@@ -128,9 +128,7 @@ class NoisedPairs(Algorithm):
         found = preferences(
             experience.item, scores, self.settings.reward_weights, self.facts.images_per_prompt, pareto=False
         ).to(path.latents.device)
-        # A path that ends above 0 ends in a little noise, at the size of that time; recorded images are whole.
-        end, best = float(path.sigmas[-1]), found[:, 0]
-        images = path.state(path.last) / math.hypot(1 - end, end)
+        images, best = drawn_images(path), found[:, 0]
         cond = {name: tensor[best] for name, tensor in path.cond.items()}
         return Pairs(images[best], images[found[:, 1]], cond, path.uncond, found[:, 2].float())
 
@@ -176,6 +174,15 @@ def errors(student: Tensor, reference: Tensor, target: Tensor, weight: Tensor) -
     of_reference = (weight * (reference - target).square()).flatten(1).mean(1)
     of_student = (weight * (student.detach() - target).square()).flatten(1).mean(1)
     return Errors(*of_student.chunk(2), *of_reference.chunk(2), *gain.chunk(2))
+
+
+def drawn_images(path: Trajectory) -> Tensor:
+    """Clean latents [B, C, H, W] of a whole drawing.
+
+    A path that ends above 0 ends in a little noise, at the size of that time; recorded images are whole.
+    """
+    end = float(path.sigmas[-1])
+    return path.state(path.last) / math.hypot(1 - end, end)
 
 
 def over(rows: Tensor, tensor: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""What DDPO, SDPO and PSO share: the student's own drawings, each step of which has a likelihood.
+"""What DDPO, SDPO, PSO, Flow-GRPO and GRPO-Guard share: the student's own drawings, whose steps have a likelihood.
 
 A round's drawings are gone through step by step: update number u trains on each image's u-th step, in an order that is
-shuffled for each image (for each pair where images are compared).
+shuffled for each image (for each pair where images are compared). An update may also see several steps, or all, and a
+part of the images; then the next one goes on with these steps of the next part's.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -11,14 +13,14 @@ import torch
 from torch import Tensor
 
 from opd_ray.algorithms.advantages import PromptStatistics
-from opd_ray.algorithms.base import Algorithm, Forward
+from opd_ray.algorithms.base import Algorithm, Forward, part_of
 from opd_ray.config import StepwiseConfig, WhitenedConfig
-from opd_ray.diffusion import KERNELS, log_ratio, trained_steps
+from opd_ray.diffusion import KERNELS, Step, log_ratio, trained_steps
 from opd_ray.errors import ConfigError, Stopped
 from opd_ray.seeds import generator
 from opd_ray.types import Experience, Prompt, WorkItem
 
-__all__ = ["Stepwise", "Whitened"]
+__all__ = ["Compared", "Stepwise", "Whitened"]
 
 DRIFT = 0.1
 """Of the clip range: so much may rollout and learner differ before anything was learned."""
@@ -39,8 +41,13 @@ class Stepwise(Algorithm):
 
     @property
     def updates_per_round(self) -> int:  # type: ignore[override]  # follows from the run's steps
-        """As many as it takes to go through every trained step once."""
-        return -(-len(self.trained_steps(self.facts.num_steps)) // self.settings.steps_per_update)
+        """As many as it takes to go through every trained step of every image once."""
+        trained = len(self.trained_steps(self.facts.num_steps))
+        return -(-trained // (self.settings.steps_per_update or trained)) * self.settings.item_parts
+
+    def select(self, items: Sequence[WorkItem], update: int) -> Sequence[WorkItem]:
+        """The part whose turn it is."""
+        return part_of(items, update % self.settings.item_parts, self.settings.item_parts)
 
     def trained_steps(self, num_steps: int) -> tuple[int, ...]:
         """The first int(fraction * N): the last one of most kernels is deterministic."""
@@ -73,12 +80,14 @@ class Stepwise(Algorithm):
         assert path is not None
         inputs, rows = self.inputs(experience), self.rows(experience)
         order = self.orders(item)[rows.cpu()]
-        per = self.settings.steps_per_update
-        for place in range(update * per, min((update + 1) * per, order.shape[1])):
+        per = self.settings.steps_per_update or order.shape[1]
+        begin = update // self.settings.item_parts * per
+        fresh = update == 0 and (not self.facts.max_staleness or item.round == 0)
+        for place in range(begin, min(begin + per, order.shape[1])):
             at, device = order[:, place], path.latents.device
             now, then = path.sigmas[at].to(device), path.sigmas[at + 1].to(device)
             own = {name: value[rows, at.to(device)] for name, value in inputs.items()}
-            if update == 0:
+            if fresh:
                 own["first"] = torch.ones(len(rows), device=device)
             yield Forward(
                 x=path.latents[rows, at.to(device)],
@@ -113,21 +122,31 @@ class Stepwise(Algorithm):
 
     def log_ratio(self, forward: Forward, velocity: Tensor, other: Tensor) -> Tensor:
         """How likely the step that was made is with one velocity, against the other one: [B]."""
+        mine, theirs = self.both(forward, velocity, other)
+        return self.ratio(forward.inputs["x_next"], mine.mean, theirs.mean, mine.std)
+
+    @staticmethod
+    def ratio(x_next: Tensor, mean: Tensor, other: Tensor, std: Tensor) -> Tensor:
+        """Of two Gaussians' likelihoods of what was drawn, as a logarithm [B]."""
+        return log_ratio(x_next, mean, other, std)
+
+    def both(self, forward: Forward, velocity: Tensor, other: Tensor) -> tuple[Step, Step]:
+        """The step of a forward with one velocity, and with another."""
         kernel = KERNELS[self.kernel]
         mine = kernel(forward.x, velocity, forward.t, forward.t_next, self.noise_level)
-        theirs = kernel(forward.x, other, forward.t, forward.t_next, self.noise_level)
-        return log_ratio(forward.inputs["x_next"], mine.mean, theirs.mean, mine.std)
+        return mine, kernel(forward.x, other, forward.t, forward.t_next, self.noise_level)
 
     def require_same_policy(self, forward: Forward, ratio: Tensor, clip: float) -> Tensor:
         """The largest log-ratio of a forward, which has to vanish in a round's first update.
 
         There the learner has the very weights that drew: what it finds is how far its arithmetic is from the rollouts'.
+        With staleness that holds of the run's first round alone.
 
         Raises:
             Stopped: they differ by more than a part of the clip range: their difference is what would be learned.
         """
         largest = ratio.detach().abs().max()
-        if "first" in forward.inputs and not self.facts.max_staleness and clip and float(largest) > DRIFT * clip:
+        if "first" in forward.inputs and clip and float(largest) > DRIFT * clip:
             raise Stopped(
                 f"before the first update the learner finds the likelihood of drawn steps changed by "
                 f"{float(largest):.2g}, more than {DRIFT:g} of algorithm.clip_range {clip:g}: rollout and learner "
@@ -136,10 +155,26 @@ class Stepwise(Algorithm):
         return largest
 
 
-class Whitened(Stepwise):
-    """Compares with the policy that drew, and weighs by rewards that are whitened by the last ones of their prompt."""
+class Compared(Stepwise):
+    """Compares with the policy that drew, whose velocities travel with its drawings: whatever its staleness."""
 
     needs_velocities: ClassVar[bool] = True
+
+    def inputs(self, experience: Experience) -> Mapping[str, Tensor]:
+        """What the drawing's policy would have done, and what is known of each image, at every step."""
+        path = experience.trajectory
+        assert path is not None and path.velocities is not None
+        known = {name: one.to(path.latents.device) for name, one in self.known(experience.item).items()}
+        return {"drawn": path.velocities} | {name: one.expand(-1, len(path.sigmas) - 1) for name, one in known.items()}
+
+    @abstractmethod
+    def known(self, item: WorkItem) -> Mapping[str, Tensor]:
+        """What a loss needs of an item's images, each [B, N] by step or [B, 1]; their advantages as ``advantage``."""
+
+
+class Whitened(Compared):
+    """Weighs by rewards that are whitened by the last ones of their prompt."""
+
     remembered: ClassVar[str]
     """What the last values of each prompt are called in a checkpoint."""
 
@@ -156,12 +191,9 @@ class Whitened(Stepwise):
         parts = whitened.split([len(item.prompts) for item, _ in values])
         self._advantages = {item.position: part for (item, _), part in zip(values, parts, strict=True)}
 
-    def inputs(self, experience: Experience) -> Mapping[str, Tensor]:
-        """What the drawing's policy would have done, and the advantage at every step."""
-        path = experience.trajectory
-        assert path is not None and path.velocities is not None
-        advantage = self._advantages[experience.item.position].to(path.latents.device).clamp(-self._limit, self._limit)
-        return {"drawn": path.velocities, "advantage": advantage.expand(-1, len(path.sigmas) - 1)}
+    def known(self, item: WorkItem) -> Mapping[str, Tensor]:
+        """The advantages, as far as they go."""
+        return {"advantage": self._advantages[item.position].clamp(-self._limit, self._limit)}
 
     def state_dict(self) -> dict[str, Any]:
         """The last values of each prompt."""

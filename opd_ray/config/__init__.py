@@ -10,6 +10,7 @@ from opd_ray.config.alignment import (
     NoisedPairsConfig,
     PsoConfig,
     PsoOfflineConfig,
+    RewardedConfig,
     SdpoConfig,
     StepwiseConfig,
     WhitenedConfig,
@@ -35,6 +36,7 @@ from opd_ray.config.method import (
     TeacherConfig,
     WandbConfig,
 )
+from opd_ray.config.reinforcement import FlowGrpoConfig, GroupsConfig, GrpoConfig, GrpoGuardConfig, NftConfig
 from opd_ray.config.run import REFERENCE, Config, parse
 
 __all__ = [
@@ -49,10 +51,15 @@ __all__ = [
     "DpoConfig",
     "EmaConfig",
     "EvaluationConfig",
+    "FlowGrpoConfig",
+    "GroupsConfig",
+    "GrpoConfig",
+    "GrpoGuardConfig",
     "LearnerPlacement",
     "LoggingConfig",
     "LoraConfig",
     "ModelConfig",
+    "NftConfig",
     "NoisedPairsConfig",
     "OpdConfig",
     "OptimizerConfig",
@@ -64,6 +71,7 @@ __all__ = [
     "PsoConfig",
     "PsoOfflineConfig",
     "RewardPlacement",
+    "RewardedConfig",
     "RolePlacement",
     "SamplingConfig",
     "SdpoConfig",

@@ -1,4 +1,7 @@
-"""Algorithms that learn from rewards and preferences. Defaults are the vetted settings of their papers' code."""
+"""Algorithms that learn from preferences, and what those have in common that learn from rewards.
+
+Defaults are the vetted settings of their papers' code.
+"""
 
 from typing import Annotated, Literal
 
@@ -12,6 +15,7 @@ __all__ = [
     "NoisedPairsConfig",
     "PsoConfig",
     "PsoOfflineConfig",
+    "RewardedConfig",
     "SdpoConfig",
     "StepwiseConfig",
     "WhitenedConfig",
@@ -19,27 +23,45 @@ __all__ = [
 
 Kernel = Literal["flow", "dance", "cps", "ddim"]
 Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
 
 
-class StepwiseConfig(Frozen):
+class RewardedConfig(Frozen):
+    """What algorithms have in common that learn from rewards of the student's drawings."""
+
+    reward_weights: dict[str, Weight] = {}
+    """Relative weight of each reward; 1 where not given, and 0 for one that is only looked at."""
+    task_weights: dict[str, Positive] = {}
+    """Relative weight of each task's loss; 1 where not given."""
+    item_parts: int = Field(1, ge=1)
+    """Parts of a round's work items: an optimizer step sees one of them, and later ones their drawings' policy at a
+    distance. A task has at least so many items (batch.images_per_task / batch.item_size)."""
+
+
+class StepwiseConfig(RewardedConfig):
     """What algorithms have in common that compare the likelihood of the student's own steps."""
 
     kernel: Kernel = "ddim"
     """The step that draws, and whose likelihood is compared. `ddim` at noise_level 1 is DDPM's and Euler's ancestral
     step, `cps` at 1 the one that noises the clean prediction again (LCM, DMD2)."""
-    noise_level: float = Field(1.0, gt=0)
-    """Stochasticity of the kernel: without it a step has no density. `eta` of `ddim`, `a` of the others."""
+    noise_level: float = Field(1.0, ge=0)
+    """Stochasticity of the kernel, above 0: without it a step has no density. `eta` of `ddim`, `a` of the others."""
     timestep_fraction: float = Field(0.99, gt=0, le=1)
     """The first int(fraction * steps) steps are trained on; the last one of most kernels has no density."""
-    steps_per_update: int = Field(1, ge=1)
+    steps_per_update: int | None = Field(1, ge=1)
     """Trained steps of each image in one optimizer step; the round has as many updates as that takes. 1 is SDPO's;
-    DDPO's published runs take many steps of a part of the images in each of their few updates."""
+    null: all, as in DDPO's published runs, whose few updates see a part of the images each (`item_parts`)."""
     shuffle_steps: bool = True
     """Each image, or pair, goes through its steps in an order of its own."""
-    reward_weights: dict[str, Positive] = {}
-    """Relative weight of each reward; 1 where not given."""
-    task_weights: dict[str, Positive] = {}
-    """Relative weight of each task's loss; 1 where not given."""
+
+    @model_validator(mode="after")
+    def _has_a_density(self) -> "StepwiseConfig":
+        if self.noise_level == 0:
+            raise ValueError(
+                "noise_level 0 leaves steps without a density, whose likelihood is to be compared; raise it, or use "
+                "diffusion_nft (rewards) or diffusion_dpo (preferences), which need no noise"
+            )
+        return self
 
 
 class WhitenedConfig(StepwiseConfig):
@@ -88,7 +110,7 @@ class PsoConfig(StepwiseConfig):
 
     name: Literal["pso_pairwise"]
     """`pso_pairwise`."""
-    steps_per_update: int = Field(3, ge=1)
+    steps_per_update: int | None = Field(3, ge=1)
     """Trained steps of each pair in one optimizer step (the code: all three of a four-step model)."""
     beta: float = Field(50.0, gt=0)
     """How strongly the preference is to be met, against staying with the reference."""
@@ -118,8 +140,8 @@ class NoisedPairsConfig(Frozen):
     """The step that draws, where pairs are drawn."""
     noise_level: float = Field(0.0, ge=0)
     """Stochasticity of that kernel."""
-    reward_weights: dict[str, Positive] = {}
-    """Relative weight of each reward, where pairs are drawn; 1 where not given."""
+    reward_weights: dict[str, Weight] = {}
+    """Relative weight of each reward, where pairs are drawn; 1 where not given, 0 for one that is only looked at."""
     task_weights: dict[str, Positive] = {}
     """Relative weight of each task's loss; 1 where not given."""
 

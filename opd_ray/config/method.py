@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from opd_ray.config.alignment import DdpoConfig, DpoConfig, PsoConfig, PsoOfflineConfig, SdpoConfig
+from opd_ray.config.reinforcement import FlowGrpoConfig, GrpoGuardConfig, NftConfig
 from opd_ray.config.section import Frozen
 
 __all__ = [
@@ -132,7 +133,10 @@ class PluginAlgorithmConfig(Frozen):
     """Keyword arguments of the class."""
 
 
-ALGORITHMS = ("opd", "ddpo", "sdpo_stepwise", "pso_pairwise", "pso_offline", "diffusion_dpo")
+ALGORITHMS = (
+    *("opd", "ddpo", "sdpo_stepwise", "pso_pairwise", "pso_offline", "diffusion_dpo"),
+    *("diffusion_nft", "flow_grpo", "grpo_guard"),
+)
 
 
 def _algorithm_tag(value: Any) -> str:
@@ -148,6 +152,9 @@ AlgorithmConfig = Annotated[
     | Annotated[PsoConfig, Tag("pso_pairwise")]
     | Annotated[PsoOfflineConfig, Tag("pso_offline")]
     | Annotated[DpoConfig, Tag("diffusion_dpo")]
+    | Annotated[NftConfig, Tag("diffusion_nft")]
+    | Annotated[FlowGrpoConfig, Tag("flow_grpo")]
+    | Annotated[GrpoGuardConfig, Tag("grpo_guard")]
     | Annotated[PluginAlgorithmConfig, Tag("plugin")],
     Discriminator(
         _algorithm_tag,

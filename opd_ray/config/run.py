@@ -121,10 +121,7 @@ class Config(Frozen):
             if (name in ROLES and not self._is_reference(name)) or not re.match(NAME, name):
                 raise ValueError(f"teacher name {name!r} is not free; roles are {', '.join(ROLES)}. Choose another")
         self._check_placement()
-        tasks = self._tasks()
-        items = len(tasks) * (self.batch.images_per_task // self.batch.item_size)
-        if tasks and items < self.cluster.learner.ranks:
-            raise ValueError("cluster.learner.ranks: a round has fewer work items than ranks; lower batch.item_size")
+        self._check_items()
         known = ", ".join(self.teachers) or "none"
         for name in sorted(self.cluster.teachers.keys() - {"default"}):
             if name not in self.teachers:
@@ -141,12 +138,30 @@ class Config(Frozen):
             self.check_tasks(self._own_files())
         return self
 
+    def _check_items(self) -> None:
+        """Every rank has work in every update."""
+        tasks, ranks = self._tasks(), self.cluster.learner.ranks
+        of_task = self.batch.images_per_task // self.batch.item_size
+        if tasks and len(tasks) * of_task < ranks:
+            raise ValueError("cluster.learner.ranks: a round has fewer work items than ranks; lower batch.item_size")
+        parts = getattr(self.algorithm, "item_parts", 1)
+        if parts > 1 and of_task // parts < ranks:
+            raise ValueError(
+                f"algorithm.item_parts {parts}: each part needs a work item of each task for each of {ranks} learner "
+                f"ranks, and a task has {of_task} (batch.images_per_task / batch.item_size); lower batch.item_size, or "
+                "set algorithm.item_parts: 1"
+            )
+
     def _check_weights(self) -> None:
         """A misspelt name must not become a weight of 1."""
         rewards: dict[str, float] = getattr(self.algorithm, "reward_weights", {})
         for name in sorted(rewards.keys() - self.rewards.keys()):
             known = ", ".join(self.rewards) or "none"
             raise ValueError(f"algorithm.reward_weights.{name}: no such reward; known: {known}")
+        if self.rewards and not any(rewards.get(name, 1.0) for name in self.rewards):
+            raise ValueError(
+                "algorithm.reward_weights are all 0, so that nothing is rewarded; give one of them a weight"
+            )
         tasks: dict[str, float] = getattr(self.algorithm, "task_weights", {})
         known_tasks = self._tasks()  # none where they are known once their file is read
         for task in sorted(tasks.keys() - set(known_tasks)) if known_tasks else ():

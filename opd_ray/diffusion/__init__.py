@@ -20,7 +20,7 @@ from opd_ray.diffusion.prediction import (
     velocity_from_x0,
     x0_from_velocity,
 )
-from opd_ray.diffusion.ratios import clipped_surrogate, log_ratio
+from opd_ray.diffusion.ratios import clipped_surrogate, log_ratio, normalised_log_ratio
 from opd_ray.diffusion.schedule import choose_steps, flow_sigmas, trained_steps
 from opd_ray.diffusion.shapes import PerSample, Reduction, over_samples
 
@@ -44,6 +44,7 @@ __all__ = [
     "half_squared_distance",
     "log_prob",
     "log_ratio",
+    "normalised_log_ratio",
     "over_samples",
     "sample",
     "trained_steps",

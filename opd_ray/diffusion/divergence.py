@@ -4,6 +4,7 @@ Both are Gaussians with one covariance, so the KL is exact and needs no drawn sa
 flows into whichever mean carries one; the teacher's is a constant because its forward had no graph.
 """
 
+import torch
 from torch import Tensor
 
 from opd_ray.diffusion.shapes import (
@@ -41,7 +42,7 @@ def gaussian_kl(mean_p: Tensor, mean_q: Tensor, std: PerSample, *, reduction: Re
         reduction: `sum` is the KL in nats (the metric); `mean`, per dimension, is objective `kl`.
 
     Returns:
-        [B], fp32.
+        [B], fp32 (fp64 of fp64 means).
 
     Raises:
         ValueError: where std is 0, because the KL of a deterministic step is infinite.
@@ -49,5 +50,6 @@ def gaussian_kl(mean_p: Tensor, mean_q: Tensor, std: PerSample, *, reduction: Re
     require_same_shape(mean_p=mean_p, mean_q=mean_q)
     require_positive_std(std)
     # Divide before squaring: std^2 of a vanishing noise level (1e-23) would be 0 in fp32.
-    gap = (mean_p.float() - mean_q.float()) / over_samples(std, mean_p)
+    wide = torch.promote_types(mean_p.dtype, torch.float32)
+    gap = (mean_p.to(wide) - mean_q.to(wide)) / over_samples(std, mean_p)
     return reduce_dims(0.5 * gap.square(), reduction)

@@ -33,6 +33,18 @@ def log_ratio(x_next: Tensor, mean: Tensor, other: Tensor, std: Tensor) -> Tenso
     return (gap * (drawn - 0.5 * gap)).flatten(1).mean(1)
 
 
+def normalised_log_ratio(x_next: Tensor, mean: Tensor, other: Tensor, std: Tensor) -> Tensor:
+    """GRPO-Guard's RatioNorm (arXiv 2510.22319): ``log_ratio`` without its bias, times std.
+
+    With D = other - mean and x_next = other + std eps it is std (log_ratio + mean(D^2) / (2 std^2)) = -mean(D eps), and
+    centred at 0. Arguments, result and errors are ``log_ratio``'s.
+    """
+    require_same_shape(x_next=x_next, mean=mean, other=other)
+    require_positive_std(std)
+    other = other.detach()
+    return ((mean - other) * ((x_next.detach() - other) / std)).flatten(1).mean(1)
+
+
 def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """max(-A r, -A clip(r, 1 - clip, 1 + clip)) with r = exp(log_ratio), PPO's loss (arXiv 1707.06347 Eq. 7).
 

@@ -148,7 +148,8 @@ class Dispatcher:
         limit = timeout_s or self._call_timeout
         deadline, broken = self._clock() + limit, None
         while pending and self._clock() <= deadline:
-            for ref in pending.intersection(self._pump(list(pending))):
+            answered = pending.intersection(self._pump(list(pending)))
+            for ref in filter(answered.__contains__, rank_of):  # in order: a call may fail because one before it did
                 pending.discard(ref)
                 try:
                     results[ref] = self.backend.result(ref)

@@ -34,3 +34,8 @@ def greenness(images, prompts):
 def constant(images, prompts):
     """A reward that likes everything as much."""
     return torch.full((len(images),), 22.3)
+
+
+def broken(images, prompts):
+    """A reward whose judge is not there."""
+    raise ConnectionError("the judge is away")

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from opd_ray.config import Config
+from opd_ray.run import Run
 from tests.runtime.runs import go
 
 WORDS = ("red cat", "two dogs", "blue car", "a tree", "old house")
@@ -56,3 +57,33 @@ def reference(make_config, tmp_path_factory):
         return known[rounds]
 
     return local
+
+
+@pytest.fixture
+def config(make_config):
+    """A run of two rounds that learns from how bright its drawings are."""
+
+    def made(name, runtime="local", rounds=2, **changes) -> Config:
+        algorithm = {"name": name, **changes.pop("algorithm", {})}
+        settings = {
+            "rounds": rounds,
+            "rewards": {"tests.commands.scoring:brightness": {}},
+            "batch": {"images_per_task": 4, "item_size": 4, "images_per_prompt": 2},
+            "teachers": {},
+        }
+        return make_config(runtime, **(settings | {"algorithm": algorithm} | changes))
+
+    return made
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """The reports of every update of every round."""
+    found, finish = [], Run.finish_round
+
+    def finishing(run, batch, updates, weights):
+        found.append([report for (report,) in updates])
+        finish(run, batch, updates, weights)
+
+    monkeypatch.setattr(Run, "finish_round", finishing)
+    return found

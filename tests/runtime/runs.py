@@ -19,6 +19,7 @@ from rich.console import Console
 from opd_ray.build import build
 from opd_ray.config import Config
 from opd_ray.errors import Stopped
+from opd_ray.learners import UpdateReport
 from opd_ray.loop import train
 from opd_ray.metrics import rows
 from opd_ray.report.live import Live
@@ -35,6 +36,11 @@ def same(one: "Outcome", other: "Outcome") -> bool:
     ]
     assert one.result["ema_sha256"] == other.result["ema_sha256"]
     return bool(one.result["student_sha256"] == other.result["student_sha256"])
+
+
+def metric(report: UpdateReport, name: str) -> list[float]:
+    """Of one update, the mean of each task's each step."""
+    return [s / n for steps in report.steps.values() for metrics in steps.values() for s, n in [metrics[name]]]
 
 
 class Watcher(Live):

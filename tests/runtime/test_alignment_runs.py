@@ -8,47 +8,15 @@ import torch
 from opd_ray.algorithms import make_algorithm
 from opd_ray.algorithms.ddpo import Ddpo
 from opd_ray.algorithms.sdpo import Sdpo
+from opd_ray.algorithms.stepwise import Stepwise
 from opd_ray.config import DdpoConfig, SdpoConfig
 from opd_ray.errors import ConfigError, Stopped
-from opd_ray.run import Run
 from opd_ray.storage import checkpoint
 from opd_ray.types import Prompt, WorkItem
-from tests.runtime.runs import Killer, go, same
+from tests.runtime.runs import Killer, go, metric, same
 
-BRIGHT = "tests.commands.scoring:brightness"
 ALIGNMENT = ("ddpo", "sdpo_stepwise", "pso_pairwise")
-
-
-@pytest.fixture
-def config(make_config):
-    def made(name, runtime="local", rounds=2, **changes):
-        algorithm = {"name": name, **changes.pop("algorithm", {})}
-        settings = {
-            "rounds": rounds,
-            "rewards": {BRIGHT: {}},
-            "batch": {"images_per_task": 4, "item_size": 4, "images_per_prompt": 2},
-            "teachers": {},
-        }
-        return make_config(runtime, **(settings | {"algorithm": algorithm} | changes))
-
-    return made
-
-
-@pytest.fixture
-def reports(monkeypatch):
-    """The reports of every update of every round."""
-    found, finish = [], Run.finish_round
-
-    def finishing(run, batch, updates, weights):
-        found.append([report for (report,) in updates])
-        finish(run, batch, updates, weights)
-
-    monkeypatch.setattr(Run, "finish_round", finishing)
-    return found
-
-
-def metric(report, name):
-    return [s / n for steps in report.steps.values() for metrics in steps.values() for s, n in [metrics[name]]]
+GROUPS = {"images_per_task": 4, "item_size": 2, "images_per_prompt": 2}
 
 
 @pytest.mark.parametrize("name", ALIGNMENT)
@@ -80,12 +48,13 @@ def test_pairs_that_are_drawn_are_learned_from(config, reports, tmp_path, loss):
     assert same(go(config("diffusion_dpo", algorithm=algorithm), tmp_path / "parts", resume=True), whole)
 
 
-def test_a_learner_that_computes_otherwise_than_the_rollouts_stops_the_run(config, tmp_path, monkeypatch):
-    def other(self, forward, velocity, drawn, original=Sdpo.log_ratio):
+@pytest.mark.parametrize("name", ["sdpo_stepwise", "flow_grpo", "grpo_guard"])
+def test_a_learner_that_computes_otherwise_than_the_rollouts_stops_the_run(config, tmp_path, monkeypatch, name):
+    def other(self, forward, velocity, drawn, original=Stepwise.log_ratio):
         return original(self, forward, velocity + 0.01, drawn)
 
-    monkeypatch.setattr(Sdpo, "log_ratio", other)
-    done = go(config("sdpo_stepwise"), tmp_path / "run")
+    monkeypatch.setattr(Stepwise, "log_ratio", other)
+    done = go(config(name, batch=GROUPS), tmp_path / "run")
     assert isinstance(done.error, Stopped) and "rollout and learner compute differently" in str(done.error)
 
 
@@ -175,8 +144,9 @@ def test_a_reference_that_would_mark_what_nobody_trains_on_is_refused(config):
 
 
 def test_noise_of_zero_has_no_density(config):
-    with pytest.raises(ValueError, match="greater than 0"):
-        config("ddpo", algorithm={"noise_level": 0.0})
+    for name in ALIGNMENT:
+        with pytest.raises(ValueError, match=r"noise_level 0 leaves steps without a density.*or use diffusion_nft"):
+            config(name, algorithm={"noise_level": 0.0})
 
 
 def test_pairs_go_through_their_steps_together_and_images_alone(config):

@@ -4,8 +4,7 @@ import pytest
 
 from opd_ray.run import Run
 from tests.models.tiny_unet import make_tiny_sd
-from tests.runtime.runs import go
-from tests.runtime.test_alignment_runs import BRIGHT, metric
+from tests.runtime.runs import go, metric
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +19,7 @@ def config(make_config, unet):
             rounds=1,
             model={"family": "sd", "path": str(unet)},
             algorithm={"name": name, **algorithm},
-            rewards={BRIGHT: {}},
+            rewards={"tests.commands.scoring:brightness": {}},
             batch={"images_per_task": 4, "item_size": 4, "images_per_prompt": 2},
             teachers={},
         )
@@ -35,6 +34,8 @@ def config(make_config, unet):
         ("sdpo_stepwise", {}),
         ("ddpo", {"kernel": "cps"}),
         ("diffusion_dpo", {"pairs": "online", "beta": 1.0}),
+        ("flow_grpo", {"kernel": "ddim", "item_parts": 1, "steps_per_update": 1}),
+        ("diffusion_nft", {}),
     ],
 )
 def test_the_first_update_finds_what_was_drawn_and_learns(config, tmp_path, monkeypatch, name, changes):
@@ -47,5 +48,5 @@ def test_the_first_update_finds_what_was_drawn_and_learns(config, tmp_path, monk
     monkeypatch.setattr(Run, "finish_round", finishing)
     go(config(name, **changes), tmp_path / "run")
     assert all(report.grad_norm > 0 for report in reports)
-    if name != "diffusion_dpo":
+    if name not in {"diffusion_dpo", "diffusion_nft"}:
         assert max(metric(reports[0], "ratio")) == 0 < max(metric(reports[-1], "ratio"))

@@ -1,0 +1,74 @@
+"""Flow-GRPO (arXiv 2505.05470): each step of a drawing is an action, and a prompt's images are each other's baseline.
+
+With A the advantage within the group (Eq. 4), clipped to +-a, and r = p_student(x' | x) / p_drawn(x' | x),
+
+    L = E [ max(-A r, -A clip(r, 1 - c, 1 + c)) + kl |dt| KL(p_student || p_start) ]          (Eq. 5)
+
+over images and trained steps. Log-ratios are means over C, H, W, which the published clip ranges are for, and so is
+the KL, |mu - mu_start|^2 / (2 std^2). The published code leaves |dt| out of std^2 = sigma^2 |dt|, which weighs each
+step by |dt|; the published weights are for that, so it is written out here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from opd_ray.algorithms.advantages import Groups
+from opd_ray.algorithms.base import Forward, Loss
+from opd_ray.algorithms.stepwise import Compared
+from opd_ray.config import FlowGrpoConfig, GrpoGuardConfig
+from opd_ray.diffusion import clipped_surrogate, gaussian_kl
+from opd_ray.types import WorkItem
+
+__all__ = ["FlowGrpo"]
+
+
+class FlowGrpo(Compared):
+    """Clipped policy gradients, with what was drawn for the same prompt as the baseline."""
+
+    evened: ClassVar[bool] = False
+    """Each step's policy loss is divided by its length."""
+
+    def __init__(self, config: FlowGrpoConfig | GrpoGuardConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        self.groups = Groups(config, config.reward_weights)
+        self.velocities = ("reference",) if config.kl else ()
+
+    def check(self, sigmas: Tensor) -> None:
+        """As ``Stepwise``, and groups have two images at least."""
+        super().check(sigmas)
+        self.groups.check(self.config.name, self.facts.images_per_prompt)
+
+    def observe(self, scores: Sequence[tuple[WorkItem, Mapping[str, Tensor]]]) -> None:
+        """Compare the round's rewards within their groups."""
+        self.groups.observe(scores)
+
+    def known(self, item: WorkItem) -> Mapping[str, Tensor]:
+        """Advantages, and which groups tie."""
+        advantage, tied = self.groups.known(item)
+        return {"advantage": advantage[:, None], "tied": tied[:, None]}
+
+    def loss(self, forward: Forward, velocity: Mapping[str, Tensor]) -> Loss:
+        """Eq. 5 at one step of each image, mean over the batch."""
+        ratio, clip = self.log_ratio(forward, velocity["student"], forward.inputs["drawn"]), self.config.clip_range
+        drift = self.require_same_policy(forward, ratio, clip)
+        length = torch.as_tensor(forward.t - forward.t_next)  # |dt|, [B] or one number
+        each = clipped_surrogate(ratio, forward.inputs["advantage"], clip)
+        value = (each / length if self.evened else each).mean()
+        told = {
+            "ratio": drift,
+            "clipped": (ratio.detach().expm1().abs() > clip).float().mean(),
+            "ties": forward.inputs["tied"].mean(),
+        }
+        if self.config.kl:
+            kl = self._divergence(forward, velocity["student"], velocity["reference"])
+            value, told = value + self.config.kl * (length * kl).mean(), told | {"kl": kl.detach().mean()}
+        return Loss(value, told)
+
+    def _divergence(self, forward: Forward, student: Tensor, start: Tensor) -> Tensor:
+        """The KL [B] of the student's step from the frozen start's, a mean over C, H, W."""
+        mine, theirs = self.both(forward, student, start)
+        return gaussian_kl(mine.mean, theirs.mean, mine.std, reduction="mean")
