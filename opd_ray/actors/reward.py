@@ -22,7 +22,7 @@ class RewardActor:
     Args:
         rewards: by name.
         batch: pictures that each is given at once; all that come together where None.
-        retries: how often what raised is tried again.
+        retries: how often a picture is tried again; what failed in a batch is tried alone at least once.
         prompts: some of the run's, for rewards that are proven by their answering at all.
     """
 
@@ -81,18 +81,19 @@ class RewardActor:
                     raise
                 except Exception as error:
                     first = error
+                tries = max(self._retries, int(len(rows) > 1))  # one that fails must not take its batch along
                 for row in rows:
-                    score, error_text = self._again(scorer, images, prompts, row, first)
+                    score, error_text = self._again(scorer, images, prompts, row, first, tries)
                     found.scores[name].append(score)
                     if error_text:
                         found.errors.setdefault(name, {})[row] = error_text
         return found
 
     def _again(
-        self, scorer: Scorer, images: Tensor, prompts: Sequence[Prompt], row: int, error: Exception
+        self, scorer: Scorer, images: Tensor, prompts: Sequence[Prompt], row: int, error: Exception, tries: int
     ) -> tuple[float, str]:
         """One picture's score, or NaN and the last error."""
-        for attempt in range(self._retries):
+        for attempt in range(tries):
             time.sleep(PAUSE_S * 4**attempt)
             try:
                 return _asked(scorer, images, prompts, range(row, row + 1))[0], ""

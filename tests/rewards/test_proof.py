@@ -119,6 +119,17 @@ def test_a_picture_that_cannot_be_scored_is_set_aside_and_takes_no_other_with_it
     assert flaky.calls == [["a", "bad", "b"], ["a"], ["bad"], ["bad"], ["b"], ["c"]]
 
 
+def test_without_retries_a_bad_picture_still_takes_no_other_with_it(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    flaky = Flaky()
+    actor = RewardActor({"flaky": Scorer("flaky", flaky, finite=True)})
+    found = actor.score(torch.ones(2, 3, 4, 4), prompts_of("bad", "a"))
+    assert found.errors == {"flaky": {0: "ValueError: cannot be scored"}} and found.scores["flaky"][1] == 1.0
+    assert flaky.calls == [["bad", "a"], ["bad"], ["a"]]
+    assert actor.score(torch.ones(1, 3, 4, 4), prompts_of("bad")).errors["flaky"].keys() == {0}
+    assert flaky.calls[3:] == [["bad"]], "alone it was tried"
+
+
 def test_what_fails_once_is_tried_again(monkeypatch):
     slept = []
     monkeypatch.setattr(time, "sleep", slept.append)
