@@ -40,7 +40,7 @@ from opd_ray.console import console
 from opd_ray.rewards import make_rewards
 from opd_ray.rewards.head import Head
 
-PROMPT = "a red cat and two blue dogs in front of a house by the sea, an oil painting"
+PROMPT = 'a red cat and two blue dogs in front of a house by the sea, a sign that says "hello", an oil painting'
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,11 @@ def imagereward(folder: Path, sizes: Sizes) -> dict[str, Any]:
     return {"model": str(folder / "model.safetensors"), "tokenizer": str(folder)}
 
 
+def nothing(folder: Path, sizes: Sizes) -> dict[str, Any]:
+    """It has no files, or brings them along."""
+    return {}
+
+
 FILES: dict[str, tuple[Callable[[Path, Sizes], dict[str, Any]], Sizes]] = {
     "pickscore": (clip, H14),
     "hpsv2": (hps, H14),
@@ -160,6 +165,8 @@ FILES: dict[str, tuple[Callable[[Path, Sizes], dict[str, Any]], Sizes]] = {
     "clipscore": (clip, L14),
     "aesthetic": (aesthetic, L14),
     "imagereward": (imagereward, BLIP),
+    "ocr": (nothing, MODERATE),
+    "jpeg_compressibility": (nothing, MODERATE),
 }
 """Name -> what writes its files into a folder and tells the reward's arguments, and its published sizes."""
 
@@ -204,7 +211,7 @@ def main() -> None:
         write, published = FILES[name]
         with tempfile.TemporaryDirectory() as folder:
             arguments = write(Path(folder), published if args.true_widths else MODERATE)
-            reward = make_rewards({name: {**arguments, "device": args.device}})[name]
+            reward = make_rewards({name: arguments}, args.device)[name]
         rates = measure(reward, args)
         ratios = [whole / single for whole, single in zip(rates["batched"], rates["one at a time"], strict=True)]
         table.add_row(name, *(middle(found) for found in (rates["batched"], rates["one at a time"], ratios)))

@@ -110,6 +110,13 @@ class LearnerPlacement(Placement):
         """Whether a rank holds only a part of each weight between the forwards."""
         return self.backend == "fsdp2" or (self.backend == "deepspeed" and self.stage == 3)
 
+    @field_validator("resources")
+    @classmethod
+    def _some(cls, resources: dict[str, float]) -> dict[str, float]:
+        if not any(resources.values()):
+            raise ValueError("ranks meet in a placement group, which needs an amount above 0; for instance cpu: 0.25")
+        return resources
+
     @model_validator(mode="after")
     def _options_of_the_backend(self) -> "LearnerPlacement":
         for name, chosen in (("zero_stage", self.zero_stage), ("cpu_offload", self.cpu_offload)):
