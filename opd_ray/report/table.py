@@ -99,15 +99,26 @@ def summary(result: Mapping[str, Any], seconds: float | None = None) -> str:
         return f"The run failed after {effort}."
     stopped = f"Stopped after {effort}; it can be resumed." if status == "stopped" else ""
     closed = {task: gap for task, gap in results.gap_closed.items() if gap.value is not None}
+    cautions = _cautions(mapping(result.get("evaluation")))
     if not closed:
-        return " ".join(filter(None, [stopped or f"Trained for {effort}.", _without_gaps(result, results)]))
+        parts = [stopped or f"Trained for {effort}.", _without_gaps(result, results), cautions]
+        return " ".join(filter(None, parts))
     shares = join([f"{percent(gap.value)} ({task})" for task, gap in closed.items()])
     amount = len({results.own.get(task, task) for task in closed})
     whose = f"{WORDS[amount] if amount < len(WORDS) else amount} teachers' gaps" if amount > 1 else "its teacher's gap"
     sentence = f"Closed {shares} of {whose} in {effort}."
     others = _changes(results)
     untaught = f"Without a teacher: {join(others)}." if others else ""
-    return " ".join(filter(None, [sentence, untaught, stopped]))
+    return " ".join(filter(None, [sentence, untaught, cautions, stopped]))
+
+
+def _cautions(evaluation: Mapping[str, Any]) -> str:
+    """Which of the scores rest on less than others."""
+    unproven = [name for name, proof in mapping(evaluation.get("rewards")).items() if proof == "finite"]
+    failed = int(sum(numbers(evaluation.get("failed")).values()))
+    told = [f"Never made to rank anything (probe: finite): {join(unproven)}."] if unproven else []
+    told += [f"{count(failed, 'score')} failed and {'is' if failed == 1 else 'are'} left out."] if failed else []
+    return " ".join(told)
 
 
 def _without_gaps(result: Mapping[str, Any], results: Results) -> str:

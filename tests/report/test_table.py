@@ -143,3 +143,10 @@ def test_duration(seconds, text):
 
 def test_percent():
     assert [percent(0.9695), percent(-0.12), percent(None)] == ["97 %", "−12 %", MISSING]  # noqa: RUF001
+
+
+def test_what_rests_on_less_is_said():
+    about = {"rewards": {"look": "ranks 1 probe pair", "mine": "finite"}, "failed": {"base": 1, "student": 2}}
+    said = summary({"status": "done", "rounds": 3, "evaluation": about})
+    assert said.endswith("Never made to rank anything (probe: finite): mine. 3 scores failed and are left out.")
+    assert "probe" not in summary({"status": "done", "rounds": 3, "evaluation": {"rewards": {"look": "ranks 2"}}})
