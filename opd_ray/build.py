@@ -173,7 +173,7 @@ def _wire(
     judged = some if algorithm.needs_rewards or evaluated else None
     pools = _pools(config, folder, dispatcher, algorithm, bases, reads, judged)
     learner = _start(config, folder, dispatcher, live, attempt, bases, pools.clerk)
-    watch = Watch(pools.judges.limits if pools.judges is not None else {}, folder / FAILURES, live.note)
+    watch = Watch(pools.judges.limits if pools.judges is not None else {}, MetricsLog(folder / FAILURES, []), live.note)
     evaluation = None
     if evaluated and pools.rollout is not None and pools.judges is not None:
         evaluation = Evaluation(

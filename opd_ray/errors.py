@@ -10,6 +10,7 @@
     │   └── PlacementError        workers that the cluster has no room for
     ├── Stopped                   exit 3: the run stopped and can be resumed
     │   ├── NotFiniteError        NaN or infinity in an answer, a loss or a weight
+    │   ├── TooManyFailedError    a reward failed on more pictures than it may
     │   └── LearnerLostError      a learner rank died or does not answer; the run begins again from its checkpoint
     └── RuntimeFault              exit 1: inside one run the pool may still recover from it
         ├── StaleWeightsError     a draw was asked of weights whose delivery was not proven
@@ -37,6 +38,7 @@ __all__ = [
     "RuntimeFault",
     "StaleWeightsError",
     "Stopped",
+    "TooManyFailedError",
     "UserError",
     "WorkerLostError",
 ]
@@ -86,6 +88,10 @@ class Stopped(OpdRayError):
 
 class NotFiniteError(Stopped, ArithmeticError):
     """NaN or infinity in an answer, a loss or a weight."""
+
+
+class TooManyFailedError(Stopped):
+    """A reward failed on more pictures than it may."""
 
 
 class LearnerLostError(Stopped):

@@ -11,7 +11,7 @@ from typing import Any
 
 from opd_ray.algorithms import Algorithm
 from opd_ray.config import Config
-from opd_ray.errors import LearnerLostError, NotFiniteError, PlacementError, RunFolderError, Stopped
+from opd_ray.errors import LearnerLostError, NotFiniteError, PlacementError, RunFolderError, Stopped, TooManyFailedError
 from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, Round
 from opd_ray.learners import UpdateReport
@@ -78,6 +78,8 @@ class Run:
     _furthest: int = 0
     _told_status: bool = False
     _told_ties: bool = False
+    _failed: dict[str, int] = field(default_factory=dict)
+    """How often each reward failed in this round."""
 
     @property
     def rounds(self) -> int:
@@ -126,12 +128,14 @@ class Run:
 
         Raises:
             NotFiniteError: an answer is not a number; a checkpoint from before this round was written.
+            TooManyFailedError: a reward failed on more pictures than it may; likewise.
         """
         self._since = time.perf_counter()
-        self._waiting = batch.jobs
+        self._waiting, self.watch.round = batch.jobs, batch.number
         try:
             yield self._arriving(batch)
-        except NotFiniteError:
+            self._failed = self.watch.set_aside(scored_pictures(batch), f"round {batch.number + 1}")
+        except (NotFiniteError, TooManyFailedError):
             self.dispatcher.abandon()
             self.save()  # gradients are no state: this round can begin again
             raise
@@ -169,6 +173,7 @@ class Run:
             self.live.note(f"going on after round {self.round} of {self.rounds}")
         self.totals = driver["totals"] if driver is not None else {"seconds": {}, "forwards": {}}
         self.log.truncate_from(self.round)
+        self.watch.log.truncate_from(self.round)
         return driver
 
     def _require_same(self, driver: Mapping[str, Any], force: bool) -> None:
@@ -213,8 +218,7 @@ class Run:
         self._remark(batch, row)
         every = self.config.evaluation.every
         if self.evaluation is not None and every and self.round % every == 0 and self.round < self.rounds:
-            row["evaluation"] = self.evaluation.student_means(self.learner.average())
-            self._book()
+            row["evaluation"] = self._evaluate(self.evaluation, row)
         with locked(self.folder):  # under it no newer attempt can start before the row is there to be cut
             self._require_newest()
             self.log.append(row)
@@ -227,15 +231,22 @@ class Run:
         if self.stopping and self.round < self.rounds:
             raise Stopped(f"stopped after round {self.round} of {self.rounds}; --resume goes on from there")
 
-    def _remark(self, batch: Round, row: dict[str, Any]) -> None:
-        """What of a round a person should know at once.
+    def _evaluate(self, evaluation: Evaluation, row: dict[str, Any]) -> dict[str, float]:
+        """The student's scores; where too many fail, what was trained is kept first."""
+        try:
+            found = evaluation.student_means(self.learner.average())
+        except TooManyFailedError:
+            self.log.append(row)
+            self.save()
+            raise
+        self._book()
+        return found
 
-        Raises:
-            Stopped: a reward failed on more pictures than it may.
-        """
+    def _remark(self, batch: Round, row: dict[str, Any]) -> None:
+        """What of a round a person should know at once."""
         number = batch.number
-        if failed := self.watch.set_aside(scored_pictures(batch), f"round {number + 1}", round=number + 1):
-            row["failed"] = failed
+        if self._failed:
+            row["failed"] = self._failed
         if same := self.watch.same(scores_of(batch)):
             row["remarks"] = same
         if row["skipped_steps"]:
@@ -292,7 +303,7 @@ class Run:
         result = self.result("done")
         if self.evaluation is not None:
             self.live.phase(f"evaluating base{', teachers' if self.config.teachers else ''} and student")
-            average = self.learner.average()
+            average, self.watch.round = self.learner.average(), self.rounds
             self.learner.rest()
             result |= self.evaluation.final(average)
             self._book()

@@ -1,18 +1,17 @@
 """Who scores pictures, and what is made of scores that failed or say nothing: failures are set aside, never numbers."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from opd_ray.answers import scored_for
-from opd_ray.errors import Stopped
+from opd_ray.errors import TooManyFailedError
+from opd_ray.metrics import MetricsLog
 from opd_ray.runtime.dispatch import Dispatcher
-from opd_ray.runtime.jobs import Job, Output
+from opd_ray.runtime.jobs import MAX_KILLED, Job, Output
 from opd_ray.runtime.pool import Pool
 from opd_ray.types import Prompt, Scored
 
@@ -78,7 +77,7 @@ class Judges:
                     after=(images.job,),
                     books=books,
                     check=scored_for(len(prompts), panel.rewards),
-                    max_killed=panel.retries + 1,
+                    max_killed=max(panel.retries + 1, MAX_KILLED),  # fewer may be anybody's fault
                     otherwise=_Failed(panel.rewards, len(prompts)),
                 )
             )
@@ -120,10 +119,12 @@ class Watch:
     """What of a run's scores a person has to know: failures, and rewards that stopped telling pictures apart."""
 
     limits: Mapping[str, float]
-    """Reward -> share of the pictures of a round or an evaluation that it may fail on."""
-    file: Path
+    """Reward -> share of a round's or an evaluation's pictures, of those that it applies to, on which it may fail."""
+    log: MetricsLog
     """Gets a row for each failure."""
     note: Callable[[str], None]
+    round: int = 0
+    """The one that is under way."""
     _same: dict[str, int] = field(default_factory=dict)
 
     def set_aside(self, rows: Sequence[Picture], where: str, **about: Any) -> dict[str, int]:
@@ -135,7 +136,7 @@ class Watch:
             about: goes into every row of the list.
 
         Raises:
-            Stopped: a reward failed on more than it may.
+            TooManyFailedError: a reward failed on more than it may.
         """
         found: list[dict[str, Any]] = [
             {"reward": name, "prompt": prompt.text, "id": prompt.id, "sample": sample, "error": errors[place]}
@@ -143,18 +144,19 @@ class Watch:
             for name, errors in scored.errors.items()
             if place in errors
         ]
+        for one in found:
+            self.log.append({"round": self.round} | about | one)
         if found:
-            with self.file.open("a", encoding="utf-8") as file:
-                file.writelines(f"{json.dumps(about | one)}\n" for one in found)
             self.note(
-                f"{len(found)} scores of {where} failed and are set aside ({self.file.name} lists them); the last: "
+                f"{len(found)} scores of {where} failed and are set aside ({FAILURES} lists them); the last: "
                 f"reward {found[-1]['reward']}, {found[-1]['error']}"
             )
         for name, limit in self.limits.items():
             failed = [row for row in found if row["reward"] == name]
-            if len(failed) > limit * len(rows):
-                raise Stopped(
-                    f"reward {name} failed on {len(failed)} of {len(rows)} pictures of {where}, more than "
+            silent = sum(math.isnan(scored.scores[name][place]) for *_, scored, place in rows) - len(failed)
+            if len(failed) > limit * (len(rows) - silent):
+                raise TooManyFailedError(
+                    f"reward {name} failed on {len(failed)} of {len(rows) - silent} pictures of {where}, more than "
                     f"max_failed {limit:g} allows; last error: {failed[-1]['error']}. Mend it, then go on with --resume"
                 )
         return dict(Counter(row["reward"] for row in found))

@@ -1,5 +1,6 @@
 """The reward actor: pictures and their prompts in, one number a picture out; a failure is not a number."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -12,8 +13,8 @@ from opd_ray.types import Prompt, Scored
 
 __all__ = ["RewardActor"]
 
-PAUSE_S = 0.1
-"""Before what failed is tried again; four times as long before each further time."""
+PAUSE_S, MAX_PAUSE_S = 0.1, 10.0
+"""Before what failed is tried again; four times as long before each further time, up to the second."""
 
 
 class RewardActor:
@@ -69,39 +70,52 @@ class RewardActor:
         Raises:
             RewardError: a reward answered with another shape, or not with numbers.
         """
-        size = self._batch or len(prompts)
-        found = Scored({name: [] for name in self.rewards}, {})
+        found = Scored({}, {})
         for name, scorer in self.rewards.items():
-            for start in range(0, len(prompts), size):
-                rows = range(start, min(start + size, len(prompts)))
+            scores, errors = self._scored(scorer, images, prompts)
+            for row in _odd(scores, errors, prompts):
+                errors[row] = "answered NaN, and a number for another picture of the same prompt"
+            found.scores[name] = scores
+            if errors:
+                found.errors[name] = errors
+        return found
+
+    def _scored(self, scorer: Scorer, images: Tensor, prompts: Sequence[Prompt]) -> tuple[list[float], dict[int, str]]:
+        """A number a picture, and the last error of each that has none."""
+        size, alone = self._batch or len(prompts), 0
+        scores, errors = [math.nan] * len(prompts), dict[int, str]()
+        for start in range(0, len(prompts), size):
+            rows = range(start, min(start + size, len(prompts)))
+            try:
+                scores[rows.start : rows.stop] = _asked(scorer, images, prompts, rows)
+            except RewardError:
+                raise
+            except Exception as error:
+                errors |= dict.fromkeys(rows, _told(error))
+                alone = max(alone, int(len(rows) > 1))  # one that fails must not take its batch along
+        for attempt in range(max(self._retries, alone)):
+            if not errors:
+                break
+            time.sleep(min(PAUSE_S * 4**attempt, MAX_PAUSE_S))
+            for row in [*errors]:
                 try:
-                    found.scores[name].extend(_asked(scorer, images, prompts, rows))
-                    continue
+                    (scores[row],) = _asked(scorer, images, prompts, range(row, row + 1))
+                    del errors[row]
                 except RewardError:
                     raise
                 except Exception as error:
-                    first = error
-                tries = max(self._retries, int(len(rows) > 1))  # one that fails must not take its batch along
-                for row in rows:
-                    score, error_text = self._again(scorer, images, prompts, row, first, tries)
-                    found.scores[name].append(score)
-                    if error_text:
-                        found.errors.setdefault(name, {})[row] = error_text
-        return found
+                    errors[row] = _told(error)
+        return scores, errors
 
-    def _again(
-        self, scorer: Scorer, images: Tensor, prompts: Sequence[Prompt], row: int, error: Exception, tries: int
-    ) -> tuple[float, str]:
-        """One picture's score, or NaN and the last error."""
-        for attempt in range(tries):
-            time.sleep(PAUSE_S * 4**attempt)
-            try:
-                return _asked(scorer, images, prompts, range(row, row + 1))[0], ""
-            except RewardError:
-                raise
-            except Exception as another:
-                error = another
-        return float("nan"), _told(error)
+
+def _odd(scores: Sequence[float], errors: Mapping[int, str], prompts: Sequence[Prompt]) -> list[int]:
+    """Rows with NaN, which means that the reward does not apply to the prompt, where it did for the prompt's others."""
+    applies = {prompt.id for prompt, score in zip(prompts, scores, strict=True) if not math.isnan(score)}
+    return [
+        row
+        for row, (prompt, score) in enumerate(zip(prompts, scores, strict=True))
+        if math.isnan(score) and row not in errors and prompt.id in applies
+    ]
 
 
 def _asked(scorer: Scorer, images: Tensor, prompts: Sequence[Prompt], rows: range) -> list[float]:

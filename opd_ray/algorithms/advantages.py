@@ -176,7 +176,7 @@ def group_advantages(
 
     Args:
         prompts: N of them.
-        rewards: [N]; NaN where one failed: such a row is compared with nothing, and ties.
+        rewards: [N]; NaN where one failed: such a row is compared with nothing.
         per_prompt: the deviation is that of the prompt's own rewards; else of all of the task's.
         eps: added to the deviation.
 
@@ -191,7 +191,7 @@ def group_advantages(
         groups.setdefault((prompt.task, prompt.id), []).append(row)
         tasks.setdefault(prompt.task, []).append(row)
     of_task = {task: _mean_and_deviation(rewards[rows])[1] for task, rows in tasks.items()}
-    advantages, ties = torch.zeros_like(rewards), torch.ones_like(rewards)
+    advantages, ties = torch.zeros_like(rewards), torch.zeros_like(rewards)
     for (task, _), rows in groups.items():
         own = rewards[rows]
         mean, deviation = _mean_and_deviation(own)

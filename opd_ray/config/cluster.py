@@ -67,16 +67,19 @@ class RewardPlacement(RolePlacement):
 
     runtime_env: dict[str, Any] = {}
     """Ray's, of these workers alone: pip, uv, conda, image_uri, py_modules, env_vars, config. Rewards whose packages
-    do not go together, or not with this program's, each get an environment of their own."""
+    do not go together, or not with this program's, each get an environment of their own. `${NAME}` in a variable is
+    that of where the run starts: secrets need not stand in a recipe, of which every run folder keeps a copy."""
     batch: int | None = Field(None, ge=1)
     """Pictures that a reward is given at once; as they were drawn where null."""
     deadline_s: float | None = Field(None, gt=0)
-    """How long one request may take before its worker is replaced; `cluster.call_timeout_s` where null."""
+    """How long one request (a work item's pictures, with all that is tried again) may take before its worker is
+    replaced; `cluster.call_timeout_s` where null."""
     retries: int = Field(2, ge=0)
-    """How often a picture is tried again on which a reward raised or whose worker was lost. Then it is set aside: it
-    has no score, and is listed with its error."""
+    """How often a picture is tried again on which a reward raised. Then it is set aside: it has no score, and is listed
+    with its error. A request whose worker is lost goes to as many others, two at least."""
     max_failed: float = Field(0.05, ge=0, le=1)
-    """Share of a round's or an evaluation's pictures that a reward may fail on; above it the run stops."""
+    """Share of a round's or an evaluation's pictures that a reward may fail on, of those that it applies to; above it
+    the run stops."""
 
     @field_validator("runtime_env")
     @classmethod

@@ -66,6 +66,8 @@ class Colours:
             return []
         crops = torch.stack([self._transform(crop(picture, one)) for one in objects])
         looks = F.normalize(self._model.encode_image(crops.to(self._device)), dim=-1)
+        if not bool(looks.isfinite().all()):
+            raise ArithmeticError("the colour classifier answers with NaN: its weights or its precision are broken")
         return [COLOURS[i] for i in (looks @ self._sentences_of(name).T).argmax(1).tolist()]
 
     def _sentences_of(self, name: str) -> Tensor:

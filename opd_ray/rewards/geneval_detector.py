@@ -102,7 +102,12 @@ def found_in(logits: Tensor, masks: Tensor, names: Sequence[str], size: tuple[in
         masks: [Q, h, w] logits of each pixel.
         names: of the classes.
         size: height and width of the picture.
+
+    Raises:
+        ArithmeticError: they are not finite, which would read as an empty picture.
     """
+    if not (bool(logits.isfinite().all()) and bool(masks.isfinite().all())):
+        raise ArithmeticError("the detector answers with NaN or infinity: its weights or its precision are broken")
     chances = logits.softmax(-1)[:, :-1]
     best, places = chances.flatten().topk(min(MAX_DETECTIONS, chances.numel()))
     best, places = best[best > THRESHOLD], places[best > THRESHOLD]  # a mask only lowers it

@@ -1,6 +1,7 @@
 """Workers as plain Ray actors. Ray never restarts or retries anything here: the pool alone does."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -286,9 +287,26 @@ class RayBackend:
             "resources": {k: v for k, v in spec.resources.items() if k not in {"cpu", "gpu"}},
             "max_restarts": 0,
             "max_task_retries": 0,
-            "runtime_env": spec.runtime_env | {"env_vars": environment | spec.runtime_env.get("env_vars", {})},
+            "runtime_env": spec.runtime_env | {"env_vars": environment | _resolved(spec)},
             **({"scheduling_strategy": NodeAffinitySchedulingStrategy(self._home, soft=False)} if spec.home else {}),
         }
+
+
+def _resolved(spec: WorkerSpec) -> dict[str, str]:
+    """Variables of its runtime_env, with `${NAME}` as it is here, so that no secret has to stand in a configuration.
+
+    Raises:
+        ConfigError: there is no such variable here.
+    """
+    found = {}
+    for name, value in spec.runtime_env.get("env_vars", {}).items():
+        found[name] = os.path.expandvars(str(value))
+        if missing := re.search(r"\$\{\w+\}", found[name]):
+            raise ConfigError(
+                f"runtime_env.env_vars.{name} of {spec.role} names {missing[0]}, which is not set where the run "
+                "starts; export it there"
+            )
+    return found
 
 
 def _add(total: dict[str, float], more: dict[str, float]) -> None:

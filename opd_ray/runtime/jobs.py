@@ -97,7 +97,7 @@ class Job:
                 f"{self.by}{log}",
                 ". Take out what it reads, or mend the cause; then go on with --resume",
             )
-        if self.attempts >= MAX_RUNS:
+        if self.attempts >= MAX_RUNS + self.max_killed - MAX_KILLED:
             return f"{self.label} was run {self.attempts} times and lost each time", "; --resume goes on"
         return None
 

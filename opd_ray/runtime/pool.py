@@ -281,7 +281,8 @@ class Pool:
         jobs = [job for job in worker.flying.values() if job is not None and not job.dropped]
         self.lost.append(lost_worker(self.spec, worker, state, jobs, why, self._clock()))
         self._forget(worker)
-        strikes = 0 if worker.answers else worker.strikes + (state is State.STARTING or at_work)
+        spared = bool(jobs) and jobs[0].otherwise is not None  # whatever it is that kills them is given up in time
+        strikes = 0 if worker.answers else worker.strikes + (state is State.STARTING or (at_work and not spared))
         if strikes >= MAX_STRIKES and worker.extra:
             self._withdraw(f"{strikes} new {self.spec.role} workers were lost before they were up")
         elif strikes >= MAX_STRIKES:

@@ -45,4 +45,4 @@ def test_a_group_is_compared_without_it(per_prompt):
     prompts = [Prompt("p", "p", "a")] * 3
     rewards = torch.tensor([1.0, NAN, 3.0])
     advantages, ties = group_advantages(prompts, rewards, per_prompt=per_prompt, eps=0.0)
-    assert advantages.tolist() == [-1, 0, 1] and ties.tolist() == [0, 1, 0]
+    assert advantages.tolist() == [-1, 0, 1] and ties.tolist() == [0, 0, 0]

@@ -22,7 +22,7 @@ TREES = {
     for path in sorted(PACKAGE.rglob("*.py"))
     if "world" not in path.parts
 }
-SAYING = {"note", "_note", "Stopped", "NotFiniteError", "LearnerLostError"}
+SAYING = {"note", "_note", "Stopped", "NotFiniteError", "TooManyFailedError", "LearnerLostError"}
 PASSED_ON = {
     ("build.py", "text"): ["preflight.py:overlaps", "facts.py:other_versions"],
     ("scoring.py", "text"): ["scoring.py:same"],

@@ -183,6 +183,14 @@ def test_the_three_scores_share_one_look(places, images, detections, monkeypatch
     geneval.observer.cache_clear()
 
 
+def test_a_detector_that_is_broken_sees_no_empty_picture() -> None:
+    """NaN logits would read as nothing found, which is a score."""
+    logits, masks = torch.zeros(2, 3), torch.zeros(2, 4, 4)
+    for broken in ((logits * torch.nan, masks), (logits, masks / 0)):
+        with pytest.raises(ArithmeticError, match="NaN or infinity"):
+            found_in(*broken, ["cat", "dog"], (4, 4))
+
+
 def test_an_unknown_class_is_refused_before_anything_runs(places, images) -> None:
     reward = geneval.GenEval(**places)
     with pytest.raises(

@@ -118,7 +118,7 @@ def test_a_picture_that_cannot_be_scored_is_set_aside_and_takes_no_other_with_it
     assert [found.scores["flaky"][row] for row in (0, 2, 3)] == pytest.approx([means[0], means[2], means[3]])
     assert math.isnan(found.scores["flaky"][1])
     assert found.errors == {"flaky": {1: "ValueError: cannot be scored"}}
-    assert flaky.calls == [["a", "bad", "b"], ["a"], ["bad"], ["bad"], ["b"], ["c"]]
+    assert flaky.calls == [["a", "bad", "b"], ["c"], ["a"], ["bad"], ["b"], ["bad"]]
 
 
 def test_without_retries_a_bad_picture_still_takes_no_other_with_it(monkeypatch):
@@ -142,3 +142,25 @@ def test_what_fails_once_is_tried_again(monkeypatch):
     actor = RewardActor({"flaky": Scorer("flaky", Flaky(failing=9), finite=True)}, retries=1)
     found = actor.score(torch.ones(1, 3, 4, 4), prompts_of("a"))
     assert found.errors == {"flaky": {0: "TimeoutError: no answer"}}
+
+
+def test_all_that_failed_waits_together(monkeypatch):
+    """A service that is away for a while must not cost a pause a picture."""
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    actor = RewardActor({"flaky": Scorer("flaky", Flaky(failing=999), finite=True)}, batch=4, retries=5)
+    assert len(actor.score(torch.ones(24, 3, 4, 4), prompts_of(*map(str, range(24)))).errors["flaky"]) == 24
+    assert slept == pytest.approx([0.1, 0.4, 1.6, 6.4, 10.0])
+
+
+def test_nan_for_one_picture_of_a_prompt_alone_is_a_failure():
+    """NaN says that a reward does not apply to a prompt: then it applies to none of its pictures."""
+
+    def odd(images, prompts):
+        pairs = zip(images, prompts, strict=True)
+        return [math.nan if prompt == "none" or image.max() == 0 else 1.0 for image, prompt in pairs]
+
+    images = torch.stack([WHITE, BLACK, WHITE, WHITE])
+    actor = RewardActor({"odd": Scorer("odd", odd, finite=True)})
+    found = actor.score(images, prompts_of("some", "some", "none", "none"))
+    assert found.errors == {"odd": {1: "answered NaN, and a number for another picture of the same prompt"}}

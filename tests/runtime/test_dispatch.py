@@ -270,6 +270,24 @@ def test_a_job_that_may_be_given_up_has_another_answer_after_its_own_number_of_l
     assert any("drawing 13" in note and "It is given up, and the run goes on" in note for note in studio.notes)
 
 
+@pytest.mark.parametrize("most", [2, 3, 6])
+def test_jobs_that_may_be_given_up_never_stop_a_run_though_nothing_else_was_answered(most) -> None:
+    """The first ones of fresh workers, two in a row: each is given up at its own number, and none is a strike."""
+    studio = Studio().open()
+
+    def poison() -> None:
+        for handle in studio.backend.handles.values():
+            if handle.requests and handle.requests[0].method == "draw" and handle.requests[0].args[0] >= 13:
+                handle.die()
+
+    studio.backend.before_wait = poison
+    doomed, good = [studio.draw(n) for n in (13, 14)], studio.draw(1)
+    for job in doomed:
+        job.max_killed, job.otherwise = most, lambda why: "nothing"
+    studio.dispatcher.wait([*doomed, good])
+    assert [job.result.value for job in doomed] == ["nothing"] * 2 and len(studio.painters.lost) == 2 * most
+
+
 def test_an_innocent_job_behind_it_is_not_the_one_that_is_given_up() -> None:
     studio = Studio(painters=1).open()
     studio.backend.seconds["draw"] = 1.0

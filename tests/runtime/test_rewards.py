@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from opd_ray.errors import ConfigError
+from opd_ray.errors import ConfigError, TooManyFailedError
+from opd_ray.metrics import MetricsLog
+from opd_ray.runtime.cluster import _resolved
+from opd_ray.runtime.handle import WorkerSpec
+from opd_ray.scoring import Watch
+from opd_ray.types import Prompt, Scored
 from tests.runtime.runs import go, same
 
 BRIGHT, HERE = "tests.commands.scoring:brightness", "tests.rewards.isolated"
@@ -90,7 +95,7 @@ def test_what_a_reward_never_answers_is_set_aside_at_its_deadline(make_config, r
     assert done.error is None
     failed = [json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()]
     assert {row["reward"] for row in failed} == {name} and {"tree" in row["prompt"] for row in failed} == {True}
-    assert all("2 workers were lost one after the other" in row["error"] for row in failed)
+    assert all("3 workers were lost one after the other" in row["error"] for row in failed)
     student = done.result["scores"]["student"]
     assert student[f"a:{BRIGHT}"]["n"] == 5 and student[f"a:{name}"]["n"] == 4, "left out of the mean"
     assert done.result["evaluation"]["failed"] == {"base": 2, "student": 2}
@@ -146,7 +151,42 @@ def test_above_the_configured_share_the_run_stops_and_can_go_on(failing, tmp_pat
     stopped = go(failing(0.05), tmp_path / "run")
     assert f"reward {CHOOSY} failed on " in str(stopped.error) and "no trees, please" in str(stopped.error)
     assert "max_failed 0.05 allows" in str(stopped.error) and "--resume" in str(stopped.error)
-    assert go(failing(1.0), tmp_path / "run", resume=True).result["status"] == "done"
+    done = go(failing(1.0), tmp_path / "run", resume=True)
+    assert done.result["status"] == "done"
+    failed = [json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()]
+    assert len({json.dumps(row) for row in failed}) == len(failed), "what is done again is listed once"
+
+
+def test_rounds_before_the_one_that_fails_are_kept(failing, tmp_path, monkeypatch):
+    """Checkpoints are rare, and the third round is the first one with a picture of a tree."""
+    seen, score = [], Choosy.__call__
+
+    def late(self, images, prompts):
+        seen.append(prompts)
+        return score(self, images, prompts if len(seen) > 8 else ["no such thing"] * len(prompts))
+
+    monkeypatch.setattr(Choosy, "__call__", late)
+    rare = {"rounds": 4, "checkpoint": {"every": 10}}
+    stopped = go(failing(0.0, **rare), tmp_path / "run")
+    assert "no trees" in str(stopped.error) and len(stopped.rows) >= 1
+    kept = len(stopped.rows)
+    assert f"going on after round {kept} of 4" in go(failing(1.0, **rare), tmp_path / "run", resume=True).notes
+
+
+def test_the_share_is_of_those_pictures_that_a_reward_applies_to(tmp_path):
+    prompt, nan = Prompt("p", "p", "a"), float("nan")
+    scored = Scored({"one": [nan, 1.0] + [nan] * 8}, {"one": {0: "no"}})
+    watch = Watch({"one": 0.4}, MetricsLog(tmp_path / "failures.jsonl", []), lambda text: None)
+    with pytest.raises(TooManyFailedError, match="reward one failed on 1 of 2 pictures of round 1, more than max_fail"):
+        watch.set_aside([(prompt, 0, scored, place) for place in range(10)], "round 1")
+
+
+def test_a_variable_may_be_that_of_where_the_run_starts(monkeypatch):
+    spec = WorkerSpec("reward", Choosy, 1, {}, runtime_env={"env_vars": {"KEY": "${OPD_RAY_SECRET}", "TWO": "2"}})
+    with pytest.raises(ConfigError, match=r"env_vars.KEY of reward names \$\{OPD_RAY_SECRET\}, which is not set"):
+        _resolved(spec)
+    monkeypatch.setenv("OPD_RAY_SECRET", "word")
+    assert _resolved(spec) == {"KEY": "word", "TWO": "2"}
 
 
 def test_a_reward_that_stops_varying_is_told_of(make_config, prompts, tmp_path):
