@@ -210,9 +210,9 @@ def _listed(row: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
 
 
 def _demand(entry: Mapping[str, Any], index: int) -> Demand:
-    count, colour, position = int(entry["count"]), entry.get("color"), entry.get("position")
-    if count < 1:
-        raise ValueError(f"count is {count}; it has to be 1 or more")
+    count, colour, position = entry["count"], entry.get("color"), entry.get("position")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"count is {count!r}; it has to be a whole number from 1 on")
     if colour is not None and colour not in COLOURS:
         raise ValueError(f"color {colour!r} is unknown; known: {', '.join(COLOURS)}")
     if position is None:

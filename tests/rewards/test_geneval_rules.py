@@ -370,7 +370,9 @@ def test_rows_as_other_tools_store_them() -> None:
     [
         ({"count": 1}, "no 'class'"),
         ({"class": "cup"}, "no 'count'"),
-        ({"class": "cup", "count": 0}, "count is 0; it has to be 1 or more"),
+        ({"class": "cup", "count": 0}, "count is 0; it has to be a whole number from 1 on"),
+        ({"class": "cup", "count": 2.7}, "count is 2.7; it has to be a whole number"),
+        ({"class": "cup", "count": True}, "count is True; it has to be a whole number"),
         ({"class": "cup", "count": 1, "color": "mauve"}, "color 'mauve' is unknown; known: red, orange"),
         ({"class": "cup", "count": 1, "position": ["near", 0]}, "position 'near' is unknown; known: left of"),
         ({"class": "cup", "count": 1, "position": ["above", 1]}, r"points at include\[1\]; it has to be an earlier"),
