@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opd_ray.errors import RewardError
-from opd_ray.rewards.base import Scorer
+from opd_ray.rewards.base import Scorer, told
 from opd_ray.types import Prompt, Scored
 
 __all__ = ["RewardActor"]
@@ -51,10 +51,8 @@ class RewardActor:
                 proofs[name] = scorer.prove(self._prompts)
             except RewardError:
                 raise
-            except Exception as error:
-                raise RewardError(
-                    f"rewards.{name}: its probe raised {_told(error)}. Mend it, or take it out"
-                ) from error
+            except (Exception, SystemExit) as error:
+                raise RewardError(f"rewards.{name}: its probe raised {told(error)}. Mend it, or take it out") from error
         return proofs
 
     @torch.no_grad()
@@ -90,8 +88,8 @@ class RewardActor:
                 scores[rows.start : rows.stop] = _asked(scorer, images, prompts, rows)
             except RewardError:
                 raise
-            except Exception as error:
-                errors |= dict.fromkeys(rows, _told(error))
+            except (Exception, SystemExit) as error:
+                errors |= dict.fromkeys(rows, told(error))
                 alone = max(alone, int(len(rows) > 1))  # one that fails must not take its batch along
         for attempt in range(max(self._retries, alone)):
             if not errors:
@@ -103,8 +101,8 @@ class RewardActor:
                     del errors[row]
                 except RewardError:
                     raise
-                except Exception as error:
-                    errors[row] = _told(error)
+                except (Exception, SystemExit) as error:
+                    errors[row] = told(error)
         return scores, errors
 
 
@@ -123,8 +121,3 @@ def _asked(scorer: Scorer, images: Tensor, prompts: Sequence[Prompt], rows: rang
     texts, metadata = [prompt.text for prompt in chosen], [prompt.metadata for prompt in chosen]
     scores: list[float] = scorer(images[rows.start : rows.stop], texts, metadata).tolist()
     return scores
-
-
-def _told(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

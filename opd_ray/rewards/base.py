@@ -1,14 +1,14 @@
 """A reward: pictures and prompts to numbers. It proves itself before its first number counts."""
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from opd_ray.errors import ConfigError, RewardError
+from opd_ray.errors import ConfigError, RewardError, UserError
 from opd_ray.plugins import check_arguments, check_construction, load
 from opd_ray.rewards.probes import Probe
 from opd_ray.types import Prompt
@@ -92,7 +92,7 @@ class Scorer:
             RewardError: it answered with another shape, or not with numbers.
         """
         told = {"metadata": list(metadata) or [{} for _ in prompts]} if self._wants_metadata else {}
-        answer = self._reward(images, list(prompts), **told)
+        answer = self._reward(images.clone(), list(prompts), **told)  # what it writes into them is its own business
         try:
             score = torch.as_tensor(answer, dtype=torch.float32).cpu()
         except (TypeError, ValueError, RuntimeError):
@@ -119,7 +119,8 @@ class Scorer:
         if self._probes is None:
             raise RewardError(
                 f"rewards.{self.name}: it has no probes() that show that it works; give it pairs of pictures that it "
-                f"has to rank (opd_ray.rewards.Probe), or say {PROBE}: {FINITE} to use it unproven"
+                f"has to rank (opd_ray.rewards.Probe), or use it unproven and say so, as {{{self.name}: {{{PROBE}: "
+                f"{FINITE}}}}}"
             )
         probes: Sequence[Probe] = self._probes()
         for number, probe in enumerate(probes, start=1):
@@ -165,11 +166,25 @@ def make_rewards(rewards: Mapping[str, Mapping[str, Any]], device: str = "cpu") 
         _check(name, reward, args)
         if isinstance(reward, type):
             here = {"device": device} if "device" in inspect.signature(reward).parameters else {}
-            ready: Reward = reward(**(here | args))
+            ready = _made(name, partial(reward, **(here | args)))
         else:
             ready = partial(reward, **args) if args else reward
         made[name] = Scorer(name, ready, finite=entry.get(PROBE) == FINITE)
     return made
+
+
+def _made(name: str, make: Callable[[], Reward]) -> Reward:
+    try:
+        return make()
+    except UserError:
+        raise
+    except Exception as error:
+        raise RewardError(f"rewards.{name}: making it raised {told(error)}. Mend it or its arguments") from error
+
+
+def told(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
 
 
 def check_rewards(
@@ -220,7 +235,13 @@ def _arguments(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(name: str, reward: Any, args: Mapping[str, Any]) -> None:
     where = f"rewards.{name}"
-    if isinstance(reward, type):
+    if isinstance(reward, type) and any("__call__" in vars(base) for base in reward.__mro__):
         check_construction(reward, args, where)
+    elif isinstance(reward, type) or not callable(reward):
+        what = "a class without __call__" if isinstance(reward, type) else f"of type {type(reward).__name__}"
+        raise ConfigError(
+            f"{where} is {what}; expected a function of pictures and prompts, or a class whose objects are called "
+            "like one"
+        )
     else:
         check_arguments(reward, args, where)

@@ -50,7 +50,7 @@ def test_what_has_no_pairs_has_to_say_so():
     def mine(images, prompts):
         return images.mean((1, 2, 3))
 
-    with pytest.raises(RewardError, match=r"rewards.mine: it has no probes\(\) .* or say probe: finite"):
+    with pytest.raises(RewardError, match=r"rewards.mine: it has no probes\(\) .* as \{mine: \{probe: finite\}\}"):
         Scorer("mine", mine).prove()
     assert Scorer("mine", mine, finite=True).prove() == "finite"
     with pytest.raises(RewardError, match=r"answers NaN, .* for each of 2 prompts, first 'a'"):
@@ -141,7 +141,7 @@ def test_what_fails_once_is_tried_again(monkeypatch):
     assert slept == [0.1, 0.4]
     actor = RewardActor({"flaky": Scorer("flaky", Flaky(failing=9), finite=True)}, retries=1)
     found = actor.score(torch.ones(1, 3, 4, 4), prompts_of("a"))
-    assert found.errors == {"flaky": {0: "TimeoutError: no answer"}}
+    assert found.errors == {"flaky": {0: "TimeoutError: no answer in time"}}
 
 
 def test_all_that_failed_waits_together(monkeypatch):
@@ -164,3 +164,46 @@ def test_nan_for_one_picture_of_a_prompt_alone_is_a_failure():
     actor = RewardActor({"odd": Scorer("odd", odd, finite=True)})
     found = actor.score(images, prompts_of("some", "some", "none", "none"))
     assert found.errors == {"odd": {1: "answered NaN, and a number for another picture of the same prompt"}}
+
+
+def test_a_reward_may_write_into_its_pictures_without_touching_those_of_others():
+    def vandal(images, prompts):
+        return images.zero_().mean((1, 2, 3))
+
+    def bright(images, prompts):
+        return images.mean((1, 2, 3))
+
+    rewards = {"vandal": Scorer("vandal", vandal, finite=True), "bright": Scorer("bright", bright, finite=True)}
+    assert RewardActor(rewards).score(torch.ones(1, 3, 4, 4), prompts_of("a")).scores == {"vandal": [0], "bright": [1]}
+
+
+class Unmakeable:
+    def __init__(self):
+        raise FileNotFoundError("no weights\nat /nowhere")
+
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+class NoCall:
+    pass
+
+
+FIVE = 5
+
+
+def leaves(images, prompts):
+    raise SystemExit("bye")
+
+
+def test_what_is_no_reward_is_refused_in_one_line():
+    for name, said in [
+        ("NoCall", "is a class without __call__; expected a function of pictures and prompts"),
+        ("FIVE", "is of type int; expected a function"),
+    ]:
+        with pytest.raises(ConfigError, match=said):
+            make_rewards({f"{__name__}:{name}": {"probe": "finite"}})
+    with pytest.raises(RewardError, match="Unmakeable: making it raised FileNotFoundError: no weights at /"):
+        make_rewards({f"{__name__}:Unmakeable": {}})
+    with pytest.raises(RewardError, match=r"leaves: its probe raised SystemExit: bye"):
+        RewardActor(make_rewards({f"{__name__}:leaves": {"probe": "finite"}})).prove()
