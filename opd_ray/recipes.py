@@ -63,7 +63,7 @@ def override(data: dict[str, Any], assignment: str) -> None:
     key, separator, text = assignment.partition("=")
     if not separator or not key:
         raise ConfigError(f"-o {assignment}: expected key=value, for instance -o rounds=6")
-    *parents, last = key.split(".")
+    *parents, last = _parts(key)
     section = data
     for parent in parents:
         if section.get(parent) is None:  # not there, or switched off as `ema: null`
@@ -75,6 +75,16 @@ def override(data: dict[str, Any], assignment: str) -> None:
         section[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"-o {assignment}: {text!r} is not a YAML value") from None
+
+
+def _parts(key: str) -> list[str]:
+    """A key at its dots, but for those of a reward that is named as package.module:attr."""
+    parts = key.split(".")
+    colon = next((place for place, part in enumerate(parts) if ":" in part), None)
+    if colon is None or "rewards" not in parts[:colon]:
+        return parts
+    first = parts.index("rewards") + 1
+    return [*parts[:first], ".".join(parts[first : colon + 1]), *parts[colon + 1 :]]
 
 
 def read(path: Path) -> Config:

@@ -62,14 +62,14 @@ def config_of(rewards: Sequence[str], cluster: str | None, keys: Sequence[str], 
 
     chosen = _rewards(rewards)
     data: dict[str, Any] = {"cluster": cluster_file(cluster) if cluster is not None else _here(threads)}
+    for unused in ("teachers", "learner", "share_base"):
+        data["cluster"].pop(unused, None)
+    if isinstance(placed := data["cluster"].get("rewards"), dict):  # a file may be for other rewards, too
+        data["cluster"]["rewards"] = {name: own for name, own in placed.items() if name in {"default", *chosen}}
     for key in keys:
         if not key.startswith("cluster."):
             raise ConfigError(f"-o {key}: expected a key of cluster, for instance cluster.rollout.workers=2")
         override(data, key)
-    for unused in ("teachers", "learner", "share_base"):
-        data["cluster"].pop(unused, None)
-    if isinstance(placed := data["cluster"].get("rewards"), dict):
-        data["cluster"]["rewards"] = {name: own for name, own in placed.items() if name in {"default", *chosen}}
     data |= {"name": "evaluation", "rounds": 1, "model": {"path": "world"}, "algorithm": {"name": "ddpo"}}
     data |= {"rewards": chosen, "prompts": {"train": "-"}}
     config = parse(data, "-o" if cluster is None else f"--cluster {cluster}")

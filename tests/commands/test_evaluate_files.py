@@ -228,3 +228,22 @@ def test_ray_draws_and_scores_the_same(evaluate):
     assert table(out) == table(here)
     for file in here.rglob("*.png"):
         assert file.read_bytes() == (out / file.relative_to(here)).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        (f"cluster.rewards.{BRIGHT}.retrys=3", f"cluster.rewards.{BRIGHT}: unknown key 'retrys'"),
+        ("cluster.rewards={'tests.commands.scoring:brigth': {batch: 2}}", "scoring:brigth: no such reward; known: "),
+        ("cluster.rewards.brigth.batch=2", "cluster.rewards.brigth: no such reward; known: "),
+        (f"cluster.rewards.{BRIGHT}.batch=0", "batch"),
+    ],
+)
+def test_a_placement_that_no_reward_has_is_refused(evaluate, key, said):
+    done, out = evaluate("placed", "-o", key)
+    assert said in done.error and not out.exists()
+
+
+def test_a_reward_of_a_package_is_placed_by_its_dotted_name(evaluate):
+    done, _ = evaluate("placed", "-o", f"cluster.rewards.{BRIGHT}.batch=2", "-o", f"cluster.rewards.{BRIGHT}.retries=0")
+    assert done.code == 0, done.err
