@@ -15,7 +15,7 @@ from opd_ray.runtime.jobs import MAX_KILLED, Job, Output
 from opd_ray.runtime.pool import Pool
 from opd_ray.types import Prompt, Scored
 
-__all__ = ["FAILURES", "Judges", "Panel", "Picture", "Watch", "a_few", "merged"]
+__all__ = ["FAILURES", "Judges", "Panel", "Picture", "Watch", "a_few", "flat", "merged"]
 
 FAILURES = "failures.jsonl"
 """Of a run folder: a row for each score that failed."""
@@ -23,6 +23,8 @@ FAILURES = "failures.jsonl"
 Picture = tuple[Prompt, int, Scored, int]
 """Its prompt, its sample, the scores that it is among, and its place there."""
 FEW = 8
+MANY = 8
+"""Pictures from which on one number for all of them is no chance."""
 SAME_ROUNDS = 3
 """So many rounds in which a reward gave one number to all pictures are told of."""
 
@@ -111,6 +113,23 @@ def merged(jobs: Iterable[Job]) -> Scored:
         assert job.result is not None
         found.scores.update(job.result.value.scores)
         found.errors.update(job.result.value.errors)
+    return found
+
+
+def flat(values: Mapping[str, Sequence[float]], where: str) -> list[str]:
+    """A sentence for each reward that gave one number to all of many pictures.
+
+    Args:
+        values: reward -> its numbers; NaN does not count.
+        where: of what, for the sentence.
+    """
+    found = []
+    for name, numbers in values.items():
+        told = [number for number in numbers if not math.isnan(number)]
+        if len(told) >= MANY and min(told) == max(told):
+            found.append(
+                f"reward {name} gave {told[0]:.6g} to each of {len(told)} pictures of {where}: it tells nothing apart"
+            )
     return found
 
 

@@ -17,7 +17,7 @@ from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.handle import Weights
 from opd_ray.runtime.jobs import PROBE, Job, Output
 from opd_ray.runtime.pool import Pool
-from opd_ray.scoring import Judges, Picture, Watch, merged
+from opd_ray.scoring import Judges, Picture, Watch, flat, merged
 from opd_ray.storage.run_folder import write_json_atomic
 from opd_ray.types import Prompt
 
@@ -78,6 +78,8 @@ class Evaluation:
         self.config, self.dispatcher, self.folder = config, dispatcher, folder
         self._clerk, self._written = clerk, list[Job]()
         self.rollout, self.judges, self.watch = rollout, judges, watch
+        self.remarks: list[str] = []
+        """About the rewards, of the last time."""
         self.failed = Counter[str]()
         """Scores that failed, by model."""
         self.prompts = held_out(prompts, config.evaluation.images_per_task, config.seed)
@@ -128,6 +130,7 @@ class Evaluation:
                 "images_per_task": chosen.images_per_task,
                 "failed": {model: count for model, count in self.failed.items() if count},
                 "rewards": self.judges.proofs,
+                "remarks": self.remarks,
             },
         }
 
@@ -157,6 +160,13 @@ class Evaluation:
                 scores[label].setdefault(key, []).extend(found.scores[reward])
             part = self.prompts[task][start : start + self.config.evaluation.batch]
             rows[label] += [(prompt, 0, found, place) for place, prompt in enumerate(part)]
+        by_reward: dict[str, list[float]] = {}
+        for *_, jobs in asked:
+            for name, numbers in merged(jobs).scores.items():
+                by_reward.setdefault(name, []).extend(numbers)
+        self.remarks = flat(by_reward, "the evaluation")
+        for text in self.remarks:
+            self.watch.note(text)
         for label, of_model in rows.items():
             where = f"the evaluation of {label}"
             self.failed[label] += sum(self.watch.set_aside(of_model, where, model=label, steps=steps).values())

@@ -24,6 +24,7 @@ def rewards(run: RunFolder) -> str:
     )
     lost = numbers(evaluation.get("failed"))
     remarks = [f"{count:.0f} scores of {model} are left out of the means: they failed" for model, count in lost.items()]
+    remarks += [str(remark) for remark in evaluation.get("remarks") or ()]
     remarks += [remark for one in run.rounds for remark in one.remarks]
     return table + "".join(f'<p class="missing">{escape(remark)}</p>' for remark in dict.fromkeys(remarks))
 

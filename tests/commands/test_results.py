@@ -54,6 +54,7 @@ def test_identity_and_scores(result):
         "seed": 0,
         "images_per_task": 4,
         "failed": {},
+        "remarks": [],
         "rewards": {"tests.commands.scoring:brightness": "ranks 1 probe pair", "look": "ranks 1 probe pair"},
     }
 

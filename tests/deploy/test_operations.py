@@ -26,6 +26,7 @@ SAYING = {"note", "_note", "Stopped", "NotFiniteError", "TooManyFailedError", "L
 PASSED_ON = {
     ("build.py", "text"): ["preflight.py:overlaps", "facts.py:other_versions"],
     ("scoring.py", "text"): ["scoring.py:same"],
+    ("evaluation/compare.py", "text"): ["scoring.py:flat"],
     ("build.py", "str(startup)"): ["startup.py:__str__"],
     ("run.py", "text"): ["rows.py:told_of_pairs"],
     ("run.py", "line"): [

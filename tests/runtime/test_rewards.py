@@ -197,8 +197,15 @@ def test_a_reward_that_stops_varying_is_told_of(make_config, prompts, tmp_path):
     said = f"reward {name} gave 22.3 to every picture of the last 3 rounds: it tells nothing apart"
     assert [note for note in done.notes if note.startswith(said)] and done.rows[-1]["remarks"][0].startswith(said)
     assert not any(BRIGHT in note and "tells nothing" in note for note in done.notes)
+    judged = f"reward {name} gave 22.3 to each of 20 pictures of the evaluation: it tells nothing apart"
+    assert judged in done.notes and done.result["evaluation"]["remarks"] == [judged]
     report = (tmp_path / "run" / "report.html").read_text()
-    assert said in report and "it ranks nothing (probe: finite)" in report and "ranks 1 probe pair" in report
+    assert (
+        said in report
+        and judged in report
+        and "it ranks nothing (probe: finite)" in report
+        and "ranks 1 probe pair" in report
+    )
     assert done.result["evaluation"]["rewards"][name] == "finite"
 
 
