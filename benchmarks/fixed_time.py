@@ -37,8 +37,7 @@ class Piece:
     """Stands for a share of a round: what a learner rank is told of an item."""
 
     item: WorkItem
-    scores: Mapping[str, Sequence[float]] | None = None
-    remarks: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    told: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

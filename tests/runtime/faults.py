@@ -4,6 +4,7 @@ A fault replaces one method of the worker's plain actor for a single call. It tr
 call that it is for, on the same ordered queue.
 """
 
+import math
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from opd_ray.algorithms.opd import Opd
 from opd_ray.config import OpdConfig
 from opd_ray.run import Run
 from opd_ray.runtime.cluster import RayHandle
+from opd_ray.types import Scored as Scores
 
 METHODS = {"rollout": {"draw"}, "teacher": {"score"}, "reward": {"score"}, "learner": {"take", "update"}}
 """What a worker of each role does for a living."""
@@ -58,12 +60,12 @@ def not_a_number(answer: Any) -> Any:
 
 
 def infinite(answer: Any) -> Any:
-    return {name: torch.full_like(score, torch.inf) for name, score in answer.items()}
+    return Scores({name: [math.inf] * len(scores) for name, scores in answer.scores.items()}, {})
 
 
 def wrong_shape(answer: Any) -> Any:
-    if isinstance(answer, dict):
-        return {name: score[1:] for name, score in answer.items()}
+    if isinstance(answer, Scores):
+        return Scores({name: scores[1:] for name, scores in answer.scores.items()}, {})
     if hasattr(answer, "latents"):
         fewer = copy(answer)  # a trajectory refuses this shape where it is made in order
         object.__setattr__(fewer, "latents", answer.latents[1:])
@@ -80,8 +82,8 @@ def wrong_channels(answer: Any) -> Any:
 
 def wrong_version(answer: Any) -> Any:
     """Of other weights, or of another teacher; where neither is told, something else altogether."""
-    if isinstance(answer, dict):
-        return {"nothing": torch.zeros(0)}
+    if isinstance(answer, Scores):
+        return Scores({"nothing": []}, {})
     if hasattr(answer, "latents"):
         return replace(answer, weights=replace(answer.weights, version=answer.weights.version + 1))
     return replace(answer, teacher="nobody")

@@ -12,7 +12,7 @@ from opd_ray.runtime.handle import Done, RankFacts, Weights, WorkerSpec
 from opd_ray.runtime.hosts import Share
 from opd_ray.runtime.jobs import Job, Output
 from opd_ray.runtime.pool import Pool
-from opd_ray.types import Prompt, WorkItem
+from opd_ray.types import Prompt, Scored, WorkItem
 from tests.runtime.fake import Critic, FakeBackend, Painter, weights
 
 
@@ -117,7 +117,7 @@ class Desk:
         mark = Job(self.critics, "score", lambda: (n, Output(draw, 0)), 1, f"marking {n}", after=(draw,))
         jobs = (self.dispatcher.submit(draw), self.dispatcher.submit(mark))
         made = {"trajectory": (draw,), "answer": (mark,)}
-        return Collected(item, lambda: Share(item, scores={"look": [float(n)]}), made, jobs)
+        return Collected(item, lambda: Share(item, scores=Scored({"look": [float(n)]}, {})), made, jobs)
 
     def arrive(self, one):
         self.dispatcher.wait(one.jobs)

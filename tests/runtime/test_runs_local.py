@@ -173,7 +173,7 @@ def test_resuming_a_run_that_is_done_changes_nothing(make_config, tmp_path) -> N
     assert len(again.rows) == 1
 
 
-@pytest.mark.parametrize("step", ["make_backend", "_note_facts"])
+@pytest.mark.parametrize("step", ["make_backend", "note_facts"])
 def test_a_first_start_that_fails_leaves_the_name_free(make_config, tmp_path, monkeypatch, step) -> None:
     def fail(*arguments) -> None:
         (tmp_path / "run" / "logs").mkdir()  # as a worker that does not come up leaves it
