@@ -31,6 +31,26 @@ def test_parts_that_are_there_are_not_done_again_but_those_that_failed(tmp_path)
     assert Results(tmp_path, ["r"], {"seed": 0}).left(PARTS) == []
 
 
+def test_a_kill_at_the_end_doubles_no_row_and_brings_no_failure_back(tmp_path, monkeypatch):
+    """The table of an earlier time, whose middle part failed; then the parts of this time, killed in `finish`."""
+    first = Results(tmp_path, ["r"], {})
+    for part, found in zip(PARTS, (GOOD, Scored({"r": [math.nan]}, {"r": {0: "OSError: gone"}}), GOOD), strict=True):
+        first.write(part, found)
+    first.finish(PARTS)
+    again = Results(tmp_path, ["r"], {})
+    assert again.left(PARTS) == [PARTS[1]]
+    again.write(PARTS[1], GOOD)
+    for done in (lambda: None, lambda: again.finish(PARTS)):  # before the table is written, and between it and the end
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.rmtree", lambda path: None)
+            done()
+        after = Results(tmp_path, ["r"], {})
+        assert after.left(PARTS) == []
+        assert [(name, len(rows)) for name, rows in after.rows.items()] == [(part.name, 1) for part in PARTS]
+    (tmp_path / "parts" / ".nfs0001").touch()  # whatever else lies there
+    assert len(after.finish(PARTS)) == 3 and not (tmp_path / "parts").exists()
+
+
 @pytest.mark.parametrize("score", [math.nan, math.inf])
 def test_what_is_no_number_is_no_score(tmp_path, score):
     (row,) = PARTS[0].table(Scored({"r": [score]}, {}))
