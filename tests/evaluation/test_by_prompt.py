@@ -82,8 +82,25 @@ def test_what_a_person_reads_has_all_of_it():
     assert "8 pictures, 2 images a prompt, seed 1. Means with 95 % bootstrap intervals over prompts." in lines
     assert any(line.startswith("| t | r | m\\|1 | 0.667 |") and line.endswith("| 3 | 1 |") for line in lines)
     assert "| r | m\\|1 | p0 | 1 | OSError: a \\| b |" in lines
-    assert "| t | p0 | ![](m\\|1%200.png) | ![](o%200.png) |" in lines
+    assert "| t | p0 | ![](m%7C1%200.png) | ![](o%200.png) |" in lines
+    assert "| t | p0 | ![](../in/m%7C1%200.png) | ![](../in/o%200.png) |" in markdown(told, rows, "../in").splitlines()
     assert "| r | finite | a:b | k=1 | m/w.bin 0123456789ab | torch 2.1 |" in lines
     for table in "\n".join(lines).split("\n\n"):
         widths = {line.replace("\\|", "").count("|") for line in table.splitlines() if line.startswith("|")}
         assert len(widths) <= 1, table
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<img src=x onerror=alert(1)> & more", "&lt;img src=x onerror=alert(1)&gt; &amp; more"),
+        ("![](https://x/y.png) [a](b)", "!\\[\\](https://x/y.png) \\[a\\](b)"),
+        ("a | b\\|c\r\nd", "a \\| b\\\\\\|c d"),
+        ("*a* _b_ single_object `c` ~~d~~", "\\*a\\* \\_b\\_ single_object \\`c\\` \\~\\~d\\~\\~"),
+    ],
+)
+def test_prompts_are_shown_as_they_are_and_do_nothing(text, shown):
+    row = {"model": "m", "task": "t", "prompt_id": "0", "prompt": text, "sample": 0, "file": "0.png"}
+    told = {"pictures": 1, "scores": {}, "tags": {}, "wins": [], "failures": [], "versions": {"packages": {}}}
+    told["versions"]["rewards"] = {}
+    assert f"| t | {shown} | ![](0.png) |" in markdown(told, [row]).splitlines()
