@@ -5,7 +5,7 @@ import math
 import pytest
 
 from opd_ray.evaluation.parts import Part
-from opd_ray.evaluation.statistics import mean, mean_by_prompt, mean_of_tags, wins
+from opd_ray.evaluation.statistics import gap_closed, mean, mean_by_prompt, mean_of_tags, wins
 from opd_ray.evaluation.summary import failures, summary
 from opd_ray.evaluation.tables import markdown
 from opd_ray.types import Prompt, Scored
@@ -31,6 +31,16 @@ def test_a_picture_each_is_the_plain_mean():
 
 def test_the_mean_is_that_of_the_pictures_where_some_are_left_out():
     assert mean_by_prompt([1.0, NAN, 4.0, 4.0], ["a", "a", "b", "b"])["value"] == pytest.approx(3)
+
+
+def test_several_pictures_of_one_prompt_have_no_interval():
+    """Resampling one prompt gives it again: 0.5 to 0.5 would look certain, and says nothing about another prompt."""
+    unknown = {"low": None, "high": None}
+    assert mean_by_prompt([0.0, 1.0, 0.5, NAN], ["a", "a", "a", "b"]) == {"value": 0.5, "n": 3} | unknown
+    assert wins([1.0, 2.0], [0.0, 0.0], "aa") == {"value": 1.0, "n": 2, "ties": 0} | unknown
+    assert mean_of_tags({"x": ([0.0, 1.0], "ab"), "y": ([1.0, 1.0], "cc")}) == {"value": 0.75, "n": 4} | unknown
+    assert mean([0.5]) == {"value": 0.5, "n": 1} | unknown
+    assert gap_closed([0.0], [1.0], [0.5]) == {"value": 0.5} | unknown
 
 
 def test_each_tag_counts_as_much_as_another():
