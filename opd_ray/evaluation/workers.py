@@ -1,7 +1,7 @@
 """The workers of an evaluation, and how its parts go through them."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -47,15 +47,17 @@ class Workers:
         """
         limits, failed = self.judges.limits, dict.fromkeys(self.judges.limits, 0)
         ahead = self.pictures.size + 2
-        flying: deque[tuple[Part, tuple[Job, ...], list[Job]]] = deque()
+        flying: deque[tuple[Part, Job, tuple[Job, ...], list[Job]]] = deque()
         for number, part in enumerate(parts):
             flying.append((part, *self._begin(part)))
             while flying and (len(flying) >= ahead or number == len(parts) - 1):
-                first, scores, written = flying.popleft()
+                first, made, scores, written = flying.popleft()
                 self.dispatcher.wait([*scores, *written])
                 found = merged(scores)
-                write(first, found)
-                for name, errors in found.errors.items():
+                assert made.result is not None
+                write(first, _without(found, made.result.value.faults))
+                for name, every in found.errors.items():
+                    errors = {place: text for place, text in every.items() if place not in made.result.value.faults}
                     failed[name] += len(errors)
                     if failed[name] > limits[name] * total:
                         raise Stopped(
@@ -77,8 +79,8 @@ class Workers:
                 found[name] = {"proof": proofs[name], "weights": files, "packages": versions}
         return found
 
-    def _begin(self, part: Part) -> tuple[tuple[Job, ...], list[Job]]:
-        """The jobs that score it, and those that write it."""
+    def _begin(self, part: Part) -> tuple[Job, tuple[Job, ...], list[Job]]:
+        """The job that makes its pictures, those that score them, and those that write them."""
         label = f"pictures of {part.model}"
         args, files = part.args, list[str]()
         if self.clerk is not None and part.method == "sample":
@@ -87,13 +89,18 @@ class Workers:
         self.dispatcher.submit(made)
 
         def manifest() -> Any:
-            return made.result.value if made.result else None
+            return made.result.value.manifest if made.result else None
 
         images, written = Output(made, 0), list[Job]()
         if files and self.clerk is not None:
             job = Job(self.clerk, "pictures", lambda: (files, manifest(), images), 0, f"writing {label}", after=(made,))
             written.append(self.dispatcher.submit(job))
-        return self.judges.score(part.prompts, manifest, images, f"scores of {part.model}"), written
+        return made, self.judges.score(part.prompts, manifest, images, f"scores of {part.model}"), written
+
+
+def _without(found: Scored, faults: Mapping[int, str]) -> Scored:
+    """Where a picture could not be read, what was scored in its place is no score: that fails for every reward."""
+    return Scored(found.scores, {name: {**found.errors.get(name, {}), **faults} for name in found.scores})
 
 
 @contextmanager

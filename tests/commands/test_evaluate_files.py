@@ -174,6 +174,21 @@ def test_pictures_are_scored_as_when_they_were_drawn(cli, evaluate, tmp_path):
     assert "8 of 8 pictures are not there" in cli("score", out, "--rewards", BRIGHT, "--out", tmp_path / "x").error
 
 
+def test_a_picture_that_cannot_be_read_is_a_row_that_failed(cli, evaluate, tmp_path):
+    """It is no failure of the rewards, whose limit of 0.05 would otherwise end it: 1 of 8."""
+    _, out = evaluate("drawn")
+    file = next(out.rglob("00001-0.png"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    done = cli("score", out, "--rewards", MOODY, "--out", tmp_path / "scores")
+    assert done.code == 0 and "1 picture left out of a mean" in done.out, done.err
+    failed = [row for row in table(tmp_path / "scores") if row[f"error_{BRIGHT}"]]
+    assert [row["file"] for row in failed] == [str(file.relative_to(out))] and failed[0][f"score_{BRIGHT}"] is None
+    assert f"{file} is broken (" in failed[0]["error_tests.commands.judges:moody"]
+    assert sum(row[f"score_{BRIGHT}"] is not None for row in table(tmp_path / "scores")) == 7
+    assert told(tmp_path / "scores")["failures"][0]["error"] == failed[0][f"error_{BRIGHT}"]
+
+
 def test_fewer_prompts_and_pictures_tasks_by_name_and_rewards_of_a_file(evaluate, prompts, tmp_path):
     (tmp_path / "rewards.yaml").write_text(f"rewards:\n  {BRIGHT}:\n")
     more = ("--prompts", f"other={prompts}", "--images", 2, "--pictures", 1)
