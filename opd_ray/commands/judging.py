@@ -180,9 +180,7 @@ def carry_out(
     )
     failed = sum(bool(results.errors(row)) for row in rows)
     if failed:
-        console.print(
-            f"{count(failed, 'picture')} left out of a mean, since a reward failed; run it again to try again"
-        )
+        console.print(f"{count(failed, 'picture')} left out of a mean (summary.md says why); run it again to try again")
     console.print(
         f"{count(len(rows), 'picture')}: {results.folder}/images.parquet, summary.json, summary.md", soft_wrap=True
     )

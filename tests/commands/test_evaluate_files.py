@@ -125,7 +125,7 @@ def test_what_a_reward_failed_on_is_left_out_told_and_tried_again(evaluate, tmp_
     monkeypatch.setenv("MOOD", "bad")
     done, out = evaluate("moody", *allow, rewards=MOODY)
     assert done.code == 0, done.err
-    assert "2 pictures left out of a mean, since a reward failed; run it again to try again" in done.out
+    assert "2 pictures left out of a mean (summary.md says why); run it again to try again" in done.out
     name = "tests.commands.judges:moody"
     assert told(out)["versions"]["rewards"][name]["weights"] == {"mood.bin": "00ff"}
     failed = [row for row in table(out) if row[f"error_{name}"]]
