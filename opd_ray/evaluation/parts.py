@@ -115,8 +115,14 @@ class Results:
         return {name: row[ERROR + name] for name in self.rewards if row[ERROR + name] is not None}
 
     def left(self, parts: Iterable[Part]) -> list[Part]:
-        """Those that have to be done."""
-        return [part for part in parts if part.name not in self.rows]
+        """Those that have to be done: there is nothing of their name, or it is of other pictures."""
+
+        def done(part: Part) -> bool:
+            rows = [(row["prompt_id"], row["sample"], row["file"]) for row in self.rows.get(part.name, ())]
+            pictures = zip(part.prompts, part.rows, strict=True)
+            return rows == [(prompt.id, known["sample"], known["file"]) for prompt, known in pictures]
+
+        return [part for part in parts if not done(part)]
 
     def write(self, part: Part, found: Scored) -> None:
         """A part is done."""
