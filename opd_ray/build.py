@@ -1,10 +1,9 @@
 """The composition root: the one page where a configuration becomes a running system."""
 
-import time
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ import yaml
 from opd_ray import roles
 from opd_ray.actors.recorded import recordings
 from opd_ray.algorithms import Algorithm, make_algorithm
-from opd_ray.config import ClusterConfig, Config, Placement, RewardPlacement, RolePlacement
+from opd_ray.config import Config, RolePlacement
 from opd_ray.errors import PlacementError
 from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, PairSource, RecordedSource, RolloutSource
@@ -21,6 +20,7 @@ from opd_ray.facts import facts_of, note_facts, other_versions
 from opd_ray.metrics import MetricsLog, mirrors
 from opd_ray.pairs.index import PairIndex, index_pairs
 from opd_ray.planning import round_bytes, rounds_that_fit
+from opd_ray.pools import make_pool, new_nonce, worker_spec
 from opd_ray.preflight import FORCED, Prompts, anchored, identity, overlaps, preflight
 from opd_ray.prompts import PromptStream
 from opd_ray.report.live import Live
@@ -30,7 +30,7 @@ from opd_ray.run import Run
 from opd_ray.runtime.clerk import ClerkHost
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import LearnerGroup
-from opd_ray.runtime.handle import Backend, WorkerSpec
+from opd_ray.runtime.handle import Backend
 from opd_ray.runtime.local import LocalBackend
 from opd_ray.runtime.pool import Pool
 from opd_ray.runtime.scaling import Scaler
@@ -38,7 +38,7 @@ from opd_ray.runtime.session import clean
 from opd_ray.runtime.usage import Meter
 from opd_ray.scoring import FAILURES, Judges, Watch, a_few
 from opd_ray.startup import Startup
-from opd_ray.storage.run_folder import abandon, claim, write_atomic
+from opd_ray.storage.run_folder import abandon, claim
 from opd_ray.types import Prompt
 
 if TYPE_CHECKING:
@@ -47,10 +47,6 @@ if TYPE_CHECKING:
 __all__ = ["build"]
 
 CLERK = "clerk"
-NONCE = ".nonce-"
-"""Beginning of the name of a file in the run folder, new with each start: workers that find it see the same folder."""
-STACK_AFTER = 0.75
-"""Part of the heartbeat's timeout after which a wedged worker writes its stacks into its log."""
 
 
 @contextmanager
@@ -87,7 +83,7 @@ def build(
     startup.mark("checks")
     attempt = claim(folder, identity(config), resume=resume, may_differ=FORCED if force else ())
     config = anchored(config)
-    _new_nonce(folder)
+    new_nonce(folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     with ExitStack() as failed, live:
         failed.callback(abandon, folder)
@@ -114,14 +110,6 @@ def build(
                 yield run
         finally:
             backend.close()
-
-
-def _new_nonce(folder: Path) -> None:
-    """A file that no worker has looked for before, so that no cache can know that it is not there."""
-    for old in folder.glob(f"{NONCE}*"):
-        old.unlink(missing_ok=True)
-    name = uuid.uuid4().hex
-    write_atomic(folder / f"{NONCE}{name}", name.encode())
 
 
 def _started(run: Run, startup: Startup) -> None:
@@ -272,25 +260,7 @@ def _pools(
     judged: list[Prompt] | None,
 ) -> Pools:
     """``judged``: some of the prompts whose pictures are scored; None where none are."""
-    cluster = config.cluster
-
-    def pool(
-        role: str, placement: RolePlacement, factory: Any, teachers: tuple[str, ...] = (), *, home: bool = False
-    ) -> Pool:
-        own = placement if isinstance(placement, RewardPlacement) else RewardPlacement()
-        made = Pool(
-            dispatcher.backend,
-            replace(_spec(role, placement, factory, folder, cluster), home=home, runtime_env=own.runtime_env),
-            placement.workers,
-            clock=time.monotonic,
-            start_timeout_s=cluster.start_timeout_s,
-            call_timeout_s=own.deadline_s or cluster.call_timeout_s,
-            beat_timeout_s=cluster.heartbeat_timeout_s,
-            teachers=teachers,
-        )
-        dispatcher.pools.append(made)
-        return made
-
+    cluster, pool = config.cluster, partial(make_pool, dispatcher, config.cluster, folder)
     return Pools(
         rollout=pool("rollout", cluster.rollout, roles.rollout(config, algorithm, bases))
         if judged is not None or not reads
@@ -310,7 +280,7 @@ def _start(
     """Start the learner and everything that is in the pools; wait until all of it is up."""
     placement, timeout = config.cluster.learner, config.cluster.start_timeout_s
     ranks = [
-        _spec("learner", placement, roles.learner(config, rank, bases), folder, config.cluster)
+        worker_spec(config.cluster, folder, "learner", placement, roles.learner(config, rank, bases))
         for rank in range(placement.ranks)
     ]
     elastic = [pool.spec for pool in dispatcher.pools for _ in range(pool.size)]
@@ -365,16 +335,3 @@ def _teacher_pools(config: Config, pool: Any, bases: Bases) -> dict[str, Pool]:
         name: pool(f"teacher.{name}", of(name), roles.teacher(config, (name,), bases), (name,))
         for name in config.teachers
     }
-
-
-def _spec(role: str, placement: Placement, factory: Any, folder: Path, cluster: ClusterConfig) -> WorkerSpec:
-    return WorkerSpec(
-        role,
-        factory,
-        placement.threads,
-        dict(placement.resources),
-        folder / "logs",
-        nonce=next((path, path.read_text()) for path in folder.glob(f"{NONCE}*")),
-        ship=cluster.storage == "ship",
-        stack_after_s=STACK_AFTER * cluster.heartbeat_timeout_s,
-    )

@@ -352,33 +352,36 @@ def _jsonl(text: str) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             yield where, PromptError(f"{where} is not JSON ({error})")
             continue
-        if isinstance(row, dict):
-            yield where, row
-        else:
-            yield where, PromptError(f"{where} is a JSON {type(row).__name__}, expected an object")
+        wrong = PromptError(f"{where} is a JSON {type(row).__name__}, expected an object")
+        yield where, row if isinstance(row, dict) else wrong
 
 
 def _csv(text: str) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    lines = io.StringIO(text, newline="").readlines()
+    reader = csv.DictReader(lines, strict=True)
     try:
         reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
     except csv.Error as error:
         raise PromptError(f"line {reader.reader.line_num} is not CSV ({error})") from None
     while True:
+        first = reader.reader.line_num + 1
+        while first < len(lines) and not lines[first - 1].strip("\r\n"):
+            first += 1
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            where = f"line {reader.reader.line_num}"
-            yield where, PromptError(f"{where} is not CSV ({error})")
+            last = reader.reader.line_num
+            if str(error) == "unexpected end of data":  # whoever skips malformed rows would lose uncounted ones
+                fault = f"line {first} begins a row with a quote that is never closed; close it, since nothing "
+                raise PromptError(f"{fault}from there to line {last} can be read") from None
+            where, are = (f"line {last}", "is") if first == last else (f"lines {first} to {last}", "are")
+            yield where, PromptError(f"{where} {are} not CSV ({error})")
             continue
         where = f"line {reader.line_num}"
-        if None in row:
-            fault = f"{where} has more cells than the header; put quotes around text with commas"
-            yield where, PromptError(fault)
-        else:
-            yield where, row
+        many = PromptError(f"{where} has more cells than the header; put quotes around text with commas")
+        yield where, many if None in row else row
 
 
 def _parquet(data: bytes) -> Iterator[Row]:

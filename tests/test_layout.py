@@ -26,6 +26,7 @@ RUNGS = (
         "experience",
         "build",
         "roles",
+        "pools",
         "startup",
         "evaluation",
         "planning",

@@ -115,7 +115,7 @@ TWICE = b'{"prompt": "a", "task": "t", "id": 1}\n{"prompt": "b", "task": "t", "i
         ("p.csv", b"prompt,task\n", "has no prompts"),
         ("p.csv", b"prompt,task\na,t\nb\n", "line 3 has no task"),
         ("p.csv", b"prompt,task\na, b,t\n", "line 2 has more cells than the header"),
-        ("p.csv", b'prompt,task\n"a,t\n', "line 2 is not CSV"),
+        ("p.csv", b'prompt,task\n"a,t\n', "line 2 begins a row with a quote that is never closed"),
         ("p.csv", b"a cat\na dog\n", f"line 2 has no prompt; {COLUMN}, found a cat"),
         ("p.parquet", b"PAR1", "is not parquet"),
         ("p.parquet", b"", "is not parquet"),
@@ -235,6 +235,22 @@ def test_a_csv_goes_on_behind_a_malformed_row(tmp_path):
     found = read_prompts(str(tmp_path / "p.csv"), "x", on_bad="skip", note=notes.append)["t"]
     assert [p.text for p in found] == ['a "b"c', "g,\nh"]
     assert "2 malformed rows" in notes[0] and "line 3 is not CSV" in notes[0] and "also line 4" in notes[0]
+
+
+@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+def test_a_quote_that_is_never_closed_ends_it_since_what_is_lost_cannot_be_counted(tmp_path, on_bad):
+    (tmp_path / "p.csv").write_text('prompt,task\n"a,\nb",t\n\n"c,t\nd,t\n"",t\n')
+    expected = "line 5 begins a row with a quote that is never closed; close it, since nothing from there"
+    with pytest.raises(PromptError, match=f"{expected} to line 7 can be read$"):
+        read_prompts(str(tmp_path / "p.csv"), "x", on_bad=on_bad)
+
+
+def test_a_quote_that_is_closed_by_another_row_is_told_with_all_the_lines_between(tmp_path):
+    (tmp_path / "p.csv").write_text('prompt,task\na,t\n"b,t\nc,t\n"d",t\ne,t\n')
+    notes = []
+    found = read_prompts(str(tmp_path / "p.csv"), "x", on_bad="skip", note=notes.append)["t"]
+    assert [p.text for p in found] == ["a", "e"]
+    assert "1 malformed rows are left out: lines 3 to 5 are not CSV" in notes[0]
 
 
 def test_repeated_texts_are_left_out_where_asked(tmp_path):

@@ -12,6 +12,7 @@ from opd_ray.commands.options import Json, Seed, Threads, require_local
 from opd_ray.config import PairsConfig
 from opd_ray.console import console, errors
 from opd_ray.errors import ConfigError
+from opd_ray.report.wording import span
 
 if TYPE_CHECKING:
     from opd_ray.evaluation.models import Found
@@ -68,7 +69,8 @@ def accuracy(
         console.print_json(data=result)
         return
     for name, one in result["runs"].items():
-        console.print(f"{name}: {one['value']:.3f} ({one['low']:.3f} to {one['high']:.3f}) of {one['n']} pairs")
+        interval = span(one["low"], one["high"], "{:.3f}".format)
+        console.print(f"{name}: {one['value']:.3f}{f' ({interval})' if interval else ''} of {one['n']} pairs")
 
 
 def ask(

@@ -1,5 +1,6 @@
 """What `evaluate --prompts` and `score` share: rewards and workers by option, and what they leave behind."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from opd_ray.commands.options import require_folder
 from opd_ray.console import console, errors
-from opd_ray.errors import ConfigError, Stopped
+from opd_ray.errors import ConfigError, RunFolderError, Stopped
 from opd_ray.report.wording import MISSING, Write, alike, count, span
 
 if TYPE_CHECKING:
@@ -126,7 +127,8 @@ def versions_of(config: "Config") -> dict[str, Any]:
     from opd_ray.evaluation.versions import of_rewards
     from opd_ray.rewards.versions import packages
 
-    return {"packages": packages(), "rewards": of_rewards(config.rewards, _elsewhere(config))}
+    environments = {name: config.cluster.of_reward(name).runtime_env for name in config.rewards}
+    return {"packages": packages(), "rewards": of_rewards(config.rewards, environments)}
 
 
 def carry_out(
@@ -162,7 +164,8 @@ def carry_out(
     rows = results.finish(parts)
     told |= {"pictures": len(rows), **summary(rows, results.rewards)}
     write_json_atomic(results.folder / "summary.json", told)
-    write_atomic(results.folder / "summary.md", markdown(told, rows).encode())
+    beside = os.path.relpath(Path(told.get("images", results.folder)).resolve(), results.folder)
+    write_atomic(results.folder / "summary.md", markdown(told, rows, beside).encode())
     if json:
         console.print_json(data=told)
         return
@@ -177,9 +180,7 @@ def carry_out(
     )
     failed = sum(bool(results.errors(row)) for row in rows)
     if failed:
-        console.print(
-            f"{count(failed, 'picture')} left out of a mean, since a reward failed; run it again to try again"
-        )
+        console.print(f"{count(failed, 'picture')} left out of a mean (summary.md says why); run it again to try again")
     console.print(
         f"{count(len(rows), 'picture')}: {results.folder}/images.parquet, summary.json, summary.md", soft_wrap=True
     )
@@ -199,7 +200,6 @@ def _work(
     from opd_ray.build import make_backend
     from opd_ray.evaluation.workers import workers
     from opd_ray.runtime.session import clean
-    from opd_ray.storage.run_folder import write_json_atomic
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     total = sum(len(part.prompts) for part in parts)
@@ -222,10 +222,26 @@ def _work(
             for text in clean() if config.cluster.runtime == "ray" else ():
                 tell(text)
             with workers(config, make_backend(config), results.folder, make, prompts, tell) as found:
-                write_json_atomic(results.folder / JUDGES, found.about())
-                found.carry_out(left, write)
+                _same_judges(results, found.about())
+                found.carry_out(left, total, write)
         except KeyboardInterrupt:
             raise Stopped(f"{done()} of {total} pictures are done; run it again to go on") from None
+
+
+def _same_judges(results: "Results", found: dict[str, dict[str, Any]]) -> None:
+    """Write how rewards proved themselves and what they score with; where pictures have scores, it must be the same.
+
+    Raises:
+        RunFolderError: those that scored before had other weights, packages or proofs.
+    """
+    from opd_ray.storage.run_folder import differences, read_json, write_json_atomic
+
+    file = results.folder / JUDGES
+    if results.rows and file.is_file() and (other := differences(read_json(file), found)):
+        raise RunFolderError(
+            f"{results.folder} was scored by other rewards: {'; '.join(other)}. Choose another --out, or judge as then"
+        )
+    write_json_atomic(file, found)
 
 
 def folder_for(out: Path) -> Path:

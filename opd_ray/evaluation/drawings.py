@@ -17,6 +17,9 @@ from opd_ray.types import Prompt
 
 __all__ = ["Drawing", "anchored", "check_pixels", "drawings", "parts_of"]
 
+NAMED = 64
+"""Characters of a model or a task in a folder's name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
@@ -114,7 +117,7 @@ def parts_of(
     """
     parts = []
     for number, one in enumerate(drawn):
-        place = f"pictures/{number}-{quote(Path(one.model).name, safe='')}-{one.steps}"
+        place = f"pictures/{number}-{_name(Path(one.model).name)}-{one.steps}"
         for task_number, (task, rows) in enumerate(prompts.items()):
             every, samples = rows_of(rows, images_per_prompt)
             kept = len(every) if pictures is None else min(pictures * images_per_prompt, len(every))
@@ -122,7 +125,7 @@ def parts_of(
                 chosen, numbers = every[start : start + batch], samples[start : start + batch]
                 request = SampleRequest(one.model, None, one.guidance, one.steps, seed, chosen, numbers)
                 files = [
-                    f"{place}/{quote(task, safe='')}/{row // images_per_prompt:05d}-{sample}.png"
+                    f"{place}/{task_number}-{_name(task)}/{row // images_per_prompt:05d}-{sample}.png"
                     if row < kept
                     else None
                     for row, sample in zip(count(start), numbers, strict=False)
@@ -133,3 +136,8 @@ def parts_of(
                 name = f"{number:02d}-{task_number:02d}-{start:07d}"
                 parts.append(Part(name, one.label, chosen, table, "sample", args))
     return parts
+
+
+def _name(text: str) -> str:
+    """As a part of a file's name, short enough for every file system; a number before it tells it from others."""
+    return quote(text, safe="")[:NAMED]

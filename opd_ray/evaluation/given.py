@@ -8,12 +8,15 @@ from typing import Any
 
 from opd_ray.errors import PromptError
 from opd_ray.evaluation.parts import TABLE, Part
+from opd_ray.pairs.pictures import FORMATS, orientation
 from opd_ray.prompts import PromptFile, read_files
 from opd_ray.types import Prompt
 
 __all__ = ["Picture", "given_parts", "given_pictures"]
 
 FILE_COLUMNS = ("file", "file_name", "image")
+STAND_IN = (64, 64)
+"""Width and height of what is scored in the place of a file without any."""
 LISTS = ("metadata.jsonl", "metadata.csv", "index.jsonl", "index.csv")
 EXPECTED = (
     f"expected GenEval's layout (00000/metadata.jsonl and 00000/samples/*.png), the folder of an evaluation ({TABLE}) "
@@ -43,7 +46,7 @@ def given_pictures(folder: Path, prompts: Path | None = None) -> list[Picture]:
         prompts: a prompt file whose rows also name a picture, as seen from the folder.
 
     Raises:
-        PromptError: it is none of the known layouts, or a file is missing.
+        PromptError: it is none of the known layouts, or a file is missing or outside of the folder.
     """
     if not folder.is_dir():
         raise PromptError(f"{folder} is no folder; {EXPECTED}")
@@ -59,41 +62,53 @@ def given_pictures(folder: Path, prompts: Path | None = None) -> list[Picture]:
         found = list(_geneval(folder))
     if not found:
         raise PromptError(f"{folder} has no pictures that can be told from one another; {EXPECTED}")
+    for one in found:
+        if Path(one.file).is_absolute() or ".." in Path(one.file).parts:
+            raise PromptError(
+                f"{folder}: a row names the picture {one.file!r}, which is not below this folder; expected a path as "
+                "seen from it, for instance samples/0.png"
+            )
     if missing := [one.file for one in found if not (folder / one.file).is_file()]:
         raise PromptError(f"{folder}: {len(missing)} of {len(found)} pictures are not there, first {missing[0]}")
     return found
 
 
 def given_parts(folder: Path, pictures: Sequence[Picture], batch: int) -> list[Part]:
-    """Parts whose pictures have one size and one maker.
+    """Parts whose pictures have one size and one maker; those that cannot be read are parts of their own.
 
     Raises:
-        PromptError: a file is no picture.
+        PromptError: none of the files is a picture.
     """
-    groups: dict[tuple[str, tuple[int, int]], list[Picture]] = {}
+    groups: dict[tuple[str, tuple[int, int] | None], list[Picture]] = {}
     for one in pictures:
         groups.setdefault((one.model or folder.resolve().name, _size(folder / one.file)), []).append(one)
+    if all(size is None for _, size in groups):
+        raise PromptError(
+            f"{folder}: none of its {len(pictures)} pictures is a {', '.join(FORMATS)} that can be read, "
+            f"first {pictures[0].file}"
+        )
     parts = []
-    for number, ((model, _), rows) in enumerate(groups.items()):
+    for number, ((model, size), rows) in enumerate(groups.items()):
         for start in range(0, len(rows), batch):
             some = rows[start : start + batch]
             known = {"seed": None, "steps": None, "guidance": None}
             table = tuple({"sample": one.sample, **known, "file": one.file} for one in some)
-            files = [str((folder / one.file).resolve()) for one in some]
+            args = ([str((folder / one.file).resolve()) for one in some], size or STAND_IN)
             name = f"{number:02d}-{start:07d}"
-            parts.append(Part(name, model, tuple(one.prompt for one in some), table, "read", (files,)))
+            parts.append(Part(name, model, tuple(one.prompt for one in some), table, "read", args))
     return parts
 
 
-def _size(path: Path) -> tuple[int, int]:
-    """Width and height, from the beginning of the file alone."""
+def _size(path: Path) -> tuple[int, int] | None:
+    """Width and height as it is shown, from the beginning of the file alone; None where it is no picture."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as picture:
-            return picture.size
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise PromptError(f"{path} is no picture that can be read ({error}); mend it or take it out") from None
+        with Image.open(path, formats=FORMATS) as picture:
+            width, height = picture.size
+            return (width, height) if orientation(picture) < 5 else (height, width)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
 
 
 def _listed(path: Path, what: str) -> Iterator[Picture]:

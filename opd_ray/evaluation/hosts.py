@@ -3,21 +3,31 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from opd_ray.actors.rollout import SampleRequest, draw_pictures
-from opd_ray.errors import PromptError
 from opd_ray.evaluation.models import Found
 from opd_ray.models.base import Family
-from opd_ray.pairs.pictures import BadPicture, decoded
+from opd_ray.pairs.pictures import BadPicture, decoded, upright
 from opd_ray.runtime.handle import Done
-from opd_ray.storage.packing import Flat, pack
+from opd_ray.storage.packing import Flat, Manifest, pack
 from opd_ray.storage.pictures import write_png
 
-__all__ = ["DrawingHost", "ReadingHost"]
+__all__ = ["DrawingHost", "Made", "ReadingHost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The record of a part's pictures."""
+
+    manifest: Manifest
+    faults: Mapping[int, str] = field(default_factory=dict)
+    """Place of a picture that could not be read -> why."""
 
 
 class DrawingHost:
@@ -41,7 +51,7 @@ class DrawingHost:
             if file:
                 write_png(image, Path(file))
         flat, manifest = pack({"images": images})
-        return flat, Done(manifest, time.perf_counter() - start, family.forwards - rows)
+        return flat, Done(Made(manifest), time.perf_counter() - start, family.forwards - rows)
 
     def _family(self, name: str) -> Family:
         if self._held is None or self._held[0] != name:
@@ -57,19 +67,30 @@ class ReadingHost:
         """Who came up."""
         return Done(os.getpid(), 0.0, 0)
 
-    def read(self, files: Sequence[str]) -> tuple[Flat, Done]:
-        """Pictures of one size.
-
-        Raises:
-            PromptError: one of them cannot be read.
-        """
+    def read(self, files: Sequence[str], size: tuple[int, int]) -> tuple[Flat, Done]:
+        """Pictures of one width and height; a black one stands for each that cannot be read."""
         start = time.perf_counter()
-        images = []
-        for file in files:
+        images, faults = [], dict[int, str]()
+        for place, file in enumerate(files):
             try:
-                pixels = np.array(decoded(Path(file).read_bytes()))
-            except (OSError, BadPicture) as error:
-                raise PromptError(f"{file} {error}; mend it or take it out") from None
-            images.append(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
+                images.append(_pixels(Path(file), size))
+            except BadPicture as error:
+                faults[place] = f"{file} {error}"
+                images.append(torch.zeros(3, size[1], size[0]))
         flat, manifest = pack({"images": torch.stack(images)})
-        return flat, Done(manifest, time.perf_counter() - start, 0)
+        return flat, Done(Made(manifest, faults), time.perf_counter() - start, 0)
+
+
+def _pixels(file: Path, size: tuple[int, int]) -> Tensor:
+    """[3, H, W] in [0, 1], upright.
+
+    Raises:
+        BadPicture: it cannot be read.
+    """
+    try:
+        picture = upright(decoded(file.read_bytes()))
+    except OSError as error:
+        raise BadPicture(f"cannot be read ({error.strerror})") from None
+    if picture.size != size:  # it changed, or says its orientation only behind its pixels
+        raise BadPicture(f"is {' x '.join(map(str, picture.size))}, but was {' x '.join(map(str, size))} before")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255

@@ -6,6 +6,7 @@ are not there, and those in which something failed.
 
 import json
 import math
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,10 +101,10 @@ class Results:
             raise RunFolderError(f"{folder} is not empty and holds no evaluation; choose another --out")
         else:
             write_json_atomic(folder / ABOUT, asked)
-        for file in [folder / TABLE, *sorted(self._parts.glob("*.parquet"))]:
-            if file.is_file():
-                for row in self._read(file):
-                    self.rows.setdefault(row["part"], []).append(row)
+        for row in self._read(folder / TABLE) if (folder / TABLE).is_file() else ():
+            self.rows.setdefault(row["part"], []).append(row)
+        for file in sorted(self._parts.glob("*.parquet")):  # newer than the table, or the same where both are there
+            self.rows[file.stem] = self._read(file)
         self._parts.mkdir(exist_ok=True)
         again = [name for name, rows in self.rows.items() if any(self.errors(row) for row in rows)]
         for name in again:  # what failed is tried again
@@ -114,8 +115,14 @@ class Results:
         return {name: row[ERROR + name] for name in self.rewards if row[ERROR + name] is not None}
 
     def left(self, parts: Iterable[Part]) -> list[Part]:
-        """Those that have to be done."""
-        return [part for part in parts if part.name not in self.rows]
+        """Those that have to be done: there is nothing of their name, or it is of other pictures."""
+
+        def done(part: Part) -> bool:
+            rows = [(row["prompt_id"], row["sample"], row["file"]) for row in self.rows.get(part.name, ())]
+            pictures = zip(part.prompts, part.rows, strict=True)
+            return rows == [(prompt.id, known["sample"], known["file"]) for prompt, known in pictures]
+
+        return [part for part in parts if not done(part)]
 
     def write(self, part: Part, found: Scored) -> None:
         """A part is done."""
@@ -126,9 +133,7 @@ class Results:
         """All rows in the order of their parts, which become one table."""
         rows = [row for part in parts for row in self.rows[part.name]]
         self._write(self.folder / TABLE, rows)
-        for file in self._parts.glob("*.parquet"):
-            file.unlink()
-        self._parts.rmdir()
+        shutil.rmtree(self._parts)
         return rows
 
     def _write(self, path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

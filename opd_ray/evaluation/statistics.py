@@ -8,6 +8,8 @@ import numpy.typing as npt
 __all__ = ["gap_closed", "mean", "mean_by_prompt", "mean_of_tags", "wins"]
 
 RESAMPLES = 2000
+FEWEST = 2
+"""Prompts below which there is no interval: resampling one prompt gives it again, which says nothing about others."""
 BLOCK = 200
 """Resamples at a time: tens of thousands of prompts fit into memory too."""
 LEVEL = (2.5, 97.5)
@@ -16,22 +18,22 @@ Floats = npt.NDArray[np.float64]
 
 
 def mean(scores: Sequence[float], seed: int = 0) -> dict[str, float | None]:
-    """Mean, 95 % bootstrap interval and count of scores that apply (not NaN); None where there are none."""
+    """Mean, 95 % bootstrap interval and count of scores that apply (not NaN).
+
+    The mean is None where there are none, the interval where there is but one.
+    """
     values = np.asarray(scores, dtype=np.float64)
     values = values[~np.isnan(values)]
-    if not len(values):
-        return {"value": None, "low": None, "high": None, "n": 0}
-    means = values[_rows(len(values), seed)].mean(axis=1)
-    low, high = np.percentile(means, LEVEL)
-    return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
+    means = values[_rows(len(values), seed)].mean(axis=1) if len(values) >= FEWEST else np.empty(0)
+    return _told(float(values.mean()) if len(values) else None, means, len(values))
 
 
 def gap_closed(
     base: Sequence[float], teacher: Sequence[float], student: Sequence[float], seed: int = 0
-) -> dict[str, float] | None:
+) -> dict[str, float | None] | None:
     """(student - base) / (teacher - base) with its 95 % interval; None where the teacher is no better than base.
 
-    The same prompts and first noise stand behind all three, so they are resampled together.
+    The same prompts and first noise stand behind all three, so they are resampled together; one alone has no interval.
     """
     rows = np.stack([np.asarray(values, dtype=np.float64) for values in (base, teacher, student)])
     rows = rows[:, ~np.isnan(rows).any(axis=0)]
@@ -40,20 +42,23 @@ def gap_closed(
     start, goal, got = rows.mean(axis=1)
     if goal <= start:
         return None
+    value = float((got - start) / (goal - start))
+    if rows.shape[1] < FEWEST:
+        return {"value": value, "low": None, "high": None}
     picked = rows[:, _rows(rows.shape[1], seed)].mean(axis=2)
     gaps = picked[1] - picked[0]
     usable = gaps > 0
     if not usable.any():
         return None
     low, high = np.percentile((picked[2] - picked[0])[usable] / gaps[usable], LEVEL)
-    return {"value": float((got - start) / (goal - start)), "low": float(low), "high": float(high)}
+    return {"value": value, "low": float(low), "high": float(high)}
 
 
 def mean_by_prompt(scores: Sequence[float], prompts: Sequence[Hashable], seed: int = 0) -> dict[str, float | None]:
     """As ``mean``, of several pictures of each prompt: prompts are resampled, with all of their pictures.
 
     Pictures of one prompt are no independent evidence about the model: an interval that took them so would be too
-    narrow by up to the root of their number.
+    narrow by up to the root of their number. There is none where all are of one prompt.
 
     Args:
         scores: one a picture, NaN where there is none.
@@ -74,14 +79,16 @@ def mean_of_tags(
         seed: of the resampling.
 
     Returns:
-        Value, interval and number of pictures; None where one of the tags has no score.
+        Value, interval and number of pictures; None where one of the tags has no score, and no interval where one of
+        them has but one prompt.
     """
     found = [_resampled(scores, prompts, seed + number) for number, (scores, prompts) in enumerate(tags.values())]
     count = sum(len(values) for values, _ in found)
     if not found or not all(len(values) for values, _ in found):
         return _told(None, np.empty(0), count)
     value = float(np.mean([np.mean(values) for values, _ in found]))
-    return _told(value, np.mean([means for _, means in found], axis=0), count)
+    known = all(len(means) for _, means in found)
+    return _told(value, np.mean([means for _, means in found], axis=0) if known else np.empty(0), count)
 
 
 def wins(
@@ -105,7 +112,7 @@ def wins(
 
 
 def _resampled(scores: Sequence[float], prompts: Sequence[Hashable], seed: int) -> tuple[Floats, Floats]:
-    """The scores that are there, and the means of bootstrap samples of their prompts."""
+    """The scores that are there, and the means of bootstrap samples of their prompts; none of too few prompts."""
     values = np.asarray(scores, dtype=np.float64)
     there = ~np.isnan(values)
     values, means = values[there], np.empty(0)
@@ -113,8 +120,8 @@ def _resampled(scores: Sequence[float], prompts: Sequence[Hashable], seed: int) 
         numbers: dict[Hashable, int] = {}
         groups = [numbers.setdefault(prompt, len(numbers)) for prompt, kept in zip(prompts, there, strict=True) if kept]
         sums, counts = np.bincount(groups, values), np.bincount(groups)
-        rng, parts = np.random.default_rng(seed), []
-        for _ in range(0, RESAMPLES, BLOCK):
+        rng, parts = np.random.default_rng(seed), [means]
+        for _ in range(0, RESAMPLES if len(sums) >= FEWEST else 0, BLOCK):
             rows = rng.integers(0, len(sums), (BLOCK, len(sums)))
             parts.append(sums[rows].sum(axis=1) / counts[rows].sum(axis=1))
         means = np.concatenate(parts)

@@ -1,7 +1,11 @@
 """A summary as Markdown."""
 
+import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from opd_ray.report.wording import MISSING, alike, count, span
 
@@ -11,12 +15,13 @@ SHOWN = 4
 """Prompts of each task whose pictures are shown side by side."""
 
 
-def markdown(told: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+def markdown(told: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], pictures: str = ".") -> str:
     """What a person reads: scores, tags, wins, failures, some pictures, and what scored.
 
     Args:
         told: of ``summary``, with what was asked beside.
         rows: one a picture.
+        pictures: the folder that their files are in, as seen from where this is written.
     """
     parts = ["# Evaluation", _asked(told), "## Scores", _scores(told["scores"])]
     if told["tags"]:
@@ -25,16 +30,25 @@ def markdown(told: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         parts += ["## Wins", "At the same prompts and first noises; a tie is half a win.", _wins(told["wins"])]
     if told["failures"]:
         parts += ["## Left out", "A failure is no score.", _failures(told["failures"])]
-    if pictures := _pictures(rows):
-        parts += ["## Pictures", pictures]
+    if shown := _pictures(rows, pictures):
+        parts += ["## Pictures", shown]
     return "\n\n".join([*parts, "## What scored", _versions(told["versions"])]) + "\n"
 
 
+class _Link(str):
+    """Markdown that is meant as such."""
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [list(head), ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
-    )
+    """Every cell but a link is shown as it is: prompts, tasks and errors come from files that others wrote."""
+    cells = ([cell if isinstance(cell, _Link) else _plain(str(cell)) for cell in row] for row in [head, *rows])
+    first, *others = (f"| {' | '.join(line)} |" for line in cells)
+    return "\n".join([first, f"|{' --- |' * len(head)}", *others])
+
+
+def _plain(text: str) -> str:
+    """Text as Markdown that shows it, in one line; an underscore within a word means nothing there."""
+    return re.sub(r"[\\`*\[\]~|$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))
 
 
 def _asked(told: Mapping[str, Any]) -> str:
@@ -92,7 +106,7 @@ def _failures(failures: Sequence[Mapping[str, Any]]) -> str:
     return _table(names, [[one[name] for name in names] for one in failures])
 
 
-def _pictures(rows: Sequence[Mapping[str, Any]]) -> str:
+def _pictures(rows: Sequence[Mapping[str, Any]], folder: str) -> str:
     """The first sample of the first prompts of each task, a column a model."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     shown: dict[tuple[str, str, str], dict[str, str]] = {}
@@ -104,7 +118,8 @@ def _pictures(rows: Sequence[Mapping[str, Any]]) -> str:
     for (task, _, prompt), files in shown.items():
         taken[task] = taken.get(task, 0) + 1
         if taken[task] <= SHOWN:
-            cells = [f"![]({files[model].replace(' ', '%20')})" if model in files else "" for model in models]
+            places = [Path(folder, files[model]).as_posix() if model in files else "" for model in models]
+            cells = [_Link(f"![]({quote(place)})") if place else "" for place in places]
             lines.append((task, prompt, *cells))
     return _table(("task", "prompt", *models), lines) if lines else ""
 

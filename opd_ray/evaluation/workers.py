@@ -1,9 +1,7 @@
 """The workers of an evaluation, and how its parts go through them."""
 
-import time
-import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,21 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from opd_ray import roles
-from opd_ray.config import ClusterConfig, Config, RewardPlacement, RolePlacement
+from opd_ray.config import Config, RolePlacement
 from opd_ray.errors import PlacementError, Stopped
 from opd_ray.evaluation.parts import Part
+from opd_ray.pools import make_pool, new_nonce
 from opd_ray.runtime.clerk import ClerkHost
 from opd_ray.runtime.dispatch import Dispatcher
-from opd_ray.runtime.handle import Backend, WorkerSpec
+from opd_ray.runtime.handle import Backend
 from opd_ray.runtime.jobs import PROBE, Job, Output
 from opd_ray.runtime.pool import Pool
 from opd_ray.scoring import Judges, merged
-from opd_ray.storage.run_folder import write_atomic
 from opd_ray.types import Prompt, Scored
 
 __all__ = ["Workers", "workers"]
-
-NONCE = ".nonce"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +34,30 @@ class Workers:
     clerk: Pool | None
     """Writes pictures where those who draw them do not see the folder."""
 
-    def carry_out(self, parts: Sequence[Part], write: Callable[[Part, Scored], None]) -> None:
+    def carry_out(self, parts: Sequence[Part], total: int, write: Callable[[Part, Scored], None]) -> None:
         """Every part, in order; several are under way at a time, and as many are done again by whoever goes on.
+
+        Args:
+            parts: those that are left: nothing failed in the others.
+            total: pictures of all parts, of which a reward may fail on a share, however often one goes on.
+            write: gets each part's scores.
 
         Raises:
             Stopped: a reward fails on more than it may; what was scored until then is written.
         """
         limits, failed = self.judges.limits, dict.fromkeys(self.judges.limits, 0)
-        ahead, total = self.pictures.size + 2, sum(len(part.prompts) for part in parts)
-        flying: deque[tuple[Part, tuple[Job, ...], list[Job]]] = deque()
+        ahead = self.pictures.size + 2
+        flying: deque[tuple[Part, Job, tuple[Job, ...], list[Job]]] = deque()
         for number, part in enumerate(parts):
             flying.append((part, *self._begin(part)))
             while flying and (len(flying) >= ahead or number == len(parts) - 1):
-                first, scores, written = flying.popleft()
+                first, made, scores, written = flying.popleft()
                 self.dispatcher.wait([*scores, *written])
                 found = merged(scores)
-                write(first, found)
-                for name, errors in found.errors.items():
+                assert made.result is not None
+                write(first, _without(found, made.result.value.faults))
+                for name, every in found.errors.items():
+                    errors = {place: text for place, text in every.items() if place not in made.result.value.faults}
                     failed[name] += len(errors)
                     if failed[name] > limits[name] * total:
                         raise Stopped(
@@ -76,8 +79,8 @@ class Workers:
                 found[name] = {"proof": proofs[name], "weights": files, "packages": versions}
         return found
 
-    def _begin(self, part: Part) -> tuple[tuple[Job, ...], list[Job]]:
-        """The jobs that score it, and those that write it."""
+    def _begin(self, part: Part) -> tuple[Job, tuple[Job, ...], list[Job]]:
+        """The job that makes its pictures, those that score them, and those that write them."""
         label = f"pictures of {part.model}"
         args, files = part.args, list[str]()
         if self.clerk is not None and part.method == "sample":
@@ -86,13 +89,18 @@ class Workers:
         self.dispatcher.submit(made)
 
         def manifest() -> Any:
-            return made.result.value if made.result else None
+            return made.result.value.manifest if made.result else None
 
         images, written = Output(made, 0), list[Job]()
         if files and self.clerk is not None:
             job = Job(self.clerk, "pictures", lambda: (files, manifest(), images), 0, f"writing {label}", after=(made,))
             written.append(self.dispatcher.submit(job))
-        return self.judges.score(part.prompts, manifest, images, f"scores of {part.model}"), written
+        return made, self.judges.score(part.prompts, manifest, images, f"scores of {part.model}"), written
+
+
+def _without(found: Scored, faults: Mapping[int, str]) -> Scored:
+    """Where a picture could not be read, what was scored in its place is no score: that fails for every reward."""
+    return Scored(found.scores, {name: {**found.errors.get(name, {}), **faults} for name in found.scores})
 
 
 @contextmanager
@@ -120,9 +128,8 @@ def workers(
     cluster = config.cluster
     dispatcher = Dispatcher(backend, call_timeout_s=cluster.call_timeout_s, pause_timeout_s=cluster.start_timeout_s)
     dispatcher.note, dispatcher.logs = note, folder / "logs"
-    nonce = uuid.uuid4().hex
-    write_atomic(folder / NONCE, nonce.encode())
-    pool = partial(_pool, dispatcher, cluster, (folder / NONCE, nonce))
+    new_nonce(folder)
+    pool = partial(make_pool, dispatcher, cluster, folder)
     try:
         pictures = pool("pictures", cluster.rollout, make)
         judges = roles.judges(config, dispatcher, pool, prompts)
@@ -135,39 +142,3 @@ def workers(
         yield Workers(dispatcher, pictures, judges, clerk)
     finally:
         backend.close()
-
-
-def _pool(
-    dispatcher: Dispatcher,
-    cluster: ClusterConfig,
-    nonce: tuple[Path, str],
-    role: str,
-    placement: RolePlacement,
-    factory: Callable[[], Any],
-    **more: Any,
-) -> Pool:
-    """``more``: of ``WorkerSpec``."""
-    own = placement if isinstance(placement, RewardPlacement) else RewardPlacement()
-    logs, resources = nonce[0].parent / "logs", dict(placement.resources)
-    spec = WorkerSpec(
-        role,
-        factory,
-        placement.threads,
-        resources,
-        logs,
-        nonce=nonce,
-        ship=cluster.storage == "ship",
-        runtime_env=own.runtime_env,
-        **more,
-    )
-    made = Pool(
-        dispatcher.backend,
-        spec,
-        placement.workers,
-        clock=time.monotonic,
-        start_timeout_s=cluster.start_timeout_s,
-        call_timeout_s=own.deadline_s or cluster.call_timeout_s,
-        beat_timeout_s=cluster.heartbeat_timeout_s,
-    )
-    dispatcher.pools.append(made)
-    return made

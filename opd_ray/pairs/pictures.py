@@ -10,7 +10,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["BadPicture", "decoded", "prepared"]
+__all__ = ["FORMATS", "BadPicture", "decoded", "orientation", "prepared", "upright"]
 
 LONGEST = 16
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -66,3 +66,27 @@ def decoded(data: bytes | None) -> "Image":
         raise BadPicture(f"is no {', '.join(FORMATS)}; its {len(data)} bytes begin with {data[:4].hex()}") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:  # all that Pillow raises
         raise BadPicture(f"is broken ({' '.join(str(error).split())})") from None
+
+
+def orientation(picture: "Image") -> int:
+    """How a camera was held, 1 to 8 (EXIF 2.32, tag 274): from 5 on width and height are exchanged; 1 if unknown.
+
+    Only what stands before the pixels of a file is looked at, so that this does not decode them.
+    """
+    from PIL import ExifTags, Image
+
+    try:
+        found = Image.Image.getexif(picture).get(ExifTags.Base.Orientation)
+    except (OSError, SyntaxError, ValueError, struct.error):  # no reason to refuse the picture
+        return 1
+    return found if isinstance(found, int) and found in range(1, 9) else 1
+
+
+def upright(picture: "Image") -> "Image":
+    """As whoever took it saw it, and as browsers show it."""
+    from PIL.Image import Transpose
+
+    turns = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM}
+    turns |= {5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
+    turn = turns.get(orientation(picture))
+    return picture if turn is None else picture.transpose(turn)

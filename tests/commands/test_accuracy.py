@@ -1,6 +1,7 @@
 """`opd-ray accuracy`: what a run has come to prefer, from its predictions alone."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -45,7 +46,8 @@ def test_a_run_on_pairs_prefers_the_better_pictures(cli, run, pairs):
     (found,) = told["runs"].values()
     assert found["n"] == 24 and told["draws"] == 8
     assert found["value"] > 0.9 and found["low"] <= found["value"] <= found["high"]
-    assert f"{run}: " in cli("accuracy", run, "--pairs", pairs, "--count", 10).out
+    assert re.search(r": \d\.\d{3} \(\d\.\d{3} to .* pairs", cli("accuracy", run, "--pairs", pairs, "--count", 10).out)
+    assert re.search(r": \d\.\d{3} of 1 pairs", cli("accuracy", run, "--pairs", pairs, "--count", 1).out)
     losses = [json.loads(line)["loss"]["total"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.9 * losses[0]
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from opd_ray.evaluation.parts import Part
-from opd_ray.evaluation.statistics import mean, mean_by_prompt, mean_of_tags, wins
+from opd_ray.evaluation.statistics import gap_closed, mean, mean_by_prompt, mean_of_tags, wins
 from opd_ray.evaluation.summary import failures, summary
 from opd_ray.evaluation.tables import markdown
 from opd_ray.types import Prompt, Scored
@@ -31,6 +31,16 @@ def test_a_picture_each_is_the_plain_mean():
 
 def test_the_mean_is_that_of_the_pictures_where_some_are_left_out():
     assert mean_by_prompt([1.0, NAN, 4.0, 4.0], ["a", "a", "b", "b"])["value"] == pytest.approx(3)
+
+
+def test_several_pictures_of_one_prompt_have_no_interval():
+    """Resampling one prompt gives it again: 0.5 to 0.5 would look certain, and says nothing about another prompt."""
+    unknown = {"low": None, "high": None}
+    assert mean_by_prompt([0.0, 1.0, 0.5, NAN], ["a", "a", "a", "b"]) == {"value": 0.5, "n": 3} | unknown
+    assert wins([1.0, 2.0], [0.0, 0.0], "aa") == {"value": 1.0, "n": 2, "ties": 0} | unknown
+    assert mean_of_tags({"x": ([0.0, 1.0], "ab"), "y": ([1.0, 1.0], "cc")}) == {"value": 0.75, "n": 4} | unknown
+    assert mean([0.5]) == {"value": 0.5, "n": 1} | unknown
+    assert gap_closed([0.0], [1.0], [0.5]) == {"value": 0.5} | unknown
 
 
 def test_each_tag_counts_as_much_as_another():
@@ -82,8 +92,25 @@ def test_what_a_person_reads_has_all_of_it():
     assert "8 pictures, 2 images a prompt, seed 1. Means with 95 % bootstrap intervals over prompts." in lines
     assert any(line.startswith("| t | r | m\\|1 | 0.667 |") and line.endswith("| 3 | 1 |") for line in lines)
     assert "| r | m\\|1 | p0 | 1 | OSError: a \\| b |" in lines
-    assert "| t | p0 | ![](m\\|1%200.png) | ![](o%200.png) |" in lines
+    assert "| t | p0 | ![](m%7C1%200.png) | ![](o%200.png) |" in lines
+    assert "| t | p0 | ![](../in/m%7C1%200.png) | ![](../in/o%200.png) |" in markdown(told, rows, "../in").splitlines()
     assert "| r | finite | a:b | k=1 | m/w.bin 0123456789ab | torch 2.1 |" in lines
     for table in "\n".join(lines).split("\n\n"):
         widths = {line.replace("\\|", "").count("|") for line in table.splitlines() if line.startswith("|")}
         assert len(widths) <= 1, table
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<img src=x onerror=alert(1)> & more", "&lt;img src=x onerror=alert(1)&gt; &amp; more"),
+        ("![](https://x/y.png) [a](b)", "!\\[\\](https://x/y.png) \\[a\\](b)"),
+        ("a | b\\|c\r\nd", "a \\| b\\\\\\|c d"),
+        ("*a* _b_ single_object `c` ~~d~~", "\\*a\\* \\_b\\_ single_object \\`c\\` \\~\\~d\\~\\~"),
+    ],
+)
+def test_prompts_are_shown_as_they_are_and_do_nothing(text, shown):
+    row = {"model": "m", "task": "t", "prompt_id": "0", "prompt": text, "sample": 0, "file": "0.png"}
+    told = {"pictures": 1, "scores": {}, "tags": {}, "wins": [], "failures": [], "versions": {"packages": {}}}
+    told["versions"]["rewards"] = {}
+    assert f"| t | {shown} | ![](0.png) |" in markdown(told, [row]).splitlines()

@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 
 from opd_ray.errors import PromptError
 from opd_ray.evaluation.given import given_parts, given_pictures
@@ -47,7 +48,7 @@ def test_pictures_of_different_sizes_are_scored_one_size_at_a_time(geneval):
     assert [len(part.prompts) for part in parts] == [2, 2] and len({part.name for part in parts}) == 2
     for part, side in zip(parts, (8, 16), strict=True):
         flat, done = ReadingHost().read(*part.args)
-        images = unpack(flat, done.value)["images"]
+        images = unpack(flat, done.value.manifest)["images"]
         assert images.shape == (2, 3, side, side)
         assert images[0, :, 0, 0].tolist() == pytest.approx([1.0, 0.0, 0.2])
 
@@ -83,6 +84,44 @@ def test_a_runs_samples(tmp_path):
     assert [part.model for part in given_parts(tmp_path, found, 8)] == ["base", "student"]
 
 
+def test_what_cannot_be_read_takes_no_other_picture_with_it(geneval):
+    text, cut = (geneval / "00001" / "samples" / f"000{number}.png" for number in range(2))
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[: len(whole) // 2])
+    text.write_text("no picture")
+    parts = given_parts(geneval, given_pictures(geneval), 3)
+    assert [len(part.prompts) for part in parts] == [2, 1, 1]
+    whole, *broken = (ReadingHost().read(*part.args)[1].value.faults for part in parts)
+    assert whole == {} and broken[0][0].startswith(f"{text} is no JPEG, PNG, WEBP")
+    assert broken[1][0].startswith(f"{cut} is broken (")
+    cut.unlink()
+    assert ReadingHost().read(*parts[2].args)[1].value.faults == {
+        0: f"{cut} cannot be read (No such file or directory)"
+    }
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_pictures_are_seen_upright(tmp_path, kind, orientation):
+    """Pillow's own turning is the measure; orientation 9 does not exist and means nothing."""
+    shown = np.kron(np.arange(6).reshape(2, 3) * 40, np.ones((8, 8))).astype(np.uint8)  # of large squares
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(shown).convert("RGB").save(tmp_path / f"a.{kind}", exif=exif)
+    Image.fromarray(shown).convert("RGB").save(tmp_path / f"b.{kind}")
+    (tmp_path / "index.jsonl").write_text("".join(f'{{"file": "{name}.{kind}", "prompt": "a"}}\n' for name in "ab"))
+    parts = given_parts(tmp_path, given_pictures(tmp_path), 1)
+    seen, plain = (
+        unpack(flat, done.value.manifest)["images"][0]
+        for flat, done in (ReadingHost().read(*part.args) for part in parts)
+    )
+    with Image.open(tmp_path / f"a.{kind}") as picture:
+        turned = np.array(ImageOps.exif_transpose(picture.convert("RGB")))
+    assert (seen * 255).round().permute(1, 2, 0).numpy().tolist() == turned.tolist()
+    assert plain.shape == (3, 16, 24) and seen.shape == ((3, 24, 16) if 5 <= orientation <= 8 else (3, 16, 24))
+    assert torch.equal(seen, plain) == (orientation in (1, 9))
+
+
 def test_what_cannot_be_scored_is_one_line(geneval, tmp_path):
     def refused(folder=geneval, prompts=None):
         with pytest.raises(PromptError) as caught:
@@ -91,19 +130,18 @@ def test_what_cannot_be_scored_is_one_line(geneval, tmp_path):
         return str(caught.value)
 
     assert "is no folder; expected GenEval's layout" in refused(geneval / "no")
-    file = geneval / "00001" / "samples" / "0001.png"
-    whole = file.read_bytes()
-    file.write_text("no picture")
-    assert f"{file} is no picture that can be read" in refused()
-    file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(PromptError, match=r"0001.png is broken \(.*\); mend it or take it out"):
-        ReadingHost().read([str(file)])
     (geneval / "metadata.jsonl").write_text('{"prompt": "a cat", "file": "no.png"}')
     assert "1 of 1 pictures are not there, first no.png" in refused()
+    for outside in ("../secret.png", "a/../../secret.png", str(geneval / "00000" / "samples" / "0000.png")):
+        (geneval / "metadata.jsonl").write_text(json.dumps({"prompt": "a cat", "file": outside}))
+        assert f"a row names the picture {outside!r}, which is not below this folder" in refused()
+    (geneval / "text.png").write_text("no picture")
+    (geneval / "metadata.jsonl").write_text('{"prompt": "a cat", "file": "text.png"}')
+    assert "none of its 1 pictures is a JPEG, PNG, WEBP that can be read, first text.png" in refused()
     (geneval / "metadata.jsonl").write_text('{"prompt": "a cat"}')
     assert "the row of 'a cat' names no picture; give it a column file or file_name or image" in refused()
     (geneval / "metadata.jsonl").unlink()
-    for old in file.parent.iterdir():
+    for old in (geneval / "00001" / "samples").iterdir():
         old.unlink()
     assert "samples has no pictures; expected .png" in refused()
     pq.write_table(pa.table({"a": [1]}), geneval / "images.parquet")

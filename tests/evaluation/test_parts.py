@@ -1,6 +1,7 @@
 """The folder of an evaluation: parts that are there, parts that failed, and folders that are something else."""
 
 import math
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -29,6 +30,35 @@ def test_parts_that_are_there_are_not_done_again_but_those_that_failed(tmp_path)
         (f"part{n}", f'{{"n": {n}}}', 0.5) for n in range(3)
     ]
     assert Results(tmp_path, ["r"], {"seed": 0}).left(PARTS) == []
+
+
+def test_other_pictures_of_the_same_name_do_not_count(tmp_path):
+    """For instance where a file of a folder could not be read then, and can now: its pictures are cut otherwise."""
+    results = Results(tmp_path, ["r"], {})
+    results.write(PARTS[0], GOOD)
+    assert results.left([PARTS[0]]) == []
+    for other in (replace(PARTS[0], rows=(KNOWN | {"file": "b.png"},)), replace(PARTS[1], name=PARTS[0].name)):
+        assert results.left([other]) == [other]
+
+
+def test_a_kill_at_the_end_doubles_no_row_and_brings_no_failure_back(tmp_path, monkeypatch):
+    """The table of an earlier time, whose middle part failed; then the parts of this time, killed in `finish`."""
+    first = Results(tmp_path, ["r"], {})
+    for part, found in zip(PARTS, (GOOD, Scored({"r": [math.nan]}, {"r": {0: "OSError: gone"}}), GOOD), strict=True):
+        first.write(part, found)
+    first.finish(PARTS)
+    again = Results(tmp_path, ["r"], {})
+    assert again.left(PARTS) == [PARTS[1]]
+    again.write(PARTS[1], GOOD)
+    for done in (lambda: None, lambda: again.finish(PARTS)):  # before the table is written, and between it and the end
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.rmtree", lambda path: None)
+            done()
+        after = Results(tmp_path, ["r"], {})
+        assert after.left(PARTS) == []
+        assert [(name, len(rows)) for name, rows in after.rows.items()] == [(part.name, 1) for part in PARTS]
+    (tmp_path / "parts" / ".nfs0001").touch()  # whatever else lies there
+    assert len(after.finish(PARTS)) == 3 and not (tmp_path / "parts").exists()
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
