@@ -118,7 +118,7 @@ class RolloutSource:
 
     def _item(self, item: WorkItem, weights: Weights) -> Collected:
         whole = self.algorithm.whole_paths or self.judges is not None
-        last = self.config.sampling.steps if whole else max(item.steps)
+        last = self.config.sampling.steps if whole else max(item.steps) + self.algorithm.needs_velocities
         # Whoever looks at a whole drawing gets it whole.
         chunks = self.config.cluster.step_chunks if self.teachers and not self.algorithm.needs_velocities else 1
         runs = cut_states(item.steps, last, chunks)

@@ -71,7 +71,7 @@ class Stepwise(Algorithm):
             if not bool((step.std > 0).all()):
                 raise ConfigError(
                     f"algorithm {name} needs the density of every trained step, and kernel {self.kernel} has no noise "
-                    f"at step {j}; lower algorithm.timestep_fraction, or use diffusion_dpo, which needs none"
+                    f"at step {j}; lower algorithm.timestep_fraction, or use {self.settings.noiseless}"
                 )
 
     def forwards(self, experience: Experience, update: int) -> Iterator[Forward]:
