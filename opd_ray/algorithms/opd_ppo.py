@@ -12,9 +12,9 @@ where the cost K (the paper's advantage is -K) has one of four forms:
     sampled             log p_drawn(x' | x) - log p_teacher(x' | x), a constant
 
 At r = 1 the gradient is that of K, where it has one, and K eps / std by the step's mean, where x' = mu + std eps. The
-second has the mean 0 for a K that does not know eps: it is noise in the first form (Eq. 21), whose variance is
-K^2 d / std^2 in d dimensions (Eq. 23), and all that there is in the second, which learns nothing. The third learns how a
-step moves the ones after it, not where itself ought to go. The last has the closed form's expected gradient.
+latter has the mean 0 for a K that does not know eps: it is noise in the first form (Eq. 21), whose variance is
+K^2 d / std^2 in d dimensions (Eq. 23), and all that there is in the second, which learns nothing. The third learns how
+a step moves the ones after it, not where itself ought to go. The last has the closed form's expected gradient.
 
 KLs are means over C, H, W, as in ``Opd``, and so is the log-ratio, or the sum (``likelihood``). The sampled cost is the
 other one of the two: so the expected gradient is that of objective `kl` in either way.

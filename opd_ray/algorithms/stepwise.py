@@ -1,4 +1,4 @@
-"""What DDPO, SDPO, PSO, Flow-GRPO and GRPO-Guard share: the student's own drawings, whose steps have a likelihood.
+"""What DDPO, SDPO, PSO, GRPO and distillation by PPO share: the student's own drawings, whose steps have a likelihood.
 
 A round's drawings are gone through step by step: update number u trains on each image's u-th step, in an order that is
 shuffled for each image (for each pair where images are compared). An update may also see several steps, or all, and a

@@ -145,8 +145,8 @@ class OpdPpoConfig(StepwiseConfig):
     `per_step`: the same as a constant, by which nothing is learned; `return_to_go`: the sum of those from this step on;
     `sampled`: the log-ratio of the two likelihoods of what was drawn."""
     likelihood: Literal["mean", "sum"] = "mean"
-    """How a step's log-ratio is taken over C, H, W: `mean`, as in Flow-GRPO, or the `sum` that a likelihood is, by which
-    costs that are KLs add C H W times the noise to the same expected gradient."""
+    """How a step's log-ratio is taken over C, H, W: `mean`, as in Flow-GRPO, or the `sum` that a likelihood is, by
+    which costs that are KLs add C H W times the noise to the same expected gradient."""
     clip_range: float = Field(1e-4, gt=0, lt=1)
     """Of the likelihood's ratio: 1 in a round's first update, so of no account where that is the only one. The default
     is Flow-GRPO's, for `mean`; PPO's own for the ratio of a `sum` is 0.2."""
@@ -238,6 +238,9 @@ class BatchConfig(Frozen):
     """Images of one work item; divides images_per_task."""
     images_per_prompt: int = Field(1, ge=1)
     """Images of one prompt, all in one work item; divides item_size."""
+    tasks: Literal["together", "in_turn"] = "together"
+    """`together`: a round has images of every task (paper). `in_turn`: of one task, the next round of the next one, so
+    that as many images are as many times more rounds as there are tasks."""
 
 
 class TeacherConfig(Frozen):

@@ -26,7 +26,9 @@ def round_bytes(config: Config, algorithm: Algorithm, tasks: int) -> dict[str, i
     whole = algorithm.whole_paths or algorithm.needs_rewards
     behind = max(trained, default=0) + algorithm.needs_velocities  # the last state that anybody reads
     states = (config.sampling.steps if whole else behind) + 1
-    items = tasks * (config.batch.images_per_task // config.batch.item_size)
+    items = (tasks if config.batch.tasks == "together" else 1) * (
+        config.batch.images_per_task // config.batch.item_size
+    )
     pictures = items * config.batch.item_size
     if config.pairs is not None:
         pairs = config.batch.images_per_task * (2 * shape.latent + shape.conditioning)
