@@ -26,6 +26,7 @@ def test_a_run_of_tasks_in_turn_goes_on_in_the_middle_of_a_turn(make_config, tmp
     ("changes", "message"),
     [
         ({"prompts": None, "recorded": "x"}, r"batch.tasks in_turn is of what is drawn"),
+        ({"algorithm": {"name": "opd", "task_weights": {"a": 2.0}}}, "task_weights weigh the tasks of one round"),
         ({"cluster": {"runtime": "ray", "learner": {"ranks": 3}}}, "a round has fewer work items than ranks"),
     ],
 )
