@@ -62,10 +62,10 @@ def cut(config: Config, algorithm: Algorithm, stream: PromptStream, round: int) 
     """The work items of a round, in (task, item) order: a pure function of the configuration and the round."""
     batch, items = config.batch, list[WorkItem]()
     each = batch.item_size // batch.images_per_prompt
-    for task in stream.tasks:
+    for task in _tasks(config, stream.tasks, round):
         drawn = Counter[str]()  # a prompt that comes twice in a round is drawn at another noise
         for index in range(batch.images_per_task // batch.item_size):
-            cursor = _cursor(config, round) + index * each
+            cursor = _cursor(config, stream.tasks, task, round) + index * each
             chosen, _ = stream.take(task, cursor, each)
             prompts = tuple(prompt for prompt in chosen for _ in range(batch.images_per_prompt))
             samples = tuple(_count(drawn, prompt.id) for prompt in prompts)
@@ -80,8 +80,15 @@ def _count(drawn: Counter[str], name: str) -> int:
     return drawn[name] - 1
 
 
-def _cursor(config: Config, round: int) -> int:
-    return round * (config.batch.images_per_task // config.batch.images_per_prompt)
+def _tasks(config: Config, tasks: Sequence[str], round: int) -> Sequence[str]:
+    """The tasks that a round draws."""
+    return tasks if config.batch.tasks == "together" else (tasks[round % len(tasks)],)
+
+
+def _cursor(config: Config, tasks: Sequence[str], task: str, round: int) -> int:
+    """Prompts of a task that were consumed before a round."""
+    rounds = round if config.batch.tasks == "together" else (round - tasks.index(task) - 1) // len(tasks) + 1
+    return rounds * (config.batch.images_per_task // config.batch.images_per_prompt)
 
 
 class RolloutSource:
@@ -110,7 +117,8 @@ class RolloutSource:
 
     def cursors(self, round: int) -> dict[str, int]:
         """Prompts of each task that were consumed before this round."""
-        return dict.fromkeys(self.stream.tasks, _cursor(self.config, round))
+        tasks = self.stream.tasks
+        return {task: _cursor(self.config, tasks, task, round) for task in tasks}
 
     def prompts(self) -> dict[str, str]:
         """Task -> hash of its prompts."""
@@ -118,7 +126,7 @@ class RolloutSource:
 
     def _item(self, item: WorkItem, weights: Weights) -> Collected:
         whole = self.algorithm.whole_paths or self.judges is not None
-        last = self.config.sampling.steps if whole else max(item.steps)
+        last = self.config.sampling.steps if whole else max(item.steps) + self.algorithm.needs_velocities
         # Whoever looks at a whole drawing gets it whole.
         chunks = self.config.cluster.step_chunks if self.teachers and not self.algorithm.needs_velocities else 1
         runs = cut_states(item.steps, last, chunks)

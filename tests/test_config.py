@@ -72,8 +72,12 @@ REFUSED = [
     ("algorithm.task_weights", {"text": 0}, "f: algorithm.task_weights.text: Input should be greater than 0, got 0"),
     ("rounds", "six", "f: rounds: Input should be a valid integer, unable to parse string as an integer, got 'six'"),
     # The algorithm.
-    ("algorithm", {"name": "dpo"}, "f: algorithm: unknown algorithm; known: opd, ddpo, sdpo_stepwise, pso_pairwise"),
-    ("algorithm", "opd", "f: algorithm: unknown algorithm; known: opd, ddpo, sdpo_stepwise, pso_pairwise"),
+    (
+        "algorithm",
+        {"name": "dpo"},
+        "f: algorithm: unknown algorithm; known: opd, opd_ppo, ddpo, sdpo_stepwise, pso_pairwise",
+    ),
+    ("algorithm", "opd", "f: algorithm: unknown algorithm; known: opd, opd_ppo, ddpo, sdpo_stepwise, pso_pairwise"),
     ("algorithm", {"name": "a.b:C", "objective": "kl"}, "f: algorithm: unknown key 'objective'; allowed: name, args"),
     ("algorithm", {"name": "a b:C"}, r"f: algorithm.name: String should match pattern '^[\w.]+:\w+$', got 'a b:C'"),
     ("algorithm.objective", "kl", "variance, which is 0 at noise_level 0; set algorithm.noise_level (paper's ablatio"),

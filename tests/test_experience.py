@@ -73,6 +73,16 @@ def test_rounds_go_through_the_prompts_once_an_epoch():
     assert cut(config_of(), Opd(OpdConfig()), stream_of(), 3) == cut(config_of(), Opd(OpdConfig()), stream_of(), 3)
 
 
+def test_tasks_take_turns_and_go_on_where_they_were():
+    """Two rounds of all three tasks, and six of one each: the same prompts, in the same order for each task."""
+    together, in_turn = config_of(), config_of(tasks="in_turn")
+    rounds = [cut(in_turn, Opd(OpdConfig()), stream_of(), n) for n in range(6)]
+    assert [names(items) for items in rounds] == [[(task, 0, 0), (task, 1, 1)] for task in (*TASKS, *TASKS)]
+    taken = {task: [p for items in rounds for one in items if one.task == task for p in one.prompts] for task in TASKS}
+    whole = [one for n in range(2) for one in cut(together, Opd(OpdConfig()), stream_of(), n)]
+    assert taken == {task: [p for one in whole if one.task == task for p in one.prompts] for task in TASKS}
+
+
 def test_images_of_a_prompt_stay_together_and_are_numbered():
     items = cut(config_of(images_per_prompt=2), Opd(OpdConfig()), stream_of(), 0)
     assert all(one.prompts[0] == one.prompts[1] and one.samples == (0, 1) for one in items)

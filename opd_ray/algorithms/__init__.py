@@ -12,6 +12,7 @@ __all__ = ["Algorithm", "Facts", "Forward", "Loss", "make_algorithm"]
 
 ALGORITHMS = {
     "opd": "opd_ray.algorithms.opd:Opd",
+    "opd_ppo": "opd_ray.algorithms.opd_ppo:OpdPpo",
     "ddpo": "opd_ray.algorithms.ddpo:Ddpo",
     "sdpo_stepwise": "opd_ray.algorithms.sdpo:Sdpo",
     "pso_pairwise": "opd_ray.algorithms.pso:Pso",

@@ -73,7 +73,8 @@ class Algorithm(ABC):
     needs_rollouts: bool = True
     """False: experience is recorded, and comes from a data set."""
     whole_paths: ClassVar[bool] = True
-    """False: it reads no state behind the last trained step, so that a drawing without pictures stops there."""
+    """False: it reads no state behind the last trained step, so that a drawing without pictures stops there; where it
+    needs the step's velocity, one state later, which that leads to."""
     needs_teachers: bool = False
     needs_rewards: bool = False
     needs_velocities: ClassVar[bool] = False

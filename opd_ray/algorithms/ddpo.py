@@ -33,7 +33,7 @@ class Ddpo(Whitened):
 
     def observe(self, scores: Sequence[tuple[WorkItem, Mapping[str, Tensor]]]) -> None:
         """Whiten the round's rewards by the last ones of their prompts."""
-        weights = self.settings.reward_weights
+        weights = self.config.reward_weights
         self.whiten([(item, combined(item, found, weights)[:, None]) for item, found in scores])
 
     def loss(self, forward: Forward, velocity: Mapping[str, Tensor]) -> Loss:

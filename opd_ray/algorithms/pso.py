@@ -66,7 +66,7 @@ class Pso(Stepwise):
         item, scores = experience.item, {name: one.cpu() for name, one in experience.scores.items()}
         assert experience.trajectory is not None
         found = preferences(
-            item, scores, self.settings.reward_weights, self.facts.images_per_prompt, pareto=self.config.pareto
+            item, scores, self.config.reward_weights, self.facts.images_per_prompt, pareto=self.config.pareto
         )
         return found.to(experience.trajectory.latents.device)
 

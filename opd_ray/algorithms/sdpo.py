@@ -73,7 +73,7 @@ class Sdpo(Whitened):
         """Interpolate, sum up and whiten the round's rewards."""
         returns = list[tuple[WorkItem, Tensor]]()
         for item, found in scores:
-            three = combined(item, {n: one for n, one in found.items() if n != SHARES}, self.settings.reward_weights)
+            three = combined(item, {n: one for n, one in found.items() if n != SHARES}, self.config.reward_weights)
             shares = found[SHARES].reshape(len(item.prompts), -1, 3).double()  # float32 shares add up to 1 but for 6e-8
             rewards = (shares * three[:, None]).sum(-1) / shares.sum(-1)
             # Where a reward failed on one of a pair, there is no difference to learn from.

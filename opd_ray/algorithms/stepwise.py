@@ -1,4 +1,4 @@
-"""What DDPO, SDPO, PSO, Flow-GRPO and GRPO-Guard share: the student's own drawings, whose steps have a likelihood.
+"""What DDPO, SDPO, PSO, GRPO and distillation by PPO share: the student's own drawings, whose steps have a likelihood.
 
 A round's drawings are gone through step by step: update number u trains on each image's u-th step, in an order that is
 shuffled for each image (for each pair where images are compared). An update may also see several steps, or all, and a
@@ -71,7 +71,7 @@ class Stepwise(Algorithm):
             if not bool((step.std > 0).all()):
                 raise ConfigError(
                     f"algorithm {name} needs the density of every trained step, and kernel {self.kernel} has no noise "
-                    f"at step {j}; lower algorithm.timestep_fraction, or use diffusion_dpo, which needs none"
+                    f"at step {j}; lower algorithm.timestep_fraction, or use {self.settings.noiseless}"
                 )
 
     def forwards(self, experience: Experience, update: int) -> Iterator[Forward]:

@@ -3,7 +3,7 @@
 Defaults are the vetted settings of their papers' code.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,7 @@ __all__ = [
     "DdpoConfig",
     "DpoConfig",
     "NoisedPairsConfig",
+    "PartsConfig",
     "PsoConfig",
     "PsoOfflineConfig",
     "RewardedConfig",
@@ -26,11 +27,9 @@ Positive = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 
 
-class RewardedConfig(Frozen):
-    """What algorithms have in common that learn from rewards of the student's drawings."""
+class PartsConfig(Frozen):
+    """What algorithms have in common that learn from the student's drawings, a round of them part by part."""
 
-    reward_weights: dict[str, Weight] = {}
-    """Relative weight of each reward; 1 where not given, and 0 for one that is only looked at."""
     task_weights: dict[str, Positive] = {}
     """Relative weight of each task's loss; 1 where not given."""
     item_parts: int = Field(1, ge=1)
@@ -38,9 +37,18 @@ class RewardedConfig(Frozen):
     distance. A task has at least so many items (batch.images_per_task / batch.item_size)."""
 
 
-class StepwiseConfig(RewardedConfig):
+class RewardedConfig(PartsConfig):
+    """What algorithms have in common that learn from rewards of the student's drawings."""
+
+    reward_weights: dict[str, Weight] = {}
+    """Relative weight of each reward; 1 where not given, and 0 for one that is only looked at."""
+
+
+class StepwiseConfig(PartsConfig):
     """What algorithms have in common that compare the likelihood of the student's own steps."""
 
+    noiseless: ClassVar[str] = "diffusion_nft (rewards) or diffusion_dpo (preferences), which need no noise"
+    """What to use instead where steps have no density."""
     kernel: Kernel = "ddim"
     """The step that draws, and whose likelihood is compared. `ddim` at noise_level 1 is DDPM's and Euler's ancestral
     step, `cps` at 1 the one that noises the clean prediction again (LCM, DMD2)."""
@@ -59,12 +67,12 @@ class StepwiseConfig(RewardedConfig):
         if self.noise_level == 0:
             raise ValueError(
                 "noise_level 0 leaves steps without a density, whose likelihood is to be compared; raise it, or use "
-                "diffusion_nft (rewards) or diffusion_dpo (preferences), which need no noise"
+                f"{self.noiseless}"
             )
         return self
 
 
-class WhitenedConfig(StepwiseConfig):
+class WhitenedConfig(StepwiseConfig, RewardedConfig):
     """What those have in common that compare a reward with the last ones of its prompt."""
 
     advantage_clip: float = Field(5.0, gt=0)
@@ -105,7 +113,7 @@ class SdpoConfig(WhitenedConfig):
     """eta_s: the log-ratio is divided by it."""
 
 
-class PsoConfig(StepwiseConfig):
+class PsoConfig(StepwiseConfig, RewardedConfig):
     """Pairwise sample optimization of few-step models (PSO, arXiv 2410.03190); with the full kernel it is D3PO."""
 
     name: Literal["pso_pairwise"]

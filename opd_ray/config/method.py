@@ -1,10 +1,18 @@
 """What a run is: the model, what is trained on what and how, and how it is judged."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from opd_ray.config.alignment import DdpoConfig, DpoConfig, PsoConfig, PsoOfflineConfig, SdpoConfig
+from opd_ray.config.alignment import (
+    DdpoConfig,
+    DpoConfig,
+    Kernel,
+    PsoConfig,
+    PsoOfflineConfig,
+    SdpoConfig,
+    StepwiseConfig,
+)
 from opd_ray.config.reinforcement import FlowGrpoConfig, GrpoGuardConfig, NftConfig
 from opd_ray.config.section import Frozen
 
@@ -19,6 +27,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "OpdConfig",
+    "OpdPpoConfig",
     "OptimizerConfig",
     "PairsConfig",
     "PluginAlgorithmConfig",
@@ -124,6 +133,33 @@ class OpdConfig(Frozen):
     """Relative weight of each task's loss; 1 where not given."""
 
 
+class OpdPpoConfig(StepwiseConfig):
+    """On-policy distillation by PPO: the baseline of its closed form (arXiv 2605.15055 Eq. 16 to 23)."""
+
+    noiseless: ClassVar[str] = "algorithm opd with objective: mean, which needs no noise"
+
+    name: Literal["opd_ppo"]
+    """`opd_ppo`."""
+    form: Literal["differentiable_kl", "per_step", "return_to_go", "sampled"] = "differentiable_kl"
+    """What a drawn step costs. `differentiable_kl`: the KL from the teacher's, with its gradient (the paper's);
+    `per_step`: the same as a constant, by which nothing is learned; `return_to_go`: the sum of those from this step on;
+    `sampled`: the log-ratio of the two likelihoods of what was drawn."""
+    likelihood: Literal["mean", "sum"] = "mean"
+    """How a step's log-ratio is taken over C, H, W: `mean`, as in Flow-GRPO, or the `sum` that a likelihood is, by
+    which costs that are KLs add C H W times the noise to the same expected gradient."""
+    clip_range: float = Field(1e-4, gt=0, lt=1)
+    """Of the likelihood's ratio: 1 in a round's first update, so of no account where that is the only one. The default
+    is Flow-GRPO's, for `mean`; PPO's own for the ratio of a `sum` is 0.2."""
+    kernel: Kernel = "flow"
+    """The step that draws, and whose likelihood is compared."""
+    noise_level: float = Field(0.7, ge=0)
+    """Stochasticity of the kernel, above 0 (the paper's ablation: 0.7)."""
+    steps_per_update: int | None = Field(None, ge=1)
+    """Trained steps of each image in one optimizer step; null: all of them, as in `opd`."""
+    shuffle_steps: bool = False
+    """Each image goes through its steps in an order of its own; of no account where an update has all of them."""
+
+
 class PluginAlgorithmConfig(Frozen):
     """Your own algorithm: name is package.module:Class, args are its keyword arguments."""
 
@@ -134,7 +170,7 @@ class PluginAlgorithmConfig(Frozen):
 
 
 ALGORITHMS = (
-    *("opd", "ddpo", "sdpo_stepwise", "pso_pairwise", "pso_offline", "diffusion_dpo"),
+    *("opd", "opd_ppo", "ddpo", "sdpo_stepwise", "pso_pairwise", "pso_offline", "diffusion_dpo"),
     *("diffusion_nft", "flow_grpo", "grpo_guard"),
 )
 
@@ -147,6 +183,7 @@ def _algorithm_tag(value: Any) -> str:
 
 AlgorithmConfig = Annotated[
     Annotated[OpdConfig, Tag("opd")]
+    | Annotated[OpdPpoConfig, Tag("opd_ppo")]
     | Annotated[DdpoConfig, Tag("ddpo")]
     | Annotated[SdpoConfig, Tag("sdpo_stepwise")]
     | Annotated[PsoConfig, Tag("pso_pairwise")]
@@ -201,6 +238,9 @@ class BatchConfig(Frozen):
     """Images of one work item; divides images_per_task."""
     images_per_prompt: int = Field(1, ge=1)
     """Images of one prompt, all in one work item; divides item_size."""
+    tasks: Literal["together", "in_turn"] = "together"
+    """`together`: a round has images of every task (paper). `in_turn`: of one task, the next round of the next one, so
+    that as many images are as many times more rounds as there are tasks."""
 
 
 class TeacherConfig(Frozen):

@@ -20,7 +20,7 @@ class GroupsConfig(Frozen):
     makes much of small differences."""
 
 
-class GrpoConfig(StepwiseConfig, GroupsConfig):
+class GrpoConfig(StepwiseConfig, RewardedConfig, GroupsConfig):
     """What Flow-GRPO and GRPO-Guard have in common."""
 
     kernel: Kernel = "flow"

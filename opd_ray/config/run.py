@@ -141,8 +141,15 @@ class Config(Frozen):
     def _check_items(self) -> None:
         """Every rank has work in every update."""
         tasks, ranks = self._tasks(), self.cluster.learner.ranks
-        of_task = self.batch.images_per_task // self.batch.item_size
-        if tasks and len(tasks) * of_task < ranks:
+        of_task, in_turn = self.batch.images_per_task // self.batch.item_size, self.batch.tasks == "in_turn"
+        if in_turn and self.drawn is None:
+            raise ValueError("batch.tasks in_turn is of what is drawn (prompts.train); set it to together")
+        if in_turn and getattr(self.algorithm, "task_weights", {}):
+            raise ValueError(
+                "algorithm.task_weights weigh the tasks of one round, and with batch.tasks in_turn it has but one; "
+                "leave them out, or set batch.tasks: together"
+            )
+        if tasks and (1 if in_turn else len(tasks)) * of_task < ranks:
             raise ValueError("cluster.learner.ranks: a round has fewer work items than ranks; lower batch.item_size")
         parts = getattr(self.algorithm, "item_parts", 1)
         if parts > 1 and of_task // parts < ranks:

@@ -205,7 +205,13 @@ class Rates(Frozen):
 
 
 def items_of(config: Config) -> dict[str, int]:
-    """Teacher -> work items of a round, in the order of drawing; all under one name where nobody teaches."""
+    """Teacher -> work items of a round, in the order of drawing; all under one name where nobody teaches.
+
+    Raises:
+        ConfigError: rounds differ from each other.
+    """
+    if config.batch.tasks == "in_turn":
+        raise ConfigError("batch.tasks in_turn: what a round costs is known where all are alike; plan with `together`")
     each = config.batch.images_per_task // config.batch.item_size
     routes = config.teacher_of_task
     tasks = list(config.drawn) if isinstance(config.drawn, dict) else list(routes)

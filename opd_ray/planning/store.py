@@ -24,8 +24,11 @@ def round_bytes(config: Config, algorithm: Algorithm, tasks: int) -> dict[str, i
     trained = algorithm.trained_steps(config.sampling.steps)
     marked = len(trained) if algorithm.steps_per_item is None else min(algorithm.steps_per_item, len(trained))
     whole = algorithm.whole_paths or algorithm.needs_rewards
-    states = config.sampling.steps + 1 if whole else max(trained, default=0) + 1
-    items = tasks * (config.batch.images_per_task // config.batch.item_size)
+    behind = max(trained, default=0) + algorithm.needs_velocities  # the last state that anybody reads
+    states = (config.sampling.steps if whole else behind) + 1
+    items = (tasks if config.batch.tasks == "together" else 1) * (
+        config.batch.images_per_task // config.batch.item_size
+    )
     pictures = items * config.batch.item_size
     if config.pairs is not None:
         pairs = config.batch.images_per_task * (2 * shape.latent + shape.conditioning)

@@ -48,7 +48,10 @@ def test_a_tool_that_is_not_installed(refused, monkeypatch):
         ("teachers=[a, b]", ["teachers: Input should be a valid dictionary", "got ['a', 'b']"]),
         ("batch.item_size=3", ["batch.item_size 3 does not divide batch.images_per_task 2"]),
         ("algorithm.objective=kl", ["0 at noise_level 0; set algorithm.noise_level", "or objective: mean"]),
-        ("algorithm.name=ppo", ["algorithm: unknown algorithm; known: opd, ddpo, sdpo_stepwise, pso_pairwise"]),
+        (
+            "algorithm.name=ppo",
+            ["algorithm: unknown algorithm; known: opd, opd_ppo, ddpo, sdpo_stepwise, pso_pairwise"],
+        ),
         ("algorithm.name=no.such:Thing", ["'no.such:Thing': cannot import 'no.such'", "Install it or put"]),
         ("rounds", ["-o rounds: expected key=value, for instance -o rounds=6"]),
         ("name.first=x", ["-o name.first=x: name is a value, not a section"]),
