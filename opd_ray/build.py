@@ -36,7 +36,7 @@ from opd_ray.runtime.pool import Pool
 from opd_ray.runtime.scaling import Scaler
 from opd_ray.runtime.session import clean
 from opd_ray.runtime.usage import Meter
-from opd_ray.scoring import FAILURES, Judges, Watch
+from opd_ray.scoring import FAILURES, Judges, Watch, a_few
 from opd_ray.startup import Startup
 from opd_ray.storage.run_folder import abandon, claim, write_atomic
 from opd_ray.types import Prompt
@@ -169,7 +169,7 @@ def _wire(
     evaluated = bool(data.held_out) and config.evaluated
     bases = Bases(share=config.cluster.share_base)
     reads = roles.reader(config, data.pairs, bases)
-    some = [prompts[0] for prompts in (*data.held_out.values(), *data.train.values())]
+    some = a_few(*data.held_out.values(), *data.train.values())
     judged = some if algorithm.needs_rewards or evaluated else None
     pools = _pools(config, folder, dispatcher, algorithm, bases, reads, judged)
     learner = _start(config, folder, dispatcher, live, attempt, bases, pools.clerk)

@@ -16,13 +16,14 @@ from opd_ray.runtime.jobs import Job, Output
 from opd_ray.runtime.pool import Pool
 from opd_ray.types import Prompt, Scored
 
-__all__ = ["FAILURES", "Judges", "Panel", "Picture", "Watch", "merged"]
+__all__ = ["FAILURES", "Judges", "Panel", "Picture", "Watch", "a_few", "merged"]
 
 FAILURES = "failures.jsonl"
 """Of a run folder: a row for each score that failed."""
 
 Picture = tuple[Prompt, int, Scored, int]
 """Its prompt, its sample, the scores that it is among, and its place there."""
+FEW = 8
 SAME_ROUNDS = 3
 """So many rounds in which a reward gave one number to all pictures are told of."""
 
@@ -97,6 +98,11 @@ class _Failed:
             {name: [math.nan] * self.count for name in self.rewards},
             {name: dict.fromkeys(range(self.count), why) for name in self.rewards},
         )
+
+
+def a_few(*sets: Sequence[Prompt]) -> list[Prompt]:
+    """Some of each set, evenly spaced: a reward that is asked for numbers alone has to apply to one of them."""
+    return [one[index * len(one) // min(FEW, len(one))] for one in sets for index in range(min(FEW, len(one)))]
 
 
 def merged(jobs: Iterable[Job]) -> Scored:

@@ -39,7 +39,14 @@ RUNG = {name: rung for rung, names in enumerate(RUNGS) for name in names}
 # Where any exception may end: work-item errors (Ray catches those of remote workers, `local` its
 # own; the dispatcher keeps them for whoever waits), the import of a user's module, and the tools
 # that mirror metrics, which never end a run.
-SUPERVISION = {"actors/reward.py", "runtime/local.py", "runtime/dispatch.py", "plugins.py", "metrics.py"}
+SUPERVISION = {
+    "actors/reward.py",
+    "rewards/base.py",
+    "runtime/local.py",
+    "runtime/dispatch.py",
+    "plugins.py",
+    "metrics.py",
+}
 # Together they are what a newcomer has to read.
 CORE = {"loop", "build", "actors", "learners", "runtime", "diffusion"}
 

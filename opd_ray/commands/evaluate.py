@@ -147,6 +147,7 @@ def _files(
     from opd_ray.evaluation.hosts import DrawingHost
     from opd_ray.evaluation.parts import Results
     from opd_ray.prompts import PromptStream
+    from opd_ray.scoring import a_few
 
     drawn, versions = drawings(found, scales, counts), versions_of(config)
     models = {one.label: one.about for one in drawn}
@@ -154,7 +155,7 @@ def _files(
     results = Results(folder, tuple(config.rewards), asked)
     parts = parts_of(drawn, prompts, folder, **cut)
     make = partial(DrawingHost, dict(found), config.cluster.rollout.device)
-    some = [rows[0] for rows in prompts.values()]
+    some = a_few(*prompts.values())
     told = {"seed": cut["seed"], "images_per_prompt": cut["images_per_prompt"], "models": models, "versions": versions}
     carry_out(config, results, parts, make, some, told, json=json)
 

@@ -36,6 +36,7 @@ def score(
     from opd_ray.evaluation.given import given_parts, given_pictures
     from opd_ray.evaluation.hosts import ReadingHost
     from opd_ray.evaluation.parts import Results
+    from opd_ray.scoring import a_few
 
     config = config_of(rewards or [], cluster, override or [], threads)
     pictures = given_pictures(images, prompts)
@@ -45,7 +46,7 @@ def score(
     asked = {"pictures": len(pictures), "pictures_sha256": digest, "batch": batch, "versions": versions}
     results = Results(folder_for(out), tuple(config.rewards), asked)
     told = {"images": str(images), "versions": versions}
-    carry_out(config, results, parts, ReadingHost, [pictures[0].prompt], told, json=json)
+    carry_out(config, results, parts, ReadingHost, a_few([picture.prompt for picture in pictures]), told, json=json)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

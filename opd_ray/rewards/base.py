@@ -138,15 +138,23 @@ class Scorer:
         return f"ranks {len(probes)} probe pair{'s' * (len(probes) != 1)}"
 
     def _answers(self, prompts: Sequence[Prompt]) -> str:
+        """One of the prompts has to get a number; that it cannot score another one is not against it."""
         known = prompts or [Prompt("probe", "a photograph", "probe")]
-        images = torch.rand(len(known), 3, 64, 64, generator=torch.Generator().manual_seed(0))
-        scores = self(images, [prompt.text for prompt in known], [prompt.metadata for prompt in known])
-        if scores.isnan().all():
-            raise RewardError(
-                f"rewards.{self.name}: it answers NaN, which means that it does not apply, for each of "
-                f"{len(known)} prompts, first {known[0].text!r}; take it out, or mend it"
-            )
-        return FINITE
+        image, failed = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)), None
+        for prompt in known:
+            try:
+                if not self(image, [prompt.text], [prompt.metadata]).isnan().all():
+                    return FINITE
+            except RewardError:
+                raise
+            except Exception as error:
+                failed = error
+        if failed is not None:
+            raise failed
+        raise RewardError(
+            f"rewards.{self.name}: it answers NaN, which means that it does not apply, for each of {len(known)} "
+            f"prompts, first {known[0].text!r}; take it out, or mend it"
+        )
 
 
 def make_rewards(rewards: Mapping[str, Mapping[str, Any]], device: str = "cpu") -> dict[str, Scorer]:

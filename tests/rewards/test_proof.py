@@ -54,7 +54,9 @@ def test_what_has_no_pairs_has_to_say_so():
         Scorer("mine", mine).prove()
     assert Scorer("mine", mine, finite=True).prove() == "finite"
     with pytest.raises(RewardError, match=r"answers NaN, .* for each of 2 prompts, first 'a'"):
-        Scorer("mine", lambda images, prompts: torch.full((2,), math.nan), finite=True).prove(prompts_of("a", "b"))
+        Scorer("mine", lambda images, prompts: torch.full((1,), math.nan), finite=True).prove(prompts_of("a", "b"))
+    late = Scorer("mine", lambda images, prompts: torch.tensor([math.nan if prompts == ["a"] else 1.0]), finite=True)
+    assert late.prove(prompts_of("a", "b")) == "finite", "one prompt that it applies to is enough"
     with pytest.raises(ConfigError, match=r"rewards\..*brightness\.probe: 'none'; expected finite"):
         check_rewards({BRIGHT: {"probe": "none"}}, {}, [])
     with pytest.raises(RewardError, match=r"greenness: it has no probes\(\)"):

@@ -109,8 +109,8 @@ def test_rewards_that_are_all_equal_teach_nothing_and_are_told(config, reports, 
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("never", r"scoring:never: it answers NaN, which means that it does not apply, for each of 2 prompts"),
-        ("total", r"reward tests.commands.scoring:total answered \[\], expected \[2\]"),
+        ("never", r"scoring:never: it answers NaN, which means that it does not apply, for each of 1. prompts"),
+        ("total", r"reward tests.commands.scoring:total answered \[\], expected \[1\]"),
         ("broken", r"scoring:broken: its probe raised ConnectionError: the judge is away"),
     ],
 )
