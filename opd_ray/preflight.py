@@ -179,6 +179,10 @@ def anchored(config: Config) -> Config:
         for name, teacher in config.teachers.items()
     }
     model = config.model.model_copy(update={"path": absolute(config.model.path)})
+    student, lora = config.student, config.student.lora
+    if lora is not None and lora.start is not None:
+        student = student.model_copy(update={"lora": lora.model_copy(update={"start": absolute(lora.start)})})
     recorded = absolute(config.recorded) if config.recorded else None
     pairs = config.pairs and config.pairs.model_copy(update={"files": tuple(map(absolute, config.pairs.files))})
-    return config.model_copy(update={"teachers": teachers, "model": model, "recorded": recorded, "pairs": pairs})
+    placed = {"teachers": teachers, "model": model, "student": student, "recorded": recorded, "pairs": pairs}
+    return config.model_copy(update=placed)

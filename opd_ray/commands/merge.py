@@ -75,15 +75,14 @@ def merge(
 
 
 def _read(path: str) -> "LoraFile":
-    """A LoRA of either part; a run's is in its folder `lora`."""
+    """A LoRA of either part."""
     from safetensors import safe_open
 
     from opd_ray.models.checkpoint import refusing
     from opd_ray.models.lora import find, read_lora
     from opd_ray.models.merging import part_of
 
-    place = str(Path(path) / "lora") if (Path(path) / "run.json").is_file() else path
-    file = find(path, place, None, None)
+    file = find(path, path, None, None)
     with refusing(f"LoRA {path!r} ({file}) cannot be read"), safe_open(file, framework="pt") as content:
         part = part_of([*content.keys()])
     return read_lora(path, str(file), part=part)

@@ -83,6 +83,9 @@ class LoraConfig(Frozen):
     """The adapter's strength: its update B A is multiplied by alpha / rank."""
     targets: tuple[str, ...] | None = None
     """Module name endings that get an adapter; where not given the family's own: every projection of its attention."""
+    start: str | None = None
+    """A LoRA of that rank and those targets that training begins with (a run folder, folder, file or hub id), in place
+    of a fresh one that changes nothing. `base` and the reference stay the model without any."""
 
 
 class StudentConfig(Frozen):

@@ -13,7 +13,6 @@ mean(B) mean(A) holds every B_i A_j with i != j, which no LoRA was trained to do
 matrices; it is cut to a rank by its singular values, and ``Merged.kept`` says how much of it is left.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from opd_ray.errors import ModelError
-from opd_ray.models.lora import PEFT_PREFIX, A, B, LoraFile, write_lora
+from opd_ray.models.lora import PEFT_PREFIX, A, B, LoraFile, strength, write_lora
 
 __all__ = ["Merged", "Method", "merge_loras", "part_of", "product", "ties"]
 
@@ -107,15 +106,6 @@ def merge_loras(
     if not any(bool((tensors[module + B].flatten(1) @ tensors[module + A].flatten(1)).any()) for module in modules):
         raise ModelError("the merge changes nothing: the LoRAs cancel each other out, or the scale is 0")
     return Merged(tensors, left / whole if cut and whole else 1.0)
-
-
-def strength(file: LoraFile, module: str) -> float:
-    """What PEFT multiplies the product B A of a module with: gamma."""
-    rank, patterns = len(file.tensors[module + A]), file.config.get("alpha_pattern") or {}
-    # As in peft.utils.other.get_pattern_key: the first that matches the end of the name.
-    own = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-    alpha = float(next(own, file.config["lora_alpha"]))
-    return float(alpha / rank**0.5) if file.config.get("use_rslora") else alpha / rank
 
 
 def product(file: LoraFile, module: str) -> Tensor:
