@@ -14,6 +14,7 @@ from opd_ray.commands.evaluate import evaluate
 from opd_ray.commands.merge import merge
 from opd_ray.commands.pairs import pairs
 from opd_ray.commands.plan import plan
+from opd_ray.commands.record import record
 from opd_ray.commands.report import report
 from opd_ray.commands.sample import sample
 from opd_ray.commands.scale import scale
@@ -49,7 +50,7 @@ def _options(
 
 
 for verb in (
-    *(demo, train, sample, evaluate, score, pairs, accuracy, merge),
+    *(demo, train, sample, evaluate, score, pairs, accuracy, record, merge),
     *(scale, status, config, plan, report, doctor),
 ):
     app.command()(verb)

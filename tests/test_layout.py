@@ -27,6 +27,7 @@ RUNGS = (
         "build",
         "roles",
         "startup",
+        "recording",
         "evaluation",
         "planning",
         "report",

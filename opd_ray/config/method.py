@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from opd_ray.config.alignment import DdpoConfig, DpoConfig, PsoConfig, PsoOfflineConfig, SdpoConfig
+from opd_ray.config.alignment import DdpoConfig, DpoConfig, PsoConfig, PsoOfflineConfig, SdpoConfig, SftConfig
 from opd_ray.config.reinforcement import FlowGrpoConfig, GrpoGuardConfig, NftConfig
 from opd_ray.config.section import Frozen
 
@@ -111,6 +111,9 @@ class OpdConfig(Frozen):
 
     name: Literal["opd"] = "opd"
     """`opd`; your own algorithm as package.module:Class, with `args` in place of the other keys."""
+    states: Literal["student", "recorded"] = "student"
+    """`student`: of its own drawings (on-policy). `recorded`: of the teachers', as `opd-ray record` wrote them with
+    their velocities (offline); no teacher is loaded to train."""
     objective: Literal["mean", "kl"] = "mean"
     """`mean`: 1/2 |mu_S - mu_T|^2 (Eq. 12, default). `kl`: divided by the kernel's variance (Eq. 11), needs noise."""
     loss_target: Literal["xt", "v", "x0"] = "xt"
@@ -137,7 +140,7 @@ class PluginAlgorithmConfig(Frozen):
 
 
 ALGORITHMS = (
-    *("opd", "ddpo", "sdpo_stepwise", "pso_pairwise", "pso_offline", "diffusion_dpo"),
+    *("opd", "ddpo", "sdpo_stepwise", "pso_pairwise", "pso_offline", "diffusion_dpo", "sft"),
     *("diffusion_nft", "flow_grpo", "grpo_guard"),
 )
 
@@ -155,6 +158,7 @@ AlgorithmConfig = Annotated[
     | Annotated[PsoConfig, Tag("pso_pairwise")]
     | Annotated[PsoOfflineConfig, Tag("pso_offline")]
     | Annotated[DpoConfig, Tag("diffusion_dpo")]
+    | Annotated[SftConfig, Tag("sft")]
     | Annotated[NftConfig, Tag("diffusion_nft")]
     | Annotated[FlowGrpoConfig, Tag("flow_grpo")]
     | Annotated[GrpoGuardConfig, Tag("grpo_guard")]

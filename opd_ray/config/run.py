@@ -249,7 +249,7 @@ class Config(Frozen):
         return tuple(self.drawn) if isinstance(self.drawn, dict) else ()
 
     def _check_opd(self, opd: OpdConfig) -> None:
-        if not self.teachers:
+        if not self.teachers and opd.states == "student":
             raise ValueError("teachers is empty; algorithm opd learns from at least one")
         if int(opd.timestep_fraction * self.sampling.steps) < 1:
             raise ValueError(
