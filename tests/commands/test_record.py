@@ -17,7 +17,7 @@ def test_recordings_and_a_student_of_them(cli, recipe, tmp_path):
     settings = ("-o", f"recorded={out}", "-o", "prompts.train=null", "-o", "algorithm.states=recorded")
     trained = cli("train", path, *settings, "--out", tmp_path / "runs", "--json")
     result = json.loads(trained.out)
-    assert trained.code == 0 and {"base", "student", "teacher:a", "teacher:b"} <= set(result["evaluation"]["scores"])
+    assert trained.code == 0 and {"base", "student", "teacher:a", "teacher:b"} <= set(result["scores"])
 
 
 @pytest.mark.parametrize(("change", "lacks"), [("teachers={}", "teachers"), ("prompts={eval: x.txt}", "prompts.train")])
