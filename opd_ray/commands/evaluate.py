@@ -238,8 +238,11 @@ def _world(
             own = {task: prompts[task] for task in one.tasks or TASKS}
             how = (one.guidance, one.steps, seed, batch)
             scores = _score(held[1], own, rewards, how, lambda done: progress.advance(bar, done))
-            about = result["models"].setdefault(one.label, {"guidance": one.guidance, "steps": one.steps, "scores": {}})
-            about["scores"] |= {key: mean(values) for key, values in scores.items()}
+            how_told = _how(one)
+            known = result["models"].setdefault(one.label, {**how_told, "scores": {}})
+            known["scores"] |= {key: mean(values) for key, values in scores.items()}
+            if one.tasks is not None:
+                known["routes"] |= how_told["routes"]
     if json:
         console.print_json(data=result)
     else:
@@ -248,10 +251,18 @@ def _world(
         out.write_text(json_module.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
+def _how(one: "Drawing") -> dict[str, Any]:
+    """How it draws; of a router by the tasks."""
+    how = {"guidance": one.guidance, "steps": one.steps}
+    return how if one.tasks is None else {"routes": {", ".join(one.tasks): {"model": one.model, **how}}}
+
+
 def _tell(result: Mapping[str, Any]) -> None:
     console.print(table_of({name: model["scores"] for name, model in result["models"].items()}))
     for name, model in result["models"].items():
-        console.print(f"{name}: guidance {model['guidance']:g}, {model['steps']} steps", soft_wrap=True)
+        for tasks, how in model["routes"].items() if "routes" in model else [("", model)]:
+            what = f"{name}: {tasks} by {how['model']}" if tasks else name
+            console.print(f"{what}: guidance {how['guidance']:g}, {how['steps']} steps", soft_wrap=True)
     console.print(f"The same held-out prompts and first noises for all, seed {result['seed']}.")
 
 
