@@ -52,7 +52,9 @@ def read_router(given: Iterable[str]) -> Router | None:
     """
     by_task, rest = dict[str, str](), list[str]()
     for text in given:
-        task, equals, model = text.rpartition("=")
+        task, equals, model = text.partition("=")
+        if not equals:
+            task, model = "", text
         if not model or (equals and not task):
             raise ConfigError(f"--router {text}: expected TASK=MODEL, or MODEL for all other tasks")
         if task in by_task or (not equals and rest):

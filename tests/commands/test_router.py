@@ -14,7 +14,7 @@ def test_routes():
     router = read_router(["a=one", "b=two", "c=one", "other"])
     assert router == Router({"a": "one", "b": "two", "c": "one"}, "other") and router.models == ("one", "two", "other")
     assert router.routes(["a", "b", "c", "d"]) == {"one": ("a", "c"), "two": ("b",), "other": ("d",)}
-    assert read_router([]) is None
+    assert read_router(["a=runs/x=1"]).by_task == {"a": "runs/x=1"} and read_router([]) is None
 
 
 @pytest.mark.parametrize(
