@@ -35,6 +35,13 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
+Routes = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="TASK=MODEL: adds a row `router` in which each task's prompts are drawn by its own model; MODEL alone for "
+        "all other tasks. May be given several times."
+    ),
+]
 PIXELS = 32
 """Height and width of the tiny world's pictures."""
 TASKS = {"compose": ("compose",), "text": ("text",), "look": ("look",), "mixed": ("compose", "text", "look")}
@@ -53,13 +60,7 @@ def evaluate(
         ),
     ] = None,
     rewards: RewardNames = None,
-    router: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="TASK=MODEL: a row `router` in which each task's prompts are drawn by its own model; MODEL alone for "
-            "all other tasks. May be given several times."
-        ),
-    ] = None,
+    router: Routes = None,
     images_per_prompt: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     images: Annotated[
         int | None, typer.Option(min=1, help="Prompts of each task, in an order of the seed; all, and the world's 256.")
@@ -93,12 +94,7 @@ def evaluate(
 
     With --prompts through workers, one row a picture; run it again to go on where it was stopped.
     """
-    from opd_ray.evaluation.router import ROUTER, read_router
-
-    routes = read_router(router or [])
-    if ROUTER in models and routes is not None:
-        raise ConfigError(f"{ROUTER} is a model and the name of --router's row; give the model's path otherwise")
-    every = list(dict.fromkeys([*models, *(routes.models if routes else ())]))
+    routes, every = _routes(models, router or [])
     scales, counts = _scales(every, guidance or []), _counts(steps)
     if prompts is None:
         several = images_per_prompt if images_per_prompt > 1 else None
@@ -111,6 +107,16 @@ def evaluate(
     cut = {"images_per_prompt": images_per_prompt, "seed": seed, "batch": batch or 8, "pictures": pictures}
     drawn = _drawings(models, routes, found, scales, counts, [*by_task])
     _files(drawn, found, config, by_task, cut, folder_for(out or Path("evaluation")), json=json)
+
+
+def _routes(models: Sequence[str], given: Sequence[str]) -> "tuple[Router | None, list[str]]":
+    """The router, and every model that draws, each once."""
+    from opd_ray.evaluation.router import ROUTER, read_router
+
+    router = read_router(given)
+    if ROUTER in models and router is not None:
+        raise ConfigError(f"{ROUTER} is a model and the name of --router's row; give it as ./{ROUTER}")
+    return router, list(dict.fromkeys([*models, *(router.models if router else ())]))
 
 
 def _require_prompts(*given: Any) -> None:

@@ -111,13 +111,13 @@ class OpdConfig(Frozen):
 
     name: Literal["opd"] = "opd"
     """`opd`; your own algorithm as package.module:Class, with `args` in place of the other keys."""
-    states: Literal["student", "recorded"] = "student"
-    """`student`: of its own drawings (on-policy). `recorded`: of the teachers', as `opd-ray record` wrote them with
-    their velocities (offline); no teacher is loaded to train."""
     objective: Literal["mean", "kl"] = "mean"
     """`mean`: 1/2 |mu_S - mu_T|^2 (Eq. 12, default). `kl`: divided by the kernel's variance (Eq. 11), needs noise."""
     loss_target: Literal["xt", "v", "x0"] = "xt"
     """The space in which `mean` compares: next state (paper), velocity, or clean prediction."""
+    states: Literal["student", "recorded"] = "student"
+    """`student`: of its own drawings (on-policy). `recorded`: of the teachers', as `opd-ray record` wrote them with
+    their velocities (offline); no teacher is loaded to train."""
     kernel: Literal["flow", "dance", "cps", "ddim"] = "flow"
     """The step that draws and that the loss compares."""
     noise_level: float = Field(0.0, ge=0)
