@@ -11,8 +11,10 @@ from opd_ray.commands.config import config
 from opd_ray.commands.demo import demo
 from opd_ray.commands.doctor import doctor
 from opd_ray.commands.evaluate import evaluate
+from opd_ray.commands.merge import merge
 from opd_ray.commands.pairs import pairs
 from opd_ray.commands.plan import plan
+from opd_ray.commands.record import record
 from opd_ray.commands.report import report
 from opd_ray.commands.sample import sample
 from opd_ray.commands.scale import scale
@@ -47,7 +49,10 @@ def _options(
     pass
 
 
-for verb in (demo, train, sample, evaluate, score, pairs, accuracy, scale, status, config, plan, report, doctor):
+for verb in (
+    *(demo, train, sample, evaluate, score, pairs, accuracy, record, merge),
+    *(scale, status, config, plan, report, doctor),
+):
     app.command()(verb)
 
 

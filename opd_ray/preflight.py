@@ -20,6 +20,7 @@ from opd_ray.models.checkpoint import check_complete
 from opd_ray.models.teachers import check_checkpoint, teacher_model
 from opd_ray.planning import check_memory, check_teacher_memory, needs, round_bytes, rounds_that_fit
 from opd_ray.prompts import read_prompts
+from opd_ray.recording import check_recording
 from opd_ray.rewards.base import check_rewards
 from opd_ray.types import Prompt
 
@@ -55,6 +56,7 @@ def preflight(
         config.check_tasks(tuple(train))
     if config.recorded is not None:
         recordings(config.recorded)
+        check_recording(config)
     scoring = config.evaluation.images_per_task > 0
     elsewhere = [name for name in config.rewards if config.cluster.of_reward(name).runtime_env]
     check_rewards(
@@ -179,6 +181,10 @@ def anchored(config: Config) -> Config:
         for name, teacher in config.teachers.items()
     }
     model = config.model.model_copy(update={"path": absolute(config.model.path)})
+    student, lora = config.student, config.student.lora
+    if lora is not None and lora.start is not None:
+        student = student.model_copy(update={"lora": lora.model_copy(update={"start": absolute(lora.start)})})
     recorded = absolute(config.recorded) if config.recorded else None
     pairs = config.pairs and config.pairs.model_copy(update={"files": tuple(map(absolute, config.pairs.files))})
-    return config.model_copy(update={"teachers": teachers, "model": model, "recorded": recorded, "pairs": pairs})
+    placed = {"teachers": teachers, "model": model, "student": student, "recorded": recorded, "pairs": pairs}
+    return config.model_copy(update=placed)

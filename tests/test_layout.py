@@ -28,6 +28,7 @@ RUNGS = (
         "roles",
         "pools",
         "startup",
+        "recording",
         "evaluation",
         "planning",
         "report",

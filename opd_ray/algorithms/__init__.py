@@ -18,6 +18,7 @@ ALGORITHMS = {
     "pso_pairwise": "opd_ray.algorithms.pso:Pso",
     "pso_offline": "opd_ray.algorithms.pso_offline:PsoOffline",
     "diffusion_dpo": "opd_ray.algorithms.dpo:DiffusionDpo",
+    "sft": "opd_ray.algorithms.sft:Sft",
     "diffusion_nft": "opd_ray.algorithms.nft:DiffusionNft",
     "flow_grpo": "opd_ray.algorithms.flow_grpo:FlowGrpo",
     "grpo_guard": "opd_ray.algorithms.grpo_guard:GrpoGuard",

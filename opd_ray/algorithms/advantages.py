@@ -155,12 +155,16 @@ class Groups:
     def observe(self, scores: Sequence[tuple[WorkItem, Scores]]) -> None:
         """Take a round's rewards."""
         prompts = [prompt for item, _ in scores for prompt in item.prompts]
-        rewards = torch.cat([combined(item, found, self._weights) for item, found in scores])
         settings = self._config
+        rewards = torch.cat([combined(item, self._of_task(item, found), self._weights) for item, found in scores])
         found = group_advantages(prompts, rewards, per_prompt=settings.advantage_std == "prompt")
         sizes, clip = [len(item.prompts) for item, _ in scores], settings.advantage_clip
         parts = zip(found[0].clamp(-clip, clip).split(sizes), found[1].split(sizes), strict=True)
         self._known = {item.position: part for (item, _), part in zip(scores, parts, strict=True)}
+
+    def _of_task(self, item: WorkItem, scores: Scores) -> Scores:
+        chosen = self._config.task_rewards.get(item.task)
+        return scores if chosen is None else {name: scores[name] for name in chosen}
 
     def known(self, item: WorkItem) -> tuple[Tensor, Tensor]:
         """The advantage [B] of each image, within the clip; and [B] 1 where its group ties, else 0."""

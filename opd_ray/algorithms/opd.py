@@ -6,7 +6,9 @@ means are pulled onto the teacher's in closed form:
     mean   L = E_{x ~ student} 1/2 |mu_S(x) - mu_T(x)|^2               (Eq. 12, default; ODE or SDE)
     kl     L = E_{x ~ student} |mu_S(x) - mu_T(x)|^2 / (2 std^2)       (Eq. 11, = KL of equal-covariance Gaussians)
 
-both averaged over C, H, W, the samples, the trained steps and (weighted) the tasks. The path itself carries no
+Offline distillation (``states: recorded``) is the same loss at x ~ teacher: states of the teachers' own drawings.
+
+Both are averaged over C, H, W, the samples, the trained steps and (weighted) the tasks. The path itself carries no
 gradient, and the teacher's mean is a constant.
 """
 
@@ -27,12 +29,12 @@ __all__ = ["Opd"]
 class Opd(Algorithm):
     """One optimizer step a round over all tasks, each marked by its own teacher."""
 
-    needs_teachers = True
     whole_paths: ClassVar[bool] = False
     streams = True
 
     def __init__(self, config: OpdConfig) -> None:
         self.config = config
+        self.needs_rollouts = self.needs_teachers = config.states == "student"
         self.kernel = config.kernel
         self.noise_level = config.noise_level
         self.steps_per_item = config.steps_per_item
@@ -54,6 +56,9 @@ class Opd(Algorithm):
     def forwards(self, experience: Experience, update: int) -> Iterator[Forward]:
         """The student's own states at the trained steps, with the teacher's velocity there."""
         trajectory, answer = experience.trajectory, experience.answer
+        if self.config.states == "recorded":
+            yield from self._recorded(experience)
+            return
         assert trajectory is not None and answer is not None
         for k, j in enumerate(answer.steps):
             yield Forward(
@@ -65,6 +70,18 @@ class Opd(Algorithm):
                 uncond=trajectory.uncond,
                 inputs={"teacher": answer.velocity[:, k]},
             )
+
+    def _recorded(self, experience: Experience) -> Iterator[Forward]:
+        """The teacher's own states at the trained steps, with its velocity there: the states are not the student's."""
+        recorded = experience.recorded
+        cond, uncond = (
+            {name.removeprefix(prefix): one for name, one in recorded.items() if name.startswith(prefix)}
+            for prefix in ("cond.", "empty.")
+        )
+        sigmas = recorded["sigmas"].tolist()
+        for j in experience.item.steps:
+            inputs = {"teacher": recorded["velocity"][:, j]}
+            yield Forward(recorded["latents"][:, j], sigmas[j], sigmas[j + 1], j, cond, uncond, inputs)
 
     def loss(self, forward: Forward, velocity: Mapping[str, Tensor]) -> Loss:
         """Eq. 12 or 11 at one step, mean over the batch and C, H, W; Eq. 10's KL (a sum over C, H, W) as a metric."""

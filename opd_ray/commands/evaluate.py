@@ -26,13 +26,22 @@ from opd_ray.errors import ConfigError, RunFolderError
 
 if TYPE_CHECKING:
     from opd_ray.config import Config
+    from opd_ray.evaluation.drawings import Drawing
     from opd_ray.evaluation.models import Found
+    from opd_ray.evaluation.router import Router
     from opd_ray.models import Family
     from opd_ray.rewards import Reward
     from opd_ray.types import Prompt
 
 __all__ = ["evaluate"]
 
+Routes = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="TASK=MODEL: adds a row `router` in which each task's prompts are drawn by its own model; MODEL alone for "
+        "all other tasks. May be given several times."
+    ),
+]
 PIXELS = 32
 """Height and width of the tiny world's pictures."""
 TASKS = {"compose": ("compose",), "text": ("text",), "look": ("look",), "mixed": ("compose", "text", "look")}
@@ -51,6 +60,7 @@ def evaluate(
         ),
     ] = None,
     rewards: RewardNames = None,
+    router: Routes = None,
     images_per_prompt: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     images: Annotated[
         int | None, typer.Option(min=1, help="Prompts of each task, in an order of the seed; all, and the world's 256.")
@@ -84,17 +94,29 @@ def evaluate(
 
     With --prompts through workers, one row a picture; run it again to go on where it was stopped.
     """
-    scales, counts = _scales(models, guidance or []), _counts(steps)
+    routes, every = _routes(models, router or [])
+    scales, counts = _scales(every, guidance or []), _counts(steps)
     if prompts is None:
         several = images_per_prompt if images_per_prompt > 1 else None
         _require_prompts(rewards, cluster, override, resolution, pictures, several)
-        _world(models, scales, counts, images or 256, seed, batch or 64, threads, out, json=json)
+        _world(models, routes, scales, counts, images or 256, seed, batch or 64, threads, out, json=json)
         return
-    found = _found(models, resolution)
+    found = _found(every, resolution)
     config = config_of(rewards or [], cluster, override or [], threads)
     by_task = _prompts(prompts, images, seed)
     cut = {"images_per_prompt": images_per_prompt, "seed": seed, "batch": batch or 8, "pictures": pictures}
-    _files(found, scales, counts, config, by_task, cut, folder_for(out or Path("evaluation")), json=json)
+    drawn = _drawings(models, routes, found, scales, counts, [*by_task])
+    _files(drawn, found, config, by_task, cut, folder_for(out or Path("evaluation")), json=json)
+
+
+def _routes(models: Sequence[str], given: Sequence[str]) -> "tuple[Router | None, list[str]]":
+    """The router, and every model that draws, each once."""
+    from opd_ray.evaluation.router import ROUTER, read_router
+
+    router = read_router(given)
+    if ROUTER in models and router is not None:
+        raise ConfigError(f"{ROUTER} is a model and the name of --router's row; give it as ./{ROUTER}")
+    return router, list(dict.fromkeys([*models, *(router.models if router else ())]))
 
 
 def _require_prompts(*given: Any) -> None:
@@ -131,10 +153,24 @@ def _prompts(files: Sequence[str], count: int | None, seed: int) -> "dict[str, t
     return held_out(prompts, count, seed) if count is not None else prompts
 
 
-def _files(
+def _drawings(
+    models: Sequence[str],
+    router: "Router | None",
     found: "Mapping[str, Found]",
     scales: Mapping[str, float],
     counts: Sequence[int],
+    tasks: Sequence[str],
+) -> "list[Drawing]":
+    """The models, and behind them the router."""
+    from opd_ray.evaluation.drawings import drawings, routed
+
+    drawn = drawings({name: found[name] for name in models}, scales, counts)
+    return drawn + (routed(router, found, scales, counts, tasks) if router else [])
+
+
+def _files(
+    drawn: "Sequence[Drawing]",
+    found: "Mapping[str, Found]",
     config: "Config",
     prompts: "Mapping[str, Sequence[Prompt]]",
     cut: Mapping[str, Any],
@@ -143,14 +179,13 @@ def _files(
     json: bool,
 ) -> None:
     """Prompts of files, through workers."""
-    from opd_ray.evaluation.drawings import drawings, parts_of
+    from opd_ray.evaluation.drawings import abouts, parts_of
     from opd_ray.evaluation.hosts import DrawingHost
     from opd_ray.evaluation.parts import Results
     from opd_ray.prompts import PromptStream
     from opd_ray.scoring import a_few
 
-    drawn, versions = drawings(found, scales, counts), versions_of(config)
-    models = {one.label: one.about for one in drawn}
+    models, versions = abouts(drawn), versions_of(config)
     asked = {"models": models, "prompts": PromptStream(prompts, 0).digests(), **cut, "versions": versions}
     results = Results(folder, tuple(config.rewards), asked)
     parts = parts_of(drawn, prompts, folder, **cut)
@@ -162,6 +197,7 @@ def _files(
 
 def _world(
     models: Sequence[str],
+    router: "Router | None",
     scales: Mapping[str, float],
     counts: Sequence[int],
     images: int,
@@ -183,9 +219,11 @@ def _world(
     from opd_ray.world import prompts_path
 
     _require_file(out)
-    found = [find_model(name) for name in models]  # all of them before the first one costs minutes
-    for name, model in zip(models, found, strict=True):
+    every = dict.fromkeys([*models, *(router.models if router else ())])
+    found = {name: find_model(name) for name in every}  # all of them before the first one costs minutes
+    for name, model in found.items():
         _require_fit(name, model, counts)
+    drawn = _drawings(models, router, found, scales, counts, [*TASKS])
     files = {task: str(prompts_path(task, "heldout")) for task in TASKS}
     prompts = held_out(read_prompts(files, "the tiny world"), images, seed)
     torch.set_num_threads(threads)
@@ -193,19 +231,24 @@ def _world(
     result: dict[str, Any] = {"seed": seed, "images_per_task": images, "models": {}}
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, disable=json, transient=True) as progress:
-        total = len(models) * max(len(counts), 1) * sum(len(rows) for rows in prompts.values())
-        bar = progress.add_task("drawing and scoring", total=total)
-        for name, model in zip(models, found, strict=True):
-            scale = scales.get(name, model.guidance if model.guidance is not None else 4.5)
-            if not (json or errors.is_terminal):
-                errors.print(f"drawing and scoring {name}", soft_wrap=True)
-            family = model.load()
-            for chosen in counts or [model.steps or 40]:
-                how = (scale, chosen, seed, batch)
-                scores = _score(family, prompts, rewards, how, lambda done: progress.advance(bar, done))
-                means = {key: mean(values) for key, values in scores.items()}
-                label = name if len(counts) < 2 else f"{name}, {chosen} step{'s' * (chosen > 1)}"
-                result["models"][label] = {"guidance": scale, "steps": chosen, "scores": means}
+        rows = {one.label: sum(len(prompts[task]) for task in one.tasks or TASKS) for one in drawn}
+        bar = progress.add_task("drawing and scoring", total=sum(rows.values()))
+        held: tuple[str, Family | None] = "", None
+        for one in drawn:
+            if held[0] != one.model:
+                if not (json or errors.is_terminal):
+                    errors.print(f"drawing and scoring {one.model}", soft_wrap=True)
+                held = "", None  # two may not fit
+                held = one.model, one.found.load()
+            assert held[1] is not None
+            own = {task: prompts[task] for task in one.tasks or TASKS}
+            how = (one.guidance, one.steps, seed, batch)
+            scores = _score(held[1], own, rewards, how, lambda done: progress.advance(bar, done))
+            how_told = _how(one)
+            known = result["models"].setdefault(one.label, {**how_told, "scores": {}})
+            known["scores"] |= {key: mean(values) for key, values in scores.items()}
+            if one.tasks is not None:
+                known["routes"] |= how_told["routes"]
     if json:
         console.print_json(data=result)
     else:
@@ -214,10 +257,18 @@ def _world(
         out.write_text(json_module.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
+def _how(one: "Drawing") -> dict[str, Any]:
+    """How it draws; of a router by the tasks."""
+    how = {"guidance": one.guidance, "steps": one.steps}
+    return how if one.tasks is None else {"routes": {", ".join(one.tasks): {"model": one.model, **how}}}
+
+
 def _tell(result: Mapping[str, Any]) -> None:
     console.print(table_of({name: model["scores"] for name, model in result["models"].items()}))
     for name, model in result["models"].items():
-        console.print(f"{name}: guidance {model['guidance']:g}, {model['steps']} steps", soft_wrap=True)
+        for tasks, how in model["routes"].items() if "routes" in model else [("", model)]:
+            what = f"{name}: {tasks} by {how['model']}" if tasks else name
+            console.print(f"{what}: guidance {how['guidance']:g}, {how['steps']} steps", soft_wrap=True)
     console.print(f"The same held-out prompts and first noises for all, seed {result['seed']}.")
 
 

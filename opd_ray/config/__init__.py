@@ -12,6 +12,7 @@ from opd_ray.config.alignment import (
     PsoOfflineConfig,
     RewardedConfig,
     SdpoConfig,
+    SftConfig,
     StepwiseConfig,
     WhitenedConfig,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "RolePlacement",
     "SamplingConfig",
     "SdpoConfig",
+    "SftConfig",
     "StepwiseConfig",
     "StudentConfig",
     "TeacherConfig",

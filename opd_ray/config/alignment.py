@@ -18,6 +18,7 @@ __all__ = [
     "PsoOfflineConfig",
     "RewardedConfig",
     "SdpoConfig",
+    "SftConfig",
     "StepwiseConfig",
     "WhitenedConfig",
 ]
@@ -164,6 +165,15 @@ class DpoConfig(NoisedPairsConfig):
     beta: float | None = Field(None, gt=0)
     """How much a preference counts against staying with the frozen start; 5000 for errors of the noise where null (the
     published code's), else 100 (Flow-DPO's)."""
+
+
+class SftConfig(NoisedPairsConfig):
+    """Supervised fine-tuning: flow matching on recorded drawings, such as the teachers'."""
+
+    name: Literal["sft"]
+    """`sft`."""
+    pairs: Literal["recorded"] = "recorded"
+    """Of a data set: drawings that `opd-ray record` wrote; of preference pairs the better picture."""
 
 
 class PsoOfflineConfig(NoisedPairsConfig):

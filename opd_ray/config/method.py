@@ -11,6 +11,7 @@ from opd_ray.config.alignment import (
     PsoConfig,
     PsoOfflineConfig,
     SdpoConfig,
+    SftConfig,
     StepwiseConfig,
 )
 from opd_ray.config.reinforcement import FlowGrpoConfig, GrpoGuardConfig, NftConfig
@@ -92,6 +93,9 @@ class LoraConfig(Frozen):
     """The adapter's strength: its update B A is multiplied by alpha / rank."""
     targets: tuple[str, ...] | None = None
     """Module name endings that get an adapter; where not given the family's own: every projection of its attention."""
+    start: str | None = None
+    """A LoRA of that rank and those targets that training begins with (a run folder, folder, file or hub id), in place
+    of a fresh one that changes nothing. `base` and the reference stay the model without any."""
 
 
 class StudentConfig(Frozen):
@@ -121,6 +125,9 @@ class OpdConfig(Frozen):
     """`mean`: 1/2 |mu_S - mu_T|^2 (Eq. 12, default). `kl`: divided by the kernel's variance (Eq. 11), needs noise."""
     loss_target: Literal["xt", "v", "x0"] = "xt"
     """The space in which `mean` compares: next state (paper), velocity, or clean prediction."""
+    states: Literal["student", "recorded"] = "student"
+    """`student`: of its own drawings (on-policy). `recorded`: of the teachers', as `opd-ray record` wrote them with
+    their velocities (offline); no teacher is loaded to train."""
     kernel: Literal["flow", "dance", "cps", "ddim"] = "flow"
     """The step that draws and that the loss compares."""
     noise_level: float = Field(0.0, ge=0)
@@ -170,7 +177,7 @@ class PluginAlgorithmConfig(Frozen):
 
 
 ALGORITHMS = (
-    *("opd", "opd_ppo", "ddpo", "sdpo_stepwise", "pso_pairwise", "pso_offline", "diffusion_dpo"),
+    *("opd", "opd_ppo", "ddpo", "sdpo_stepwise", "pso_pairwise", "pso_offline", "diffusion_dpo", "sft"),
     *("diffusion_nft", "flow_grpo", "grpo_guard"),
 )
 
@@ -189,6 +196,7 @@ AlgorithmConfig = Annotated[
     | Annotated[PsoConfig, Tag("pso_pairwise")]
     | Annotated[PsoOfflineConfig, Tag("pso_offline")]
     | Annotated[DpoConfig, Tag("diffusion_dpo")]
+    | Annotated[SftConfig, Tag("sft")]
     | Annotated[NftConfig, Tag("diffusion_nft")]
     | Annotated[FlowGrpoConfig, Tag("flow_grpo")]
     | Annotated[GrpoGuardConfig, Tag("grpo_guard")]

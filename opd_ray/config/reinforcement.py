@@ -1,6 +1,6 @@
 """Algorithms that compare the rewards of a prompt's images. Defaults are the vetted settings of their papers' code."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,9 @@ __all__ = ["FlowGrpoConfig", "GroupsConfig", "GrpoConfig", "GrpoGuardConfig", "N
 class GroupsConfig(Frozen):
     """How rewards of one prompt's images become advantages: batch.images_per_prompt of them (published runs: 24)."""
 
+    task_rewards: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = {}
+    """Task -> the rewards that it learns from, for several tasks with rewards of their own; all of them where not
+    given."""
     advantage_clip: float = Field(5.0, gt=0)
     """Largest advantage, in deviations."""
     advantage_std: Literal["global", "prompt"] = "global"

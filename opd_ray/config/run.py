@@ -169,10 +169,21 @@ class Config(Frozen):
             raise ValueError(
                 "algorithm.reward_weights are all 0, so that nothing is rewarded; give one of them a weight"
             )
-        tasks: dict[str, float] = getattr(self.algorithm, "task_weights", {})
+        chosen: dict[str, tuple[str, ...]] = getattr(self.algorithm, "task_rewards", {})
+        for task, names in sorted(chosen.items()):
+            for name in (name for name in names if name not in self.rewards):
+                known = ", ".join(self.rewards) or "none"
+                raise ValueError(f"algorithm.task_rewards.{task}: no reward {name!r}; known: {known}")
+            if not any(rewards.get(name, 1.0) for name in names):
+                raise ValueError(
+                    f"algorithm.task_rewards.{task}: the weight of {', '.join(names)} is 0 (algorithm.reward_weights), "
+                    "so that nothing is rewarded; give one of them a weight"
+                )
         known_tasks = self._tasks()  # none where they are known once their file is read
-        for task in sorted(tasks.keys() - set(known_tasks)) if known_tasks else ():
-            raise ValueError(f"algorithm.task_weights.{task}: no such task; known: {', '.join(known_tasks)}")
+        for key in ("task_weights", "task_rewards"):
+            tasks: dict[str, Any] = getattr(self.algorithm, key, {})
+            for task in sorted(tasks.keys() - set(known_tasks)) if known_tasks else ():
+                raise ValueError(f"algorithm.{key}.{task}: no such task; known: {', '.join(known_tasks)}")
 
     def _check_rewards(self) -> None:
         for name, placement in sorted(self.cluster.rewards.items()):
@@ -245,7 +256,7 @@ class Config(Frozen):
         return tuple(self.drawn) if isinstance(self.drawn, dict) else ()
 
     def _check_opd(self, opd: OpdConfig) -> None:
-        if not self.teachers:
+        if not self.teachers and opd.states == "student":
             raise ValueError("teachers is empty; algorithm opd learns from at least one")
         if int(opd.timestep_fraction * self.sampling.steps) < 1:
             raise ValueError(

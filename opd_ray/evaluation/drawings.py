@@ -11,11 +11,12 @@ from opd_ray.actors.rollout import SampleRequest, rows_of
 from opd_ray.errors import ConfigError
 from opd_ray.evaluation.models import Found
 from opd_ray.evaluation.parts import Part
+from opd_ray.evaluation.router import ROUTER, Router
 from opd_ray.evaluation.versions import fingerprint
 from opd_ray.models.base import family_class, resolve
 from opd_ray.types import Prompt
 
-__all__ = ["Drawing", "anchored", "check_pixels", "drawings", "parts_of"]
+__all__ = ["Drawing", "abouts", "anchored", "check_pixels", "drawings", "parts_of", "routed"]
 
 NAMED = 64
 """Characters of a model or a task in a folder's name."""
@@ -31,6 +32,8 @@ class Drawing:
     found: Found
     guidance: float
     steps: int
+    tasks: tuple[str, ...] | None = None
+    """What it draws; all where None."""
 
     @property
     def about(self) -> dict[str, Any]:
@@ -57,6 +60,36 @@ def drawings(models: Mapping[str, Found], guidances: Mapping[str, float], steps:
             label = name if len(steps) < 2 else f"{name}, {chosen} step{'s' * (chosen > 1)}"
             scale = guidances.get(name, 4.5 if model.guidance is None else model.guidance)
             found.append(Drawing(label, name, model, scale, chosen))
+    return found
+
+
+def routed(
+    router: Router,
+    models: Mapping[str, Found],
+    guidances: Mapping[str, float],
+    steps: Sequence[int],
+    tasks: Sequence[str],
+) -> list[Drawing]:
+    """A router's specialists, each with its own tasks and all of one name; as ``drawings``.
+
+    Raises:
+        ConfigError: a task without a specialist, or the other way round.
+    """
+    return [
+        replace(one, label=ROUTER + one.label.removeprefix(name), tasks=own)
+        for name, own in router.routes(tasks).items()
+        for one in drawings({name: models[name]}, guidances, steps)
+    ]
+
+
+def abouts(drawn: Sequence[Drawing]) -> dict[str, Any]:
+    """Label -> what draws; of a router by its tasks."""
+    found: dict[str, Any] = {}
+    for one in drawn:
+        if one.tasks is None:
+            found[one.label] = one.about
+        else:
+            found.setdefault(one.label, {})[", ".join(one.tasks)] = one.about
     return found
 
 
@@ -119,6 +152,8 @@ def parts_of(
     for number, one in enumerate(drawn):
         place = f"pictures/{number}-{_name(Path(one.model).name)}-{one.steps}"
         for task_number, (task, rows) in enumerate(prompts.items()):
+            if one.tasks is not None and task not in one.tasks:
+                continue
             every, samples = rows_of(rows, images_per_prompt)
             kept = len(every) if pictures is None else min(pictures * images_per_prompt, len(every))
             for start in range(0, len(every), batch):

@@ -1,6 +1,6 @@
-"""What MODEL may be on the command line: a diffusers folder or hub id, a run folder, or `world` and `world/<name>`."""
+"""What MODEL may be on the command line: a diffusers folder or hub id, a run folder, `world`, or a base + a LoRA."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -70,15 +70,27 @@ def find_model(name: str) -> Found:
     """What MODEL stands for, checked as far as it goes without loading weights.
 
     Raises:
-        UserError: it is none of the three, or its LoRA does not fit.
+        UserError: it is none of them, or its LoRA does not fit.
     """
     path = Path(name)
+    if "+" in name and not path.exists():
+        return _with_lora(name)
     found = _run(path) if (path / "run.json").is_file() else _world(name) if resolve(name) != name else _other(path)
     if found.lora is not None:
         check_lora(found.model, found.lora)
     family_class(found.model.family).read_schedule(found.model)
     check_complete(found.model)
     return found
+
+
+def _with_lora(name: str) -> Found:
+    """BASE+LORA: any base under any LoRA that fits, drawn with as the base is."""
+    base, _, lora = name.partition("+")
+    found = find_model(base)
+    if found.lora is not None:
+        raise ConfigError(f"{name}: {base} has a LoRA of its own; give the base of both, then + and the LoRA")
+    check_lora(found.model, lora)
+    return replace(found, label=name, lora=lora)
 
 
 def _world(name: str) -> Found:
@@ -100,7 +112,9 @@ def _other(path: Path) -> Found:
     if path.is_file():
         raise RunFolderError(f"{path} is a file; give a diffusers folder, a hub id or a run folder")
     if (path / "pytorch_lora_weights.safetensors").is_file():
-        raise RunFolderError(f"{path} is a LoRA without its base; give its run folder, for instance {path.parent}")
+        raise RunFolderError(
+            f"{path} is a LoRA without its base; give its run folder, for instance {path.parent}, or BASE+{path}"
+        )
     if path.is_dir() and not (path / "model_index.json").is_file():
         inside = ", ".join(sorted(run.parent.name for run in path.glob("*/run.json")))
         hint = f"its runs are {inside}" if inside else "there is neither model_index.json nor run.json in it"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from opd_ray.config import ATTENTION, LoraConfig
 from opd_ray.errors import ModelError
 from opd_ray.models.checkpoint import refusing
-from opd_ray.models.lora import LoraFile, LoraInfo, check_fits, read_lora, write_lora
+from opd_ray.models.lora import B, LoraFile, LoraInfo, check_fits, read_lora, strength, write_lora
 from opd_ray.seeds import generator
 
 __all__ = ["Adapters"]
@@ -57,7 +57,7 @@ class Adapters:
         return tuple(self._slots)
 
     def add_lora(self, name: str, lora: LoraConfig, seed: int) -> None:
-        """Add a fresh adapter: A normal with std 1 / rank, B zero, float32, frozen until trained.
+        """Add a fresh adapter: A normal with std 1 / rank, B zero, float32, frozen until trained; or as `start` is.
 
         Args:
             name: not yet taken.
@@ -65,7 +65,8 @@ class Adapters:
             seed: each A is drawn from (seed, its canonical name); the global RNG is left alone.
 
         Raises:
-            ModelError: the name is taken, or a target is the ending of no linear layer's name.
+            ModelError: the name is taken, a target is the ending of no linear layer's name, or `start` is of another
+                rank or has other targets.
         """
         import peft
 
@@ -86,11 +87,32 @@ class Adapters:
         with self._new_slot(name) as slot:
             self.network.add_adapter(config, slot)
             self._in_float32(name)
+            if lora.start is not None:
+                self._start(name, lora, lora.start)
+                return
         with torch.no_grad():
             for key, parameter in self.adapter_parameters(name).items():
                 if key.endswith(".lora_A.weight"):
                     noise = torch.randn(parameter.shape, generator=generator(seed, "lora", key))
                     parameter.copy_(noise / lora.rank)
+
+    @torch.no_grad()
+    def _start(self, name: str, lora: LoraConfig, path: str) -> None:
+        """Take over what a LoRA changes; B takes what its strength differs by."""
+        file = read_lora(name, path, part=self._part)
+        own = self.adapter_parameters(name)
+        differ = own.keys() ^ file.tensors.keys() or {
+            key for key, tensor in file.tensors.items() if own[key].shape != tensor.shape
+        }
+        if differ:
+            endings = ", ".join(sorted({_ending(module) for module in file.modules}))
+            raise ModelError(
+                f"student.lora.start: {file} has other modules or another rank than student.lora, the first is "
+                f"{min(differ)}; set rank {file.config['r']} and targets {endings}"
+            )
+        for key, parameter in own.items():
+            factor = strength(file, key.removesuffix(B)) * lora.rank / lora.alpha if key.endswith(B) else 1.0
+            parameter.copy_(factor * file.tensors[key].float())
 
     def add_own(self, name: str) -> None:
         """Let a name stand for the network's own weights, in float32, as ``add_lora`` does for an adapter.

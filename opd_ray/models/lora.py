@@ -24,7 +24,7 @@ from opd_ray.errors import ModelError
 from opd_ray.models.checkpoint import refusing, resolve
 from opd_ray.models.download import Source
 
-__all__ = ["LoraFile", "LoraInfo", "check_fits", "read_lora", "write_lora"]
+__all__ = ["LoraFile", "LoraInfo", "check_fits", "read_lora", "strength", "write_lora"]
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -81,8 +81,10 @@ class LoraFile:
 
 
 def find(name: str, path: str, revision: str | None, subfolder: str | None) -> Path:
-    """The weights file of a LoRA: a file, or the one in a folder or a hub repository."""
+    """The weights file of a LoRA: a file, or the one in a folder, a run folder or a hub repository."""
     place = Path(resolve(path))
+    if (place / "run.json").is_file():
+        path, place = str(place / "lora"), place / "lora"
     if place.is_file():
         return place
     what = f"LoRA {name!r}"
@@ -180,16 +182,21 @@ def _require_known(what: str, part: str, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _changes(file: LoraFile, module: str) -> bool:
-    """Whether alpha B A of a module is other than zero."""
+def strength(file: LoraFile, module: str) -> float:
+    """What PEFT multiplies the product B A of a module with: alpha / r, or alpha / sqrt(r) of rsLoRA."""
     from peft.utils.other import get_pattern_key
 
-    patterns = file.config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), module), file.config["lora_alpha"])
+    rank, patterns = len(file.tensors[module + A]), file.config.get("alpha_pattern") or {}
+    alpha = float(patterns.get(get_pattern_key(patterns.keys(), module), file.config["lora_alpha"]))
+    return float(alpha / rank**0.5) if file.config.get("use_rslora") else alpha / rank
+
+
+def _changes(file: LoraFile, module: str) -> bool:
+    """Whether alpha B A of a module is other than zero."""
     down, up = file.tensors[module + A].float(), file.tensors[module + B].float()
     if up.shape[1] != len(down):
         return True  # no pair: whoever binds it says so
-    return alpha != 0 and bool((up.flatten(1) @ down.flatten(1)).any())
+    return strength(file, module) != 0 and bool((up.flatten(1) @ down.flatten(1)).any())
 
 
 def _require_pairs(what: str, part: str, tensors: Mapping[str, Tensor]) -> None:
