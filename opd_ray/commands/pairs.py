@@ -183,7 +183,7 @@ def _drawn(
     import torch
 
     from opd_ray.actors.rollout import SampleRequest, draw_pictures
-    from opd_ray.pairs.feedback import drawn_pairs, scored
+    from opd_ray.pairs.feedback import drawn_pairs
     from opd_ray.prompts import PromptStream
     from opd_ray.seeds import fold
     from opd_ray.types import Prompt
@@ -200,7 +200,7 @@ def _drawn(
             prompts, samples = (tuple(side) for side in zip(*some, strict=True))
             request = SampleRequest("", None, how["guidance"], how["steps"], how["seed"], prompts, samples)
             pictures.append(draw_pictures(family, request))
-            scores.append(scored(score, pictures[-1], [prompt.text for prompt in prompts]))
+            scores.append(score(pictures[-1], [prompt.text for prompt in prompts]))
             advance(len(some) / each)
         images = torch.cat(pictures).unflatten(0, (len(chosen), each))
         seeds = [fold(how["seed"], "pairs", n) for n in range(start, end)]

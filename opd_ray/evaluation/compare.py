@@ -154,16 +154,15 @@ class Evaluation:
         self._written.clear()
         scores: dict[str, dict[str, list[float]]] = {model.label: {} for model in models}
         rows: dict[str, list[Picture]] = {model.label: [] for model in models}
+        by_reward: dict[str, list[float]] = {}
         for label, task, start, jobs in asked:
             found, rewards = merged(jobs), self.config.evaluation.rewards.get(task, (task,))
             for key, reward in zip(self.keys(task), rewards, strict=True):
                 scores[label].setdefault(key, []).extend(found.scores[reward])
+            for name, numbers in found.scores.items():
+                by_reward.setdefault(name, []).extend(numbers)
             part = self.prompts[task][start : start + self.config.evaluation.batch]
             rows[label] += [(prompt, 0, found, place) for place, prompt in enumerate(part)]
-        by_reward: dict[str, list[float]] = {}
-        for *_, jobs in asked:
-            for name, numbers in merged(jobs).scores.items():
-                by_reward.setdefault(name, []).extend(numbers)
         self.remarks = flat(by_reward, "the evaluation")
         for text in self.remarks:
             self.watch.note(text)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_ray.errors import PromptError, RewardError, RunFolderError
+from opd_ray.errors import PromptError, RunFolderError
 from opd_ray.pairs.index import COLUMNS, opened
 from opd_ray.pairs.pictures import BadPicture, decoded
 from opd_ray.seeds import fold
@@ -24,7 +24,8 @@ from opd_ray.seeds import fold
 __all__ = ["Parts", "drawn_pairs", "relabelled", "row_groups"]
 
 Score = Callable[[Tensor, list[str]], Tensor]
-"""A reward: pictures [B, 3, H, W] in [0, 1] and their prompts to scores [B]; NaN where it does not apply."""
+"""A checked reward (``opd_ray.rewards.Scorer``): pictures [B, 3, H, W] in [0, 1] and their prompts to scores [B]; NaN
+where it does not apply."""
 KEY = b"opd_ray"
 """Of the file's metadata: where its pairs come from, as JSON."""
 
@@ -150,7 +151,7 @@ def relabelled(rows: Any, score: Score) -> tuple[Any, dict[str, int]]:
         except BadPicture:
             values, kind = [math.nan, math.nan], "broken"
         else:
-            values = [float(scored(score, picture[None], [row["caption"] or ""])[0]) for picture in pictures]
+            values = [float(score(picture[None], [row["caption"] or ""])[0]) for picture in pictures]
             unscored = any(math.isnan(value) for value in values)
             kind = "unscored" if unscored else "ties" if values[0] == values[1] else "pairs"
         counts[kind] += 1
@@ -161,19 +162,6 @@ def relabelled(rows: Any, score: Score) -> tuple[Any, dict[str, int]]:
     for name, values in found.items():
         kept = kept.append_column(name, pa.array(values, pa.float64()))
     return kept, dict(counts)
-
-
-def scored(score: Score, images: Tensor, prompts: list[str]) -> Tensor:
-    """Scores [B] float32.
-
-    Raises:
-        RewardError: they are not a number a picture.
-    """
-    found: Any = score(images, prompts)
-    if not isinstance(found, Tensor) or found.shape != (len(images),):
-        seen = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise RewardError(f"the reward answered with {seen}, expected ({len(images)},)")
-    return found.float().cpu()
 
 
 def _tensor(picture: Any) -> Tensor:
