@@ -7,6 +7,7 @@ import typer
 
 from opd_ray import __version__
 from opd_ray.commands.accuracy import accuracy
+from opd_ray.commands.compare import compare
 from opd_ray.commands.config import config
 from opd_ray.commands.demo import demo
 from opd_ray.commands.doctor import doctor
@@ -50,7 +51,7 @@ def _options(
 
 
 for verb in (
-    *(demo, train, sample, evaluate, score, pairs, accuracy, record, merge),
+    *(demo, train, sample, evaluate, score, compare, pairs, accuracy, record, merge),
     *(scale, status, config, plan, report, doctor),
 ):
     app.command()(verb)

@@ -33,7 +33,7 @@ RUNGS = (
         "planning",
         "report",
     },
-    {"commands", "cli", "console", "__main__", "testing"},
+    {"commands", "comparison", "cli", "console", "__main__", "testing"},
     {"__init__"},  # what users import, from everywhere
 )
 RUNG = {name: rung for rung, names in enumerate(RUNGS) for name in names}
