@@ -10,7 +10,19 @@ from typing import Any, Literal
 from opd_ray.comparison.protocol import PROMPTS, REFERENCE, Arm, Protocol
 from opd_ray.storage.run_folder import read_json
 
-__all__ = ["Node", "Place", "after", "key_of", "overrides_of", "plan", "rate_of", "rounds_of", "trial_key", "weight_of"]
+__all__ = [
+    "Node",
+    "Place",
+    "after",
+    "key_of",
+    "overrides_of",
+    "plan",
+    "points_of",
+    "rate_of",
+    "rounds_of",
+    "trial_key",
+    "weight_of",
+]
 
 Kind = Literal["train", "record", "merge", "judge", "trial", "cosines"]
 
@@ -159,6 +171,12 @@ def rounds_of(protocol: Protocol, node: Node) -> int:
     return rounds if node.rate is None else max(1, math.ceil(rounds * protocol.tuning.rounds))
 
 
+def points_of(arm: Arm) -> list[int]:
+    """Rounds after which a curve has a point, the last among them."""
+    every = max(1, arm.rounds // arm.curve)
+    return sorted({*range(every, arm.rounds + 1, every), arm.rounds})
+
+
 def overrides_of(protocol: Protocol, node: Node, place: Place) -> list[str]:
     """What is set in the recipe of a run or recording, as options of the command line."""
     arm = protocol.arms[node.arm]
@@ -167,8 +185,7 @@ def overrides_of(protocol: Protocol, node: Node, place: Place) -> list[str]:
         rate = node.rate if node.rate is not None else rate_of(protocol, node.arm, place)
         chosen |= {"optimizer.lr": rate}
         if arm.curve and node.rate is None:
-            every = max(1, rounds_of(protocol, node) // arm.curve)
-            chosen |= {"checkpoint.every": every, "checkpoint.keep": arm.curve + 1}
+            chosen |= {"checkpoint.every": points_of(arm)[0], "checkpoint.keep": 1000}
     chosen |= {"name": node.key, "seed": node.seed, "rounds": rounds_of(protocol, node)}
     chosen |= {"evaluation.images_per_task": 0, "cluster.runtime": "local"}
     return [f"{key}={json.dumps(_filled(value, protocol, node.seed, place))}" for key, value in chosen.items()]

@@ -6,8 +6,10 @@ poorly, so an interval is rather too narrow than too wide; each seed's own numbe
 """
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -76,16 +78,15 @@ class Scores:
             return _mean([self.estimate(arm, task, seeds) for task in self.averaged])
         values = np.asarray([self.found[arm][seed][score] for seed in seeds], dtype=np.float64)
         values = values[:, ~np.isnan(values).any(axis=0)]  # which prompts a score applies to is the same for all
-        rng = np.random.default_rng(0)
-        of_seeds = _counts(rng, len(seeds))
-        of_prompts = _counts(rng, values.shape[1])
+        of_seeds, of_prompts = _counts("seeds", len(seeds)), _counts(score, values.shape[1])
         drawn = np.einsum("bs,sp,bp->b", of_seeds, values, of_prompts, optimize=True) / values.size
         return Estimate(float(values.mean()), drawn, values.mean(axis=1))
 
 
-def _counts(rng: np.random.Generator, count: int) -> Floats:
-    """How often each of so many is drawn, in each sample."""
-    rows = rng.integers(0, count, (RESAMPLES, count))
+@cache
+def _counts(of: str, count: int) -> Floats:
+    """How often each of so many seeds, or prompts of a task, is drawn in each sample."""
+    rows = np.random.default_rng([zlib.crc32(of.encode()), count]).integers(0, count, (RESAMPLES, count))
     found = np.zeros((RESAMPLES, count))
     np.add.at(found, (np.arange(RESAMPLES)[:, None], rows), 1.0)
     return found

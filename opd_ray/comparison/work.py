@@ -14,7 +14,7 @@ from opd_ray.commands.merge import How, merge
 from opd_ray.commands.record import record
 from opd_ray.commands.train import run_training
 from opd_ray.comparison.judge import adapter_of, base_of, judge, snapshot_of, tuned
-from opd_ray.comparison.nodes import Node, Place, key_of, overrides_of, rounds_of
+from opd_ray.comparison.nodes import Node, Place, key_of, overrides_of, points_of
 from opd_ray.comparison.protocol import Protocol
 from opd_ray.config import Config
 from opd_ray.errors import NotFiniteError
@@ -108,12 +108,10 @@ def _judged(protocol: Protocol, node: Node, place: Place) -> dict[str, Any]:
     curve = list[dict[str, Any]]()
     if arm.curve:
         config = load(str(folder / "config.yaml"))
-        for file in sorted((folder / "checkpoints").glob("step-*")):
-            round = int(file.name.removeprefix("step-"))
+        for round in points_of(arm):
             with snapshot_of(family, folder, round):
                 point = judge(judged, family, full=False)
-            images = _drawn(config) * round // rounds_of(protocol, Node(node.model, "train", node.arm, node.seed, ()))
-            curve.append({"round": round, "images": images, **point})
+            curve.append({"round": round, "images": _drawn(config) * round // arm.rounds, **point})
     return found | {"curve": curve}
 
 
