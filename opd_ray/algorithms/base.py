@@ -27,7 +27,7 @@ State = tuple[Tensor, float | Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """One forward pass with a gradient, the student's unless it says so, and what its loss needs beside the velocity."""
+    """One forward pass with a gradient, the student's unless it says so, and what its loss needs beside it."""
 
     x: Tensor  # [B, C, H, W] float32
     t: float | Tensor  # one for the batch, or [B]

@@ -71,7 +71,14 @@ class Matching(Algorithm):
 
     def trained_steps(self, num_steps: int) -> tuple[int, ...]:
         """The first int(fraction * N), as in ``Opd``."""
-        return trained_steps(num_steps, self.settings.timestep_fraction)
+        fraction = self.settings.timestep_fraction
+        try:
+            return trained_steps(num_steps, fraction)
+        except ValueError:
+            raise ConfigError(
+                f"algorithm.timestep_fraction {fraction} of {num_steps} steps leaves no step to train on; raise one of "
+                "them"
+            ) from None
 
     def check(self, sigmas: Tensor) -> None:
         """The kernel takes the noise level, and what is trained is what drew."""

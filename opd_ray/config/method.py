@@ -178,8 +178,8 @@ class PluginAlgorithmConfig(Frozen):
 
 
 ALGORITHMS = (
-    *("opd", "opd_ppo", "dmd", "tdm", "ddpo", "sdpo_stepwise", "pso_pairwise", "pso_offline", "diffusion_dpo", "sft"),
-    *("diffusion_nft", "flow_grpo", "grpo_guard"),
+    *("opd", "opd_ppo", "ddpo", "sdpo_stepwise", "pso_pairwise", "pso_offline", "diffusion_dpo", "sft"),
+    *("diffusion_nft", "flow_grpo", "grpo_guard", "dmd", "tdm"),
 )
 
 
