@@ -32,7 +32,7 @@ class MatchingConfig(Frozen):
 
 
 class DmdConfig(MatchingConfig):
-    """Distribution matching distillation (DMD2, arXiv 2405.14867), without its discriminator."""
+    """Distribution matching distillation (DMD2, arXiv 2405.14867): on the student's paths, without a discriminator."""
 
     name: Literal["dmd"]
     """`dmd`."""
