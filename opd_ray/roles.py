@@ -137,6 +137,7 @@ def make_teacher(config: Config, names: tuple[str, ...], bases: Bases | None = N
         teachers,
         checkpoints={name: checkpoint(teacher) for name, teacher in teachers.items() if teacher.model is not None},
         limit=cluster.teacher_memory_gb and cluster.teacher_memory_gb * 1e9,
+        asked=make_algorithm(config).asked,
     )
 
 

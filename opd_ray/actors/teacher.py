@@ -1,10 +1,11 @@
-"""The teacher actor: a frozen specialist's guided velocity at the student's own states."""
+"""The teacher actor: a frozen specialist's guided velocity at the student's own states, or what is made of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from opd_ray.algorithms.base import State, own_states
 from opd_ray.config import TeacherConfig
 from opd_ray.errors import ModelError, NotFiniteError
 from opd_ray.models.base import Family
@@ -41,6 +42,7 @@ class TeacherActor:
         *,
         checkpoints: Mapping[str, Checkpoint] | None = None,
         limit: float | None = None,
+        asked: Callable[[Trajectory], Iterable[State]] = own_states,
     ) -> None:
         """Load every LoRA, and as many checkpoints as fit.
 
@@ -49,13 +51,14 @@ class TeacherActor:
             teachers: by name.
             checkpoints: of those that are no LoRA.
             limit: bytes of weights to hold at a time; LoRAs and their base always stay.
+            asked: ``Algorithm.asked``.
 
         Raises:
             ModelError: a LoRA or a checkpoint cannot be used as it is, by name.
             PlacementError: a checkpoint can never fit into the limit.
         """
         self.facts: dict[str, TeacherFacts] = {}
-        self._checkpoints = dict(checkpoints or {})
+        self._checkpoints, self._asked = dict(checkpoints or {}), asked
         self._hosts: dict[str, Family] = {}
         for name, teacher in teachers.items():
             self.facts[name] = (
@@ -123,9 +126,7 @@ class TeacherActor:
             cond = family.encode([prompt.text for prompt in item.prompts])
             uncond = family.empty() if guidance != 1 else {}
         with family.adapter(teacher if facts.lora else None):
-            velocities = [
-                family.velocity(there.state(j), float(trajectory.sigmas[j]), cond, uncond, guidance) for j in steps
-            ]
+            velocities = [family.velocity(x, t, cond, uncond, guidance) for x, t in self._asked(there)]
         answer = TeacherAnswer(teacher, steps, torch.stack(velocities, dim=1))
         finite = answer.velocity.isfinite().flatten(1).all(1)
         if not finite.all():

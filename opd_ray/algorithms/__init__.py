@@ -13,6 +13,8 @@ __all__ = ["Algorithm", "Facts", "Forward", "Loss", "make_algorithm"]
 ALGORITHMS = {
     "opd": "opd_ray.algorithms.opd:Opd",
     "opd_ppo": "opd_ray.algorithms.opd_ppo:OpdPpo",
+    "dmd": "opd_ray.algorithms.dmd:Dmd",
+    "tdm": "opd_ray.algorithms.dmd:Tdm",
     "ddpo": "opd_ray.algorithms.ddpo:Ddpo",
     "sdpo_stepwise": "opd_ray.algorithms.sdpo:Sdpo",
     "pso_pairwise": "opd_ray.algorithms.pso:Pso",
@@ -73,6 +75,11 @@ def _check_needs(config: Config, algorithm: Algorithm) -> None:
         )
     if algorithm.kernel not in KERNELS:
         raise ConfigError(f"algorithm {name} draws with kernel {algorithm.kernel!r}; known: {', '.join(KERNELS)}")
+    if algorithm.trained and config.cluster.learner.backend == "deepspeed":
+        raise ConfigError(
+            f"algorithm {name} also trains {', '.join(algorithm.trained)}, whose gradients DeepSpeed would not reduce; "
+            "set cluster.learner.backend to ddp or fsdp2"
+        )
     known = ("student", *algorithm.adapters)
     for policy in (algorithm.behaviour, *algorithm.velocities):
         if policy not in known and (policy != "reference" or policy == algorithm.behaviour):

@@ -7,7 +7,7 @@ experience, runs the forwards it asks for, and gives it the velocities.
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,12 +19,15 @@ from opd_ray.errors import ConfigError
 from opd_ray.seeds import fold
 from opd_ray.types import Conditioning, Experience, Trajectory, WorkItem
 
-__all__ = ["Algorithm", "Facts", "Forward", "Loss", "part_of"]
+__all__ = ["Algorithm", "Facts", "Forward", "Loss", "State", "own_states", "part_of"]
+
+State = tuple[Tensor, float | Tensor]
+"""[B, C, H, W] float32, and its time: one for the batch, or [B]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """One forward pass of the student and what its loss needs beside the velocity."""
+    """One forward pass with a gradient, the student's unless it says so, and what its loss needs beside it."""
 
     x: Tensor  # [B, C, H, W] float32
     t: float | Tensor  # one for the batch, or [B]
@@ -33,6 +36,10 @@ class Forward:
     cond: Conditioning
     uncond: Conditioning
     inputs: Mapping[str, Tensor] = field(default_factory=dict)  # each [B, ...]
+    policy: str = "student"
+    """Whose pass and gradient it is: the student's, or one of ``Algorithm.trained``, which have no guidance."""
+    beside: Mapping[str, State] = field(default_factory=dict)
+    """Extra adapters whose velocity the loss needs at states of their own, without guidance; no gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,8 @@ class Algorithm(ABC):
     """Policies whose velocities the loss needs beside the student's: extra adapters, or `reference` (adapter off)."""
     adapters: ClassVar[tuple[str, ...]] = ()
     """Extra adapters that start as copies of the student and follow it (`follow`)."""
+    trained: ClassVar[tuple[str, ...]] = ()
+    """Those of them that follow nobody: they have forwards, losses and gradients of their own (``Forward.policy``)."""
     needs_rollouts: bool = True
     """False: experience is recorded, and comes from a data set."""
     whole_paths: ClassVar[bool] = True
@@ -128,6 +137,13 @@ class Algorithm(ABC):
         seed = fold(seed, "steps", *names)
         return choose_steps(self.trained_steps(num_steps), self.steps_per_item, seed)
 
+    def asked(self, trajectory: Trajectory) -> Iterable[State]:
+        """Where a teacher is asked for its velocity, on the teacher's worker: a state for each trained step.
+
+        Of a drawing that is handed over in parts: for those whose state is in this one.
+        """
+        return own_states(trajectory)
+
     def pictured(self, trajectory: Trajectory) -> Tensor | None:
         """What rewards are to see of a whole drawing.
 
@@ -165,7 +181,7 @@ class Algorithm(ABC):
 
         Args:
             forward: what was asked for.
-            velocity: policy -> guided velocity [B, C, H, W] float32; `student` carries the gradient.
+            velocity: policy -> guided velocity [B, C, H, W] float32; that of the forward's own carries the gradient.
         """
 
     def follow(self, adapter: str, round: int) -> float:
@@ -184,6 +200,13 @@ class Algorithm(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Take back what ``state_dict`` gave."""
+
+
+def own_states(trajectory: Trajectory) -> Iterator[State]:
+    """Those of the drawing itself, at the trained steps that are in it."""
+    for j in trajectory.item.steps:
+        if trajectory.first <= j <= trajectory.last:
+            yield trajectory.state(j), float(trajectory.sigmas[j])
 
 
 def part_of(items: Sequence[WorkItem], number: int, parts: int) -> list[WorkItem]:

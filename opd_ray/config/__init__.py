@@ -17,6 +17,7 @@ from opd_ray.config.alignment import (
     WhitenedConfig,
 )
 from opd_ray.config.cluster import Autoscale, ClusterConfig, LearnerPlacement, Placement, RewardPlacement, RolePlacement
+from opd_ray.config.matching import DmdConfig, MatchingConfig, TdmConfig
 from opd_ray.config.method import (
     ATTENTION,
     AlgorithmConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "ClusterConfig",
     "Config",
     "DdpoConfig",
+    "DmdConfig",
     "DpoConfig",
     "EmaConfig",
     "EvaluationConfig",
@@ -60,6 +62,7 @@ __all__ = [
     "LearnerPlacement",
     "LoggingConfig",
     "LoraConfig",
+    "MatchingConfig",
     "ModelConfig",
     "NftConfig",
     "NoisedPairsConfig",
@@ -81,6 +84,7 @@ __all__ = [
     "SftConfig",
     "StepwiseConfig",
     "StudentConfig",
+    "TdmConfig",
     "TeacherConfig",
     "WandbConfig",
     "WhitenedConfig",

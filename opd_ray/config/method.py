@@ -14,6 +14,7 @@ from opd_ray.config.alignment import (
     SftConfig,
     StepwiseConfig,
 )
+from opd_ray.config.matching import DmdConfig, TdmConfig
 from opd_ray.config.reinforcement import FlowGrpoConfig, GrpoGuardConfig, NftConfig
 from opd_ray.config.section import Frozen
 
@@ -178,7 +179,7 @@ class PluginAlgorithmConfig(Frozen):
 
 ALGORITHMS = (
     *("opd", "opd_ppo", "ddpo", "sdpo_stepwise", "pso_pairwise", "pso_offline", "diffusion_dpo", "sft"),
-    *("diffusion_nft", "flow_grpo", "grpo_guard"),
+    *("diffusion_nft", "flow_grpo", "grpo_guard", "dmd", "tdm"),
 )
 
 
@@ -191,6 +192,8 @@ def _algorithm_tag(value: Any) -> str:
 AlgorithmConfig = Annotated[
     Annotated[OpdConfig, Tag("opd")]
     | Annotated[OpdPpoConfig, Tag("opd_ppo")]
+    | Annotated[DmdConfig, Tag("dmd")]
+    | Annotated[TdmConfig, Tag("tdm")]
     | Annotated[DdpoConfig, Tag("ddpo")]
     | Annotated[SdpoConfig, Tag("sdpo_stepwise")]
     | Annotated[PsoConfig, Tag("pso_pairwise")]

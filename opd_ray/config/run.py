@@ -36,7 +36,7 @@ REFERENCE = "reference"
 """The teacher that stands for the frozen start, where an algorithm compares with it."""
 ROLES = (
     *("rollout", "teacher", "reward", "learner", "default"),
-    *("base", "student", "behaviour", "reference", "old"),
+    *("base", "student", "behaviour", "reference", "old", "fake"),
 )
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 

@@ -3,7 +3,8 @@
 from opd_ray.config import LearnerPlacement
 from opd_ray.learners.ddp import DdpEngine
 from opd_ray.learners.engine import Engine
-from opd_ray.learners.learner import Learner, LearnerState, UpdateReport
+from opd_ray.learners.learner import Learner, LearnerState
+from opd_ray.learners.sums import UpdateReport
 
 __all__ = ["DdpEngine", "Engine", "Learner", "LearnerState", "UpdateReport", "make_engine"]
 

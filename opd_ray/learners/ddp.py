@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
@@ -45,8 +46,20 @@ class DdpEngine(Engine):
         return prepared
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
-        """One reduction an update, in its last backward."""
-        if last or self.ranks == 1:
+        """One reduction an update, in its last backward; in ``step`` where that has one policy's gradient alone."""
+        if self.ranks == 1 or (last and not self._several):
             return nullcontext()
         context: AbstractContextManager[None] = self.accelerator.no_sync(self._module)
         return context
+
+    @property
+    def _several(self) -> bool:
+        return len(self.optimizer.param_groups) > 1
+
+    def step(self, scale: float) -> float:
+        """Also reduces, where ``accumulate`` does not: DDP would wait for every parameter's gradient."""
+        if self.ranks > 1 and self._several:
+            for parameter in self.trained.values():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad.div_(self.ranks))
+        return super().step(scale)

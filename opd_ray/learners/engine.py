@@ -43,7 +43,8 @@ class Engine(ABC):
     gathers: ClassVar[bool] = False
     """Whether what is whole may have been gathered for whoever asked: a new tensor, on every rank's device."""
     trained: dict[str, nn.Parameter]
-    """By canonical name, as they are once ``prepare`` has run."""
+    """By canonical name, as they are once ``prepare`` has run; those of a policy beside the student have its name and a
+    slash in front. An optimizer's group, and a norm that is clipped, for each policy."""
     optimizer: torch.optim.Optimizer
     """AdamW over the parts."""
 
@@ -78,19 +79,21 @@ class Engine(ABC):
         (loss * scale * self.ranks).backward()
 
     def step(self, scale: float) -> float:
-        """Unscale, clip and step; collective.
+        """Unscale, clip each policy's own gradient, and step; collective.
 
         Returns:
             The norm of the whole gradient before clipping, the same on every rank. Where it is not finite, no weight
             and no moment was changed.
         """
-        found = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        found = [[parameter.grad for parameter in group if parameter.grad is not None] for group in groups]
         if scale != 1:
-            for gradient in found:
+            for gradient in (gradient for gradients in found for gradient in gradients):
                 gradient.mul_(1 / scale)
-        total = self._norm(found)
-        if math.isfinite(norm := float(total)):
-            torch.nn.utils.clip_grads_with_norm_(self.trained.values(), self._clip, total)
+        totals = [self._norm(gradients) for gradients in found]
+        if math.isfinite(norm := math.hypot(*map(float, totals))):
+            for group, total in zip(groups, totals, strict=True):
+                torch.nn.utils.clip_grads_with_norm_(group, self._clip, total)
             self.optimizer.step()
         return norm
 
@@ -163,8 +166,11 @@ class Engine(ABC):
 
     def _adamw(self, chosen: OptimizerConfig) -> torch.optim.AdamW:
         self._clip = chosen.clip
-        parameters = list(self.trained.values())
-        return torch.optim.AdamW(parameters, chosen.lr, chosen.betas, chosen.eps, chosen.weight_decay)
+        policies: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.trained.items():
+            policies.setdefault(name.rpartition("/")[0], []).append(parameter)
+        groups = [{"params": parameters} for parameters in policies.values()]
+        return torch.optim.AdamW(groups, chosen.lr, chosen.betas, chosen.eps, chosen.weight_decay)
 
 
 class LossScale:

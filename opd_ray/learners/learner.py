@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from opd_ray.actors.rollout import probe_velocity
-from opd_ray.algorithms.base import Algorithm, Forward, Loss
+from opd_ray.algorithms.base import Algorithm, Forward
 from opd_ray.config import EmaConfig, LoraConfig, OptimizerConfig
 from opd_ray.digest import Digest
 from opd_ray.errors import NotFiniteError, OutOfOrderError, RunFolderError
 from opd_ray.learners.engine import Engine, LossScale, split_key
+from opd_ray.learners.sums import Sums, UpdateReport
 from opd_ray.models.base import Family
 from opd_ray.seeds import fold
 from opd_ray.types import Experience, WorkItem
 
-__all__ = ["Learner", "LearnerState", "Training", "UpdateReport"]
+__all__ = ["Learner", "LearnerState", "Training"]
 
 
 Held = tuple[nn.Parameter, Tensor]
@@ -43,52 +43,6 @@ class Training:
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateReport:
-    """One rank's numbers of one update. Sums over ranks give the update's."""
-
-    loss: float
-    """This rank's share of the update's loss."""
-    tasks: dict[str, tuple[float, int]]
-    """Task -> (sum of item losses, items)."""
-    steps: dict[str, dict[int, dict[str, tuple[float, int]]]]
-    """Task -> step -> metric -> (sum, forwards)."""
-    grad_norm: float
-    lr: float
-    skipped: bool = False
-    """The fp16 gradient overflowed: no weight was changed, and the loss is scaled by less from now on."""
-
-
-@dataclass(slots=True)
-class Sums:
-    """What the forwards of one update have added up to on one rank."""
-
-    loss: float = 0.0
-    tasks: dict[str, float] = field(default_factory=dict)
-    items: dict[str, set[int]] = field(default_factory=dict)
-    steps: dict[str, dict[int, dict[str, tuple[float, int]]]] = field(default_factory=dict)
-    broken: str = ""
-    """Where the loss was not finite for the first time."""
-
-    def add(self, item: WorkItem, step: int, loss: Loss, share: float, count: int) -> None:
-        """One of an item's ``count`` forwards; ``share`` is its part of the update's loss."""
-        value = float(loss.value.detach())
-        if not math.isfinite(value) and not self.broken:
-            self.broken = f"; first in {item} step {step}, prompt {item.prompts[0].text!r}"
-        self.loss += share
-        self.tasks[item.task] = self.tasks.get(item.task, 0.0) + value / count
-        self.items.setdefault(item.task, set()).add(item.position)
-        by_step = self.steps.setdefault(item.task, {}).setdefault(step, {})
-        for name, metric in loss.metrics.items():
-            seen, times = by_step.get(name, (0.0, 0))
-            by_step[name] = (seen + float(metric), times + 1)
-
-    def report(self, grad_norm: float, lr: float, skipped: bool) -> UpdateReport:
-        """The numbers of the update that they belong to."""
-        tasks = {task: (total, len(self.items[task])) for task, total in self.tasks.items()}
-        return UpdateReport(self.loss, tasks, self.steps, grad_norm, lr, skipped)
-
-
-@dataclass(frozen=True, slots=True)
 class LearnerState:
     """All that a learner needs to go on bit-identically: tensors by group and name, and JSON values."""
 
@@ -103,15 +57,14 @@ class Learner:
         self.family, self.algorithm, self.training, self.engine = family, algorithm, training, engine
         for name in ("student", *algorithm.adapters):  # one seed: extra adapters start as copies
             family.add_student(name, training.lora, fold(training.seed, "lora"))
+        self._policies = (*algorithm.trained, "student")
         family.use("student")
-        family.train_adapter("student")
+        family.train_adapter(*self._policies)
         if training.gradient_checkpointing:
             family.save_memory()
-        family.denoiser = engine.prepare(
-            family.network, partial(family.adapter_parameters, "student"), training.optimizer
-        )
+        family.denoiser = engine.prepare(family.network, self._trained, training.optimizer)
         family.device = engine.device  # the engine has taken there what was loaded elsewhere
-        self.student = engine.trained
+        self.student = family.adapter_parameters("student")
         self.scale = LossScale(enabled=family.dtype == torch.float16)
         self.ema = {name: engine.part(p).clone() for name, p in self.student.items()} if training.ema else None
         self.updates = 0
@@ -191,13 +144,23 @@ class Learner:
         self, items: Sequence[WorkItem], selected: Sequence[WorkItem], update: int, *, last: bool = False
     ) -> None:
         """Add these items' share of an update over ``selected``; the update's last also reduce the gradients."""
-        self.family.use("student")  # another role of this process may share the family
-        work = [
-            (item, forward, len(forwards))
-            for item in items
-            for forwards in [list(self.algorithm.forwards(self._experience[item.position], update))]
-            for forward in forwards
-        ]
+        forwards = {item: list(self.algorithm.forwards(self._experience[item.position], update)) for item in items}
+        asked = [name for name in self._policies if any(one.policy == name for one in forwards[items[0]])]
+        for policy in asked:
+            self.family.use(policy)  # also in backwards, and another role of this process may share the family
+            work = []
+            for item, every in forwards.items():
+                own = [forward for forward in every if forward.policy == policy]
+                work += [(item, forward, len(own)) for forward in own]
+            self._descend(work, selected, last=last and policy == asked[-1])
+        if self.algorithm.streams:
+            for item in items:
+                del self._experience[item.position]  # nobody asks for it again
+
+    def _descend(
+        self, work: Sequence[tuple[WorkItem, Forward, int]], selected: Sequence[WorkItem], *, last: bool
+    ) -> None:
+        """Forward and backward of one policy, each with how many of them its item has."""
         idle = self.engine.most(len(work)) - len(work) if self.engine.lockstep else 0
         for number, (item, forward, count) in enumerate([*work, *[work[-1]] * idle], start=1):
             with self.engine.accumulate(last=last and number == len(work) + idle):
@@ -210,9 +173,6 @@ class Learner:
                 self.engine.backward(share, self.scale.value)
             if number <= len(work):
                 self._sums.add(item, forward.step, loss, float(share.detach()), count)
-        if self.algorithm.streams:
-            for item in items:
-                del self._experience[item.position]  # nobody asks for it again
 
     def _step(self, broken: str) -> tuple[float, bool]:
         """Clip and step; returns the gradient's norm, and whether an overflow in fp16 made this a step of nothing.
@@ -229,11 +189,19 @@ class Learner:
     def finish_round(self, round: int) -> None:
         """Let the extra adapters follow the student, and let go of the round's inputs."""
         with torch.no_grad():
-            for name in self.algorithm.adapters:
+            for name in set(self.algorithm.adapters) - set(self.algorithm.trained):
                 keep = self.algorithm.follow(name, round)
                 for key, parameter in self.family.adapter_parameters(name).items():
                     self.engine.part(parameter).lerp_(self.engine.part(self.student[key]), 1 - keep)
         self._items, self._own, self._experience = (), (), {}
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """The student's parameters by name, and those of other policies with theirs in front."""
+        return {
+            name if policy == "student" else f"{policy}/{name}": parameter
+            for policy in self._policies
+            for name, parameter in self.family.adapter_parameters(policy).items()
+        }
 
     def owner(self, item: WorkItem) -> int:
         """The rank that trains on an item."""
@@ -336,7 +304,7 @@ class Learner:
                     f"the checkpoint's {group} is not this run's: {other} is {theirs.get(other, 'missing')} there and "
                     f"{mine.get(other, 'missing')} here"
                 )
-        shapes = {name: self.engine.shape(parameter) for name, parameter in self.student.items()}
+        shapes = {name: self.engine.shape(parameter) for name, parameter in self.engine.trained.items()}
         for key, value in moments.items():
             name, _ = split_key(key)
             if name not in shapes or tuple(value.shape) not in {(), shapes[name]}:
@@ -368,13 +336,18 @@ class Learner:
         return {name: (self.student[name], part) for name, part in ema.items()}
 
     def _velocities(self, forward: Forward) -> dict[str, Tensor]:
-        """Guided velocities [B, C, H, W] of the student (with gradient) and of the policies the loss compares with."""
-        guidance, velocities = self.training.guidance if self.algorithm.guided else 1.0, {}
+        """Velocities [B, C, H, W] of the forward's policy (with gradient) and of those that the loss compares with."""
+        guided, velocities = self.algorithm.guided and forward.policy == "student", dict[str, Tensor]()
+        guidance = self.training.guidance if guided else 1.0
+        for name, (x, t) in forward.beside.items():
+            with torch.no_grad(), self.family.adapter(name):
+                velocities[name] = self.family.velocity(x, t, forward.cond, {}, 1.0)
         for name in self.algorithm.velocities:
             adapter = None if name == "reference" else name
             with torch.no_grad(), self.family.adapter(adapter):
                 velocities[name] = self.family.velocity(forward.x, forward.t, forward.cond, forward.uncond, guidance)
-        velocities["student"] = self.family.velocity(forward.x, forward.t, forward.cond, forward.uncond, guidance)
+        x, t, cond, uncond = forward.x, forward.t, forward.cond, forward.uncond
+        velocities[forward.policy] = self.family.velocity(x, t, cond, uncond, guidance)
         return velocities
 
     def _set_lr(self) -> float:

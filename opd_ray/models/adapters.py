@@ -203,11 +203,11 @@ class Adapters:
         """Use one adapter from now on. What is trainable stays as it is."""
         self._activate(name)
 
-    def train_adapter(self, name: str) -> None:
-        """Make this adapter's parameters the only trainable ones."""
-        chosen = self.adapter_parameters(name)
+    def train_adapter(self, *names: str) -> None:
+        """Make these adapters' parameters the only trainable ones."""
+        chosen = [parameter for name in names for parameter in self.adapter_parameters(name).values()]
         self.network.requires_grad_(False)
-        for parameter in chosen.values():
+        for parameter in chosen:
             parameter.requires_grad_(True)
 
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:

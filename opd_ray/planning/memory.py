@@ -234,7 +234,9 @@ def _learner(config: Config, shape: Shape) -> Need:
     frozen, one = _student(config, shape, held)
     buffers = shape.buffers * held / GB
     part, copies = _shares(placement, ema=config.ema is not None)
-    weights, trained = (frozen - buffers) * part + buffers, one * copies
+    others = make_algorithm(config).trained  # adapters of their own, without a moving average
+    trained = one * (copies + len(others) * _shares(placement, ema=False)[1])
+    weights = (frozen - buffers) * part + buffers
     working = shape.layers * kept + block + _gathered(placement, shape, frozen - buffers, one)
     if placement.device == "cpu" and placement.spreads_weights:  # where all of them are at first
         working = max(working, frozen + one - weights - trained)

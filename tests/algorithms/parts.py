@@ -140,9 +140,18 @@ def give(actor: RolloutActor, weights: Mapping[str, Tensor], version: WeightVers
 
 
 def random_experience(
-    family: Family, work: WorkItem, *, num_steps: int = 4, seed: int = 0, negatives: bool = True
+    family: Family,
+    work: WorkItem,
+    *,
+    num_steps: int = 4,
+    seed: int = 0,
+    negatives: bool = True,
+    velocities: bool = False,
 ) -> Experience:
-    """States, conditioning and a teacher's velocities at random: nothing has to be drawn for it."""
+    """States, conditioning and a teacher's velocities at random: nothing has to be drawn for it.
+
+    ``velocities``: also those of whoever drew it.
+    """
     rng = torch.Generator().manual_seed(seed)
     rows, shape = len(work.prompts), family.latent_shape
     conds = [family.random_conditioning(rng) for _ in range(rows)]
@@ -150,7 +159,8 @@ def random_experience(
     uncond = family.random_conditioning(rng) if negatives else {}
     latents = torch.randn((rows, num_steps + 1, *shape), generator=rng)
     velocity = torch.randn((rows, len(work.steps), *shape), generator=rng)
-    trajectory = Trajectory(work, VERSION, family.sigmas(num_steps), latents, cond, uncond)
+    drawn = torch.randn((rows, num_steps, *shape), generator=rng) if velocities else None
+    trajectory = Trajectory(work, VERSION, family.sigmas(num_steps), latents, cond, uncond, velocities=drawn)
     return Experience(work, trajectory, TeacherAnswer("t", work.steps, velocity))
 
 

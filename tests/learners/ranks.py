@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from opd_ray.algorithms.dmd import Dmd
 from opd_ray.algorithms.opd import Opd
-from opd_ray.config import EmaConfig, LearnerPlacement, LoraConfig, OpdConfig, OptimizerConfig
+from opd_ray.config import DmdConfig, EmaConfig, LearnerPlacement, LoraConfig, OpdConfig, OptimizerConfig
 from opd_ray.learners import Engine, Learner, LearnerState, fsdp2, make_engine
 from opd_ray.learners.deepspeed import DeepSpeedEngine
 from opd_ray.learners.fsdp2 import FsdpEngine
@@ -43,6 +44,8 @@ FULL = "full-"
 IN_FULL = tuple(FULL + name for name in BACKENDS)
 OFFLOADED_TOO = (*OFFLOADED, FULL + "zero2-offload")
 SPREADING = ("fsdp2", "zero3", FULL + "fsdp2", FULL + "zero3")
+SEVERAL = ("ddp", "fsdp2")
+"""Train two adapters, of which an update may have one alone."""
 NEXT = dict(zip(BACKENDS, [*list(BACKENDS)[1:], "ddp"], strict=True))
 """Each backend goes on once from another one's full weights, and another once from its."""
 ORDER = (("a", 0), ("a", 1), ("b", 0))
@@ -106,6 +109,26 @@ def train(one: Learner, rounds, family) -> list[dict]:
         reports.append({"loss": report.loss, "norm": report.grad_norm, "skipped": report.skipped})
     one.engine.step = step
     return [{**report, "gradients": gradients} for report, gradients in zip(reports, seen, strict=True)]
+
+
+def train_several(tiny: Path, engine: Engine, family) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """Two updates of `fake`, the second also of the student, twice: what is told, and all moments."""
+    chosen = OptimizerConfig(lr=1e-3, clip=1e-2)
+    one, told = (
+        learner(tiny, Dmd(DmdConfig(name="dmd", fake_updates=2)), engine=engine, lora=LORA, optimizer=chosen),
+        [],
+    )
+    for number in range(2):
+        work = [item(task=t, index=i, position=n, round=number) for n, (t, i) in enumerate(ORDER)]
+        one.begin(work)
+        for part in work:
+            if one.owner(part) == one.engine.rank:
+                one.take(random_experience(family, part, seed=10 * number + part.position, velocities=True))
+        for update in range(2):
+            report = one.update(update)
+            told.append({"loss": report.loss, "norm": report.grad_norm})
+        one.finish_round(number)
+    return told, {key: value.clone() for key, value in one.engine.moments()}
 
 
 def save(one: Learner, folder: Path) -> None:
@@ -174,6 +197,12 @@ class Rank:
         self.note(f"hashes-{name}", one.hashes())
         if name in IN_FULL:
             self.note(f"alive-{name}", alive(one, self.folder / "exported"))
+
+    def several(self, name: str) -> None:
+        """Rounds of two adapters."""
+        told, moments = train_several(self.tiny, self.engine(name), self.family)
+        self.note(f"several-{name}", told)
+        save_file(moments, self.file(f"several-{name}-{self.rank}"))
 
     def go_on(self, source: str, target: str) -> None:
         """The last rounds, from what another backend saved."""
@@ -295,6 +324,8 @@ def main(folder: Path, tiny: Path, part: str, rank: int) -> None:
         return
     for name in (*BACKENDS, *IN_FULL):
         one.run(name)
+    for name in SEVERAL:
+        one.several(name)
     for source in BACKENDS:
         for target in BACKENDS:
             one.go_on(source, target)

@@ -28,9 +28,11 @@ from tests.learners.ranks import (
     OFFLOADED_TOO,
     ROUNDS,
     SAVED,
+    SEVERAL,
     SPREADING,
     make,
     train,
+    train_several,
 )
 from tests.runtime.runs import LOOPBACK
 
@@ -134,6 +136,26 @@ def test_two_ranks_of_each_backend_are_a_single_rank(seen, alone, alone_in_full,
 @pytest.mark.parametrize("name", OFFLOADED_TOO)
 def test_two_ranks_whose_moments_are_in_cpu_memory_are_a_single_rank(seen_more, alone, alone_in_full, name):
     are_one(seen_more, name, alone_in_full if name.startswith(FULL) else alone)
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_two_ranks_that_train_two_adapters_are_a_single_rank(seen, tiny, name):
+    """Also where one rank has more items, so that the other repeats a forward for nothing: of the same adapter."""
+    expected, moments = train_several(tiny, DdpEngine(0, 1), load(tiny))
+    ranks = by_rank(seen, f"several-{name}")
+    assert len(expected) == len(ranks[0]) == 4
+    for one, other, whole in zip(*ranks, expected, strict=True):
+        assert one["loss"] + other["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+        assert one["norm"] == other["norm"] == pytest.approx(whole["norm"], rel=1e-4)
+    assert any(key.startswith("fake/") for key in moments) and not all(key.startswith("fake/") for key in moments)
+    for rank in range(2):
+        found = load_file(seen / f"several-{name}-{rank}.safetensors")
+        assert found.keys() == moments.keys()
+        for slot in (":step", ":exp_avg", ":exp_avg_sq"):
+            own = [key for key in moments if key.endswith(slot)]
+            largest = max(float(moments[key].abs().max()) for key in own)
+            for key in own:
+                assert float((found[key] - moments[key]).abs().max()) <= 1e-3 * largest, key
 
 
 def are_one(seen, name, one):
