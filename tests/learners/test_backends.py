@@ -19,9 +19,10 @@ from opd_ray.learners import DdpEngine, make_engine
 from opd_ray.learners.engine import MEETING, LossScale
 from opd_ray.preflight import check_backend
 from opd_ray.roles import Bases, make_learner
-from tests.algorithms.parts import load, run_config
+from tests.algorithms.parts import flat, load, run_config
 from tests.learners.ranks import (
     BACKENDS,
+    COMPARING,
     FULL,
     IN_FULL,
     NEXT,
@@ -29,6 +30,7 @@ from tests.learners.ranks import (
     ROUNDS,
     SAVED,
     SPREADING,
+    compare,
     make,
     train,
 )
@@ -134,6 +136,16 @@ def test_two_ranks_of_each_backend_are_a_single_rank(seen, alone, alone_in_full,
 @pytest.mark.parametrize("name", OFFLOADED_TOO)
 def test_two_ranks_whose_moments_are_in_cpu_memory_are_a_single_rank(seen_more, alone, alone_in_full, name):
     are_one(seen_more, name, alone_in_full if name.startswith(FULL) else alone)
+
+
+@pytest.mark.parametrize("name", COMPARING)
+def test_two_ranks_that_compare_with_who_drew_are_a_single_rank(seen, tiny, name):
+    """Also where an update sees a part of the items, off the policy that drew them."""
+    alone = compare(make(tiny, DdpEngine(0, 1), name))
+    same(read(seen, name), alone)
+    first, second = (flat(one["gradients"]) for one in alone)
+    assert min(float(first.norm()), float(second.norm())) > 1e-4, "clipped, see ranks.make"
+    assert not torch.allclose(first, second, rtol=0.1)
 
 
 def are_one(seen, name, one):
