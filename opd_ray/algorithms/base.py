@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from opd_ray.diffusion import KERNELS, Step, choose_steps
+from opd_ray.diffusion import KERNELS, Step, choose_steps, trained_steps
 from opd_ray.errors import ConfigError
 from opd_ray.seeds import fold
 from opd_ray.types import Conditioning, Experience, Trajectory, WorkItem
 
-__all__ = ["Algorithm", "Facts", "Forward", "Loss", "part_of"]
+__all__ = ["Algorithm", "Facts", "Forward", "Loss", "first_steps", "part_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +184,20 @@ class Algorithm(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Take back what ``state_dict`` gave."""
+
+
+def first_steps(num_steps: int, fraction: float) -> tuple[int, ...]:
+    """The first int(fraction * N) steps, which are trained on.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return trained_steps(num_steps, fraction)
+    except ValueError:
+        raise ConfigError(
+            f"algorithm.timestep_fraction {fraction} of {num_steps} steps leaves no step to train on; raise one of them"
+        ) from None
 
 
 def part_of(items: Sequence[WorkItem], number: int, parts: int) -> list[WorkItem]:
