@@ -224,6 +224,24 @@ class TestRecorded:
         go(config.model_copy(update={"rounds": 1}), tmp_path / "parts")
         assert same(go(config, tmp_path / "parts", resume=True), whole)
 
+    @pytest.mark.ray
+    @pytest.mark.parametrize(
+        ("readers", "changes"),
+        [
+            pytest.param(2, {"algorithm": {"name": "opd", "states": "recorded"}}, id="opd"),
+            pytest.param(1, {"algorithm": {"name": "sft"}, "teachers": {}}, id="sft"),
+        ],
+    )
+    def test_over_ray_it_is_the_student_of_one_process(
+        self, make_config, ray_session, recordings, tmp_path, readers, changes
+    ):
+        """What readers send is what was recorded, and items come in order whoever reads them."""
+        changes |= {"recorded": str(recordings), "prompts": None, "rounds": 2}
+        many = {"rollout": {"resources": {"cpu": 0.25}, "workers": readers}}
+        done = go(make_config("ray", cluster=many, **changes), tmp_path / "ray")
+        assert len(done.pids) == readers + 1, "and the learner"
+        assert same(done, go(make_config(**changes), tmp_path / "local"))
+
     def test_what_is_recorded_goes_on_and_is_not_mixed(self, make_config, tmp_path):
         config = make_config()
         first = made(config, tmp_path / "all")
