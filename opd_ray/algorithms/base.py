@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from opd_ray.config import LoraConfig
 from opd_ray.diffusion import KERNELS, Step, choose_steps, trained_steps
 from opd_ray.errors import ConfigError
 from opd_ray.seeds import fold
@@ -67,7 +68,8 @@ class Algorithm(ABC):
     behaviour: ClassVar[str] = "student"
     """The adapter that rollouts draw with."""
     velocities: tuple[str, ...] = ()
-    """Policies whose velocities the loss needs beside the student's: extra adapters, or `reference` (adapter off)."""
+    """Policies whose velocities the loss needs beside the student's: extra adapters, or `reference` (the frozen start:
+    the adapter off, or the LoRA that the student began as)."""
     adapters: ClassVar[tuple[str, ...]] = ()
     """Extra adapters that start as copies of the student and follow it (`follow`)."""
     needs_rollouts: bool = True
@@ -171,6 +173,11 @@ class Algorithm(ABC):
     def follow(self, adapter: str, round: int) -> float:
         """After each round adapter <- d * adapter + (1 - d) * student: this is d."""
         return 0.0
+
+    def beside(self, lora: LoraConfig | None) -> tuple[str, ...]:
+        """The adapters that a learner has beside the student: its own, and a frozen start that is a LoRA itself."""
+        started = lora is not None and lora.start is not None and "reference" in self.velocities
+        return (*self.adapters, "reference") if started else self.adapters
 
     def item_weight(self, item: WorkItem, items: Sequence[WorkItem]) -> float:
         """The share of one item in an update's loss: weighted mean over tasks, mean over a task's items."""
