@@ -48,6 +48,9 @@ BACKENDS = {
     "zero2": {"backend": "deepspeed", "zero_stage": 2},
     "zero3": {"backend": "deepspeed", "zero_stage": 3},
 }
+CROSSED = tuple((one, other) for one in BACKENDS for other in BACKENDS if one == other or "ddp" in (one, other))
+"""Who goes on from whose checkpoint: each from its own, and to and from ``ddp``."""
+CROSSED_TOO = tuple((one, other) for one in BACKENDS for other in BACKENDS if (one, other) not in CROSSED)
 OFFLOADED = {f"{name}-offload": BACKENDS[name] | {"cpu_offload": True} for name in ("zero1", "zero2", "zero3")}
 ROUNDS, SAVED = 5, 3
 LORA = LoraConfig(rank=4, alpha=8, targets=("attn.to_q", "attn.to_out.0", "attn.add_k_proj"))
@@ -340,8 +343,10 @@ def main(folder: Path, tiny: Path, part: str, rank: int) -> None:
     gc.freeze()  # DeepSpeed collects garbage for each engine, and looks through all that was imported
     one = Rank(folder, tiny, rank)
     if part == "more":
-        for name in OFFLOADED_TOO:
+        for name in (*OFFLOADED_TOO, *BACKENDS):
             one.run(name)
+        for source, target in CROSSED_TOO:
+            one.go_on(source, target)
         for name in BACKENDS:
             for form in ("bfloat16", "float16"):
                 one.in_half(name, form)
@@ -349,9 +354,8 @@ def main(folder: Path, tiny: Path, part: str, rank: int) -> None:
         return
     for name in (*BACKENDS, *IN_FULL):
         one.run(name)
-    for source in BACKENDS:
-        for target in BACKENDS:
-            one.go_on(source, target)
+    for source, target in CROSSED:
+        one.go_on(source, target)
     for source, target in NEXT.items():
         one.go_on(FULL + source, target)
     for name in SPREADING:
