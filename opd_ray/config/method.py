@@ -96,7 +96,8 @@ class LoraConfig(Frozen):
     """Module name endings that get an adapter; where not given the family's own: every projection of its attention."""
     start: str | None = None
     """A LoRA of that rank and those targets that training begins with (a run folder, folder, file or hub id), in place
-    of a fresh one that changes nothing. `base` and the reference stay the model without any."""
+    of a fresh one that changes nothing. It is then also the frozen start (`reference`) that losses compare with or keep
+    near: the initial policy of this run. What is scored as `base` stays the model without any."""
 
 
 class StudentConfig(Frozen):
