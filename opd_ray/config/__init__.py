@@ -40,10 +40,12 @@ from opd_ray.config.method import (
 )
 from opd_ray.config.reinforcement import FlowGrpoConfig, GroupsConfig, GrpoConfig, GrpoGuardConfig, NftConfig
 from opd_ray.config.run import REFERENCE, Config, parse
+from opd_ray.config.stages import STUDENT, SpecialistConfig
 
 __all__ = [
     "ATTENTION",
     "REFERENCE",
+    "STUDENT",
     "AlgorithmConfig",
     "Autoscale",
     "BatchConfig",
@@ -79,6 +81,7 @@ __all__ = [
     "SamplingConfig",
     "SdpoConfig",
     "SftConfig",
+    "SpecialistConfig",
     "StepwiseConfig",
     "StudentConfig",
     "TeacherConfig",
