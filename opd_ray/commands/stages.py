@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from opd_ray.runtime.cluster import RayBackend
     from opd_ray.stages import Stage
 
-__all__ = ["run_stages"]
+__all__ = ["drive", "run_stages"]
 
-COMMAND = "import sys; from opd_ray.cli import main; sys.argv[0] = 'opd-ray'; main()"
+COMMAND = "from opd_ray.commands.stages import drive; drive()"
 POLL_S = 0.5
 PARENT_DEATH = 1
 """prctl's PR_SET_PDEATHSIG: the signal that the system sends a process when its parent has died."""
@@ -53,29 +53,30 @@ def run_stages(job: Config, folder: Path, *, resume: bool, force: bool) -> dict[
     """
     from opd_ray.stages import check, costs, named, stages, standing  # imports torch, which `--help` does not need
 
-    first, student = stages(job, folder)
-    found = {stage.name: standing(stage, resume=resume, force=force) for stage in (*first, student)}
-    if found[STUDENT] == "done" and not resume:
-        raise RunFolderError(f"{folder} has come to its end already; --resume scores it anew, or choose another name")
-    todo = [stage for stage in first if found[stage.name] != "done"]
-    for stage in first:
-        if stage not in todo:
-            _note(f"{stage.name}: trained already, in {stage.folder}")
-    check(job, [*todo, student])
-    if job.cluster.runtime == "local":
-        for stage in (*todo, student):
-            _note(f"{stage.name} begins")
-            with named(stage):
-                run_training(stage.config, stage.folder, resume=resume, force=force)
-    else:
-        flags = [*(["--resume"] if resume else []), *(["--force"] if force else [])]
-        with redirect_stdout(sys.stderr), stopping_when_full(folder), _ray(todo, student) as backend:
-            drivers = Drivers(backend, flags)
-            with signals(drivers.heard):
-                drivers.run(todo)
-                drivers.run([student])
-    took = costs(first, student)
-    write_json_atomic(folder / "stages.json", took)
+    with interruptible(), stopping_when_full(folder):
+        first, student = stages(job, folder)
+        found = {stage.name: standing(stage, resume=resume, force=force) for stage in (*first, student)}
+        if found[STUDENT] == "done" and not resume:
+            raise RunFolderError(f"{folder} has come to its end already; choose another name, or score it by --resume")
+        todo = [stage for stage in first if found[stage.name] != "done"]
+        for stage in first:
+            if stage not in todo:
+                _note(f"{stage.name}: trained already, in {stage.folder}")
+        check(job, [*todo, student])
+        if job.cluster.runtime == "local":
+            for stage in (*todo, student):
+                _note(f"{stage.name} begins")
+                with named(stage):
+                    run_training(stage.config, stage.folder, resume=resume, force=force)
+        else:
+            flags = [*(["--resume"] if resume else []), *(["--force"] if force else [])]
+            with redirect_stdout(sys.stderr), _ray(todo, student) as backend:
+                drivers = Drivers(backend, flags)
+                with signals(drivers.heard):
+                    drivers.run(todo)
+                    drivers.run([student])
+        took = costs(first, student)
+        write_json_atomic(folder / "stages.json", took)
     result: dict[str, Any] = read_json(student.folder / "result.json")
     return result | {"stages": took}
 
@@ -91,9 +92,7 @@ def _ray(first: "Sequence[Stage]", student: "Stage") -> "Iterator[RayBackend]":
         _note(text)
     _note("starting Ray")
     stores = [sum(stage.config.cluster.object_store_mb for stage in part) for part in (first, [student])]
-    with interruptible():
-        backend = RayBackend(object_store_mb=max(stores))
-    with closing(backend):
+    with closing(RayBackend(object_store_mb=max(stores))) as backend:
         for part in (first, [student]):
             check_room(backend, part)
         yield backend
@@ -116,8 +115,7 @@ class Drivers:
             Stopped: they were asked to stop and are resumable; or one of them stopped by itself, or was killed.
             OpdRayError: one of them failed.
         """
-        failed = None
-        self._drivers = []
+        self._drivers, failed = [], None
         try:
             for stage in together:
                 if self._asked is None:
@@ -125,20 +123,21 @@ class Drivers:
                     self._drivers.append(Driver(stage, self._flags, self._backend.address))
             while any(driver.code is None for driver in self._drivers):
                 self._backend.wait((), POLL_S)
-                if failed is None and self._asked is None:
-                    failed = next((driver for driver in self._drivers if driver.code), None)
-                    if failed is not None:
-                        self._stop_others(failed)
+                if failed is None and (failed := self._failed()) is not None:
+                    self._stop_others(failed)
         finally:
             for driver in self._drivers:
                 driver.end()
-        if self._asked is not None:  # an end by the signal itself is none by mistake
-            failed = next((driver for driver in self._drivers if driver.code == UserError.exit_code), failed)
-        if failed is not None:
+        if (failed := failed or self._failed()) is not None:
             raise failed.error()
         if self._asked is not None and sum(driver.code == 0 for driver in self._drivers) < len(together):
             told = ", ".join(f"{stage.name} {stage.progress()}" for stage in together)
-            raise Stopped(f"stopped: {told}; --resume goes on from there")
+            raise Stopped(f"{told}; --resume goes on from there")
+
+    def _failed(self) -> "Driver | None":
+        """Who ended early; where all were asked to stop, who has another reason to."""
+        ended = [driver for driver in self._drivers if driver.code]
+        return next((one for one in ended if self._asked is None or one.code == UserError.exit_code), None)
 
     def _stop_others(self, failed: "Driver") -> None:
         others = [driver for driver in self._drivers if driver.code is None]
@@ -174,7 +173,6 @@ class Driver:
             text=True,
             errors="replace",
             process_group=0,
-            preexec_fn=_as_a_driver,
         )
         self._reader = threading.Thread(target=self._tell, daemon=True)
         self._reader.start()
@@ -207,14 +205,15 @@ class Driver:
         return kind(f"{name}: {self._last.removeprefix('error: ').removeprefix('stopped: ')}")
 
 
-def _as_a_driver() -> None:
-    """In the new process, before it becomes the driver: no driver outlives the job, or is deaf to a signal."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if LIBC is not None:
-        LIBC.prctl(PARENT_DEATH, signal.SIGKILL)
+def drive() -> None:
+    """What such a process does: the command, for as long as the job lives, and deaf to no signal."""
+    from opd_ray.cli import main  # it imports this module
 
-
-LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGKILL)
+    sys.argv[0] = "opd-ray"
+    main()
 
 
 def _note(text: str) -> None:
