@@ -199,5 +199,6 @@ def _cost(stage: Stage) -> dict[str, float]:
         "rounds": len(told),
         "images": sum(stage.config.batch.images_per_task * len(row["loss"].keys() - {"total"}) for row in told),
         "seconds": sum(row["seconds"]["round"] for row in told),
-        "core_seconds": sum(spent * threads[role] for row in told for role, spent in row["busy"].items()),
+        # A role that is not among them now had one thread: `clerk`, and whoever shared workers before.
+        "core_seconds": sum(spent * threads.get(role, 1) for row in told for role, spent in row["busy"].items()),
     }

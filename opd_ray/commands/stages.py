@@ -21,7 +21,7 @@ from opd_ray.commands.train import JOB, ONE_REQUEST_S, interruptible, run_traini
 from opd_ray.config import STUDENT, Config
 from opd_ray.console import errors
 from opd_ray.errors import OpdRayError, RunFolderError, Stopped, UserError
-from opd_ray.storage.run_folder import read_json, stopping_when_full, write_json_atomic
+from opd_ray.storage.run_folder import STAGES, read_json, stopping_when_full, write_json_atomic
 
 if TYPE_CHECKING:
     from opd_ray.runtime.cluster import RayBackend
@@ -63,22 +63,31 @@ def run_stages(job: Config, folder: Path, *, resume: bool, force: bool) -> dict[
             if stage not in todo:
                 _note(f"{stage.name}: trained already, in {stage.folder}")
         check(job, [*todo, student])
+        told: dict[str, Any] = {"stages": [stage.config.name for stage in (*first, student)]}
         if job.cluster.runtime == "local":
+            _write(folder, told)
             for stage in (*todo, student):
                 _note(f"{stage.name} begins")
+                stage.write(1)
                 with named(stage):
                     run_training(stage.config, stage.folder, resume=resume, force=force)
         else:
             flags = [*(["--resume"] if resume else []), *(["--force"] if force else [])]
             with redirect_stdout(sys.stderr), _ray(todo, student) as backend:
+                _write(folder, told)
                 drivers = Drivers(backend, flags)
                 with signals(drivers.heard):
                     drivers.run(todo)
                     drivers.run([student])
-        took = costs(first, student)
-        write_json_atomic(folder / "stages.json", took)
+        told["took"] = costs(first, student)
+        _write(folder, told)
     result: dict[str, Any] = read_json(student.folder / "result.json")
-    return result | {"stages": took}
+    return result | {"stages": told["took"]}
+
+
+def _write(folder: Path, told: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(folder / STAGES, told)
 
 
 @contextmanager
@@ -165,8 +174,7 @@ class Driver:
         command = [sys.executable, "-P", "-c", COMMAND, "train", str(stage.recipe), "--out", str(stage.folder.parent)]
         self.process = subprocess.Popen(
             [*command, *flags],
-            # What can be imported here, can be there.
-            env=os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,  # its result is in its folder
             stderr=subprocess.PIPE,

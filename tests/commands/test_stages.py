@@ -10,11 +10,13 @@ import time
 
 import pytest
 
-from opd_ray.errors import ConfigError
+from opd_ray.commands.stages import Driver
+from opd_ray.errors import ConfigError, UserError
 from opd_ray.learners import Learner
 from opd_ray.metrics import rows
 from opd_ray.recipes import load, specialist
 from opd_ray.report.table import stages_table
+from opd_ray.stages import stages
 from tests.runtime.runs import alive, bare_environment, descendants
 
 PATIENT = "tests.commands.scoring:patient"
@@ -110,7 +112,7 @@ def test_each_stage_is_a_run_of_its_own_and_the_student_learns_from_what_the_oth
 def test_what_each_stage_took_is_told(whole):
     folder, result, _ = whole
     took = result["stages"]
-    assert took == told(folder, "stages.json")
+    assert told(folder, "stages.json") == {"stages": list(STAGES), "took": took}
     assert [took[name]["images"] for name in ("a", "b", "student")] == [4 * 4, 4 * 4, 2 * 2 * 2]
     seconds = {name: sum(row["seconds"]["round"] for row in rows(folder / name / "metrics.jsonl")) for name in STAGES}
     assert {name: took[name]["seconds"] for name in STAGES} == pytest.approx(seconds)
@@ -120,6 +122,19 @@ def test_what_each_stage_took_is_told(whole):
     assert serial["core_seconds"] == parallel["core_seconds"] == took["a"]["core_seconds"] + took["b"]["core_seconds"]
     assert 0 < took["a"]["core_seconds"] <= seconds["a"], "one thread, one worker at a time"
     assert stages_table(took).row_count == 5
+
+
+def test_status_shows_each_stage(cli, whole, tmp_path):
+    folder, *_ = whole
+    heads = [line for line in cli("status", folder).out.splitlines() if " rounds done" in line]
+    assert [head.split(",")[:2] for head in heads] == [
+        ["a: done", " 4 of 4 rounds done"],
+        ["b: done", " 4 of 4 rounds done"],
+        ["student: done", " 2 of 2 rounds done"],
+    ]
+    assert list(json.loads(cli("status", folder, "--json").out)) == list(STAGES)
+    assert cli("status", folder, "--watch").code == 0, "it has ended"
+    assert "not a run folder" in cli("status", folder.parent).error
 
 
 def test_a_finished_specialist_is_used_again_and_never_trained_again(cli, job, whole, tmp_path):
@@ -204,6 +219,16 @@ def test_what_only_its_files_show_is_refused_before_anything_starts(cli, job, no
     assert not list(tmp_path.iterdir())
     student = cli("train", job(), "--out", tmp_path, "-o", "student.lora.targets=[nope]")
     assert student.error == "student: LoRA 'student': targets nope match no linear layer" or "nope" in student.error
+
+
+def test_a_driver_that_is_refused_is_named_with_its_own_words(job, tmp_path):
+    first, _ = stages(load(str(job())), tmp_path)
+    driver = Driver(first[1], ["--resume"], "127.0.0.1:1")
+    driver.process.wait(timeout=120)
+    driver.end()
+    error = driver.error()
+    assert isinstance(error, UserError)
+    assert str(error) == f"specialist b: {tmp_path}/b.yaml: no such file"
 
 
 @pytest.mark.ray
