@@ -29,6 +29,7 @@ RUNGS = (
         "pools",
         "startup",
         "recording",
+        "stages",
         "evaluation",
         "planning",
         "report",

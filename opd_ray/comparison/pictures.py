@@ -18,7 +18,8 @@ __all__ = ["write_pictures"]
 
 ROWS = 2
 """Prompts of each task on a sheet."""
-MOST_COLUMNS = 8
+MOST_COLUMNS = 7
+"""Beside the base, on one sheet."""
 COLOURS = ("#2456d6", "#d9480f", "#0c8a5b", "#9333ea", "#a97900", "#0b8fae", "#d6246e", "#69707d")
 STYLE = (
     "text { font: 12px sans-serif; fill: #5d636e } .grid line { stroke: #e3e3df } "
@@ -30,21 +31,30 @@ STYLE = (
 )
 
 
-def write_pictures(results: Results, out: Path) -> list[Path]:
-    """A sheet for each group, with the base first and the first seed's pictures; and curves of every score."""
-    made = list[Path]()
+def write_pictures(results: Results, out: Path) -> dict[Path, str]:
+    """A sheet for each group, with the base first and the first seed's pictures; and curves of every score.
+
+    Returns:
+        File -> what it shows.
+    """
+    titles = dict[Path, str]()
     groups: dict[str, list[Row]] = {}
     for row in results.rows:
         groups.setdefault(row.group, []).append(row)
     first = [row.name for row in results.rows if results.protocol.arms[row.name].do == "base"]
-    for number, rows in enumerate(groups.values()):
-        columns = [*dict.fromkeys([*first, *(row.name for row in rows)])][:MOST_COLUMNS]
-        if samples := _samples(results, columns, out):
-            made.append(write_sheet(columns, samples, out / f"sheet-{number + 1}.png"))
+    for group, rows in groups.items():
+        columns = [row.name for row in rows if row.name not in first]
+        for start in range(0, len(columns), MOST_COLUMNS):
+            shown = [*first, *columns[start : start + MOST_COLUMNS]]
+            if samples := _samples(results, shown, out):
+                file = out / f"sheet-{len(titles) + 1}.png"
+                write_sheet(shown, samples, file)
+                titles[file] = f"{group}: {', '.join(shown)}"
     if curved := [row for row in results.rows if row.curves]:
         for score in [*results.protocol.judged.prompts, "fidelity"]:
-            made.append(_curve(curved, score, out / f"curve-{score}.svg"))
-    return made
+            file = _curve(curved, score, out / f"curve-{score}.svg")
+            titles[file] = f"{score} as images are drawn"
+    return titles
 
 
 def _samples(results: Results, columns: list[str], out: Path) -> list[Sample]:

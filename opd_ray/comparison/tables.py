@@ -1,7 +1,7 @@
 """A comparison as Markdown and JSON."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from opd_ray.storage.run_folder import write_atomic, write_json_atomic
 __all__ = ["write_tables"]
 
 
-def write_tables(results: Results, out: Path, pictures: Sequence[Path]) -> None:
+def write_tables(results: Results, out: Path, pictures: Mapping[Path, str]) -> None:
     """comparison.md and comparison.json."""
     write_atomic(out / "comparison.md", ("\n".join(_page(results, out, pictures)) + "\n").encode())
     write_json_atomic(out / "comparison.json", _data(results))
 
 
-def _page(results: Results, out: Path, pictures: Sequence[Path]) -> Iterator[str]:
+def _page(results: Results, out: Path, pictures: Mapping[Path, str]) -> Iterator[str]:
     protocol = results.protocol
     seeds = ", ".join(map(str, protocol.seeds))
     yield f"# {protocol.name}\n"
@@ -35,7 +35,7 @@ def _page(results: Results, out: Path, pictures: Sequence[Path]) -> Iterator[str
     yield from _curves(results)
     yield from _cosines(results)
     yield from _trials(results)
-    yield from (f"\n![{path.stem.replace('-', ' ')}]({path.relative_to(out).as_posix()})" for path in pictures)
+    yield from (f"\n![{what}]({path.relative_to(out).as_posix()})" for path, what in pictures.items())
 
 
 def _verdicts(results: Results) -> Iterator[str]:

@@ -17,6 +17,7 @@ from opd_ray.config.alignment import (
 from opd_ray.config.matching import DmdConfig, TdmConfig
 from opd_ray.config.reinforcement import FlowGrpoConfig, GrpoGuardConfig, NftConfig
 from opd_ray.config.section import Frozen
+from opd_ray.config.stages import SPECIALISTS
 
 __all__ = [
     "ATTENTION",
@@ -259,7 +260,8 @@ class TeacherConfig(Frozen):
     """One frozen specialist."""
 
     lora: str | None = None
-    """A LoRA in diffusers' or PEFT's format over the student's base: folder, file, hub id, or `world/<name>`."""
+    """A LoRA in diffusers' or PEFT's format over the student's base: folder, file, hub id, `world/<name>`, or
+    `specialists/<name>` of one that this run trains first."""
     model: str | None = None
     """Instead of a LoRA: a full checkpoint with the student's latent space and schedule (folder or hub id)."""
     revision: str | None = None
@@ -287,6 +289,11 @@ class TeacherConfig(Frozen):
     def path(self) -> str:
         """Its LoRA or its checkpoint, as the configuration names it."""
         return str(self.lora or self.model)
+
+    @property
+    def specialist(self) -> str | None:
+        """Which of the run's own specialists it is, where it is one."""
+        return self.lora.removeprefix(SPECIALISTS) if self.lora and self.lora.startswith(SPECIALISTS) else None
 
 
 class PromptsConfig(Frozen):
