@@ -133,8 +133,8 @@ def test_no_page_scrolls_sideways(site, tmp_path, width) -> None:
         text = (
             (site / f"{name}.html").read_text().replace("</body>", tell.replace("NAME", json.dumps(name)) + "</body>")
         )
-        (folder / f"probed-{name}.html").write_text(text)
-    frames = "".join(f'<iframe src="probed-{name}.html" width="{width}" height="800"></iframe>' for name in names)
+        (folder / f"{name}-probed.html").write_text(text)
+    frames = "".join(f'<iframe src="{name}-probed.html" width="{width}" height="800"></iframe>' for name in names)
     collect = 'addEventListener("message", (e) => document.body.append("<" + JSON.stringify(e.data) + ">"))'
     (folder / "frames.html").write_text(f"<script>{collect}</script><body>{frames}")
     flags = [
