@@ -40,7 +40,7 @@ def job(recipe, files, tmp_path_factory):
             "name": None,
             "rounds": 4,
             "student": {"guidance": 1.0, "lora": {"rank": 4, "alpha": 8}},
-            "algorithm": "diffusion_nft",
+            "algorithm": {"name": "diffusion_nft"},
             "batch": {"images_per_task": 4, "item_size": 4, "images_per_prompt": 2},
             "teachers": None,
             "rewards": {PATIENT: {}},
