@@ -146,14 +146,14 @@ class Learner:
     ) -> None:
         """Add these items' share of an update over ``selected``; the update's last also reduce the gradients."""
         forwards = {item: list(self.algorithm.forwards(self._experience[item.position], update)) for item in items}
-        asked = [name for name in self._policies if any(one.policy == name for one in forwards[items[0]])]
-        for policy in asked:
+        due = [name for name in self._policies if any(one.policy == name for one in forwards[items[0]])]
+        for policy in due:
             self.family.use(policy)  # also in backwards, and another role of this process may share the family
             work = []
             for item, every in forwards.items():
                 own = [forward for forward in every if forward.policy == policy]
                 work += [(item, forward, len(own)) for forward in own]
-            self._descend(work, selected, last=last and policy == asked[-1])
+            self._descend(work, selected, last=last and policy == due[-1])
         if self.algorithm.streams:
             for item in items:
                 del self._experience[item.position]  # nobody asks for it again
@@ -190,7 +190,7 @@ class Learner:
     def finish_round(self, round: int) -> None:
         """Let the extra adapters follow the student, and let go of the round's inputs."""
         with torch.no_grad():
-            for name in set(self.algorithm.adapters) - set(self.algorithm.trained):
+            for name in (one for one in self.algorithm.adapters if one not in self.algorithm.trained):
                 keep = self.algorithm.follow(name, round)
                 for key, parameter in self.family.adapter_parameters(name).items():
                     self.engine.part(parameter).lerp_(self.engine.part(self.student[key]), 1 - keep)

@@ -8,7 +8,7 @@ from opd_ray.algorithms.dmd import Dmd, Tdm, direction
 from opd_ray.config import DmdConfig, OptimizerConfig, TdmConfig
 from opd_ray.errors import ConfigError
 from opd_ray.types import Experience, TeacherAnswer, Trajectory
-from tests.algorithms.parts import VERSION, flat, item, learner, load, random_experience, stage
+from tests.algorithms.parts import VERSION, fill, flat, item, learner, load, random_experience, stage
 
 SIGMAS = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
 
@@ -154,8 +154,13 @@ class TestLearner:
 
     plain = OptimizerConfig(lr=1e-2, weight_decay=0, clip=1e9)
 
-    def made(self, tiny, algorithm, **changes):
-        return learner(tiny, algorithm, optimizer=self.plain.model_copy(update=changes))
+    def made(self, tiny, algorithm, saving=False, **changes):
+        """With weights that are not zero, and not each other's."""
+        chosen = self.plain.model_copy(update=changes)
+        one = learner(tiny, algorithm, optimizer=chosen, gradient_checkpointing=saving)
+        for seed, policy in enumerate(("student", "fake")):
+            fill(one.family, policy, seed)
+        return one
 
     def experience(self, family, seed=0):
         return random_experience(family, item(steps=(0, 2)), seed=seed, velocities=True)
@@ -228,7 +233,7 @@ class TestLearner:
         """Recomputed in the backward pass, which therefore needs the right adapter too."""
         found = []
         for saving in (False, True):
-            one = learner(tiny, dmd(), optimizer=self.plain, gradient_checkpointing=saving)
+            one = self.made(tiny, dmd(), saving)
             stage(one, [self.experience(family)])
             one.update(0)
             found.append(torch.cat([flat(self.grads(one, policy)) for policy in ("student", "fake")]))

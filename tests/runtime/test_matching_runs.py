@@ -32,7 +32,7 @@ def test_a_run_goes_on_bit_for_bit_with_its_fake(matching, reports, tmp_path, na
     go(matching(name, rounds=1), tmp_path / "parts")
     assert same(go(matching(name), tmp_path / "parts", resume=True), whole)
     one, other = (checkpoint.newest(tmp_path / run)[0] for run in ("whole", "parts"))
-    assert one.tensors.keys() == {"student", "adapter.fake", "optimizer"}
+    assert one.tensors.keys() == {"student", "adapter.fake", "ema", "optimizer"}
     for group, tensors in one.tensors.items():
         assert tensors.keys() == other.tensors[group].keys()
         assert all(torch.equal(tensor, other.tensors[group][key]) for key, tensor in tensors.items()), group
