@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,13 +129,30 @@ def test_the_shipped_weights_score_as_recorded(name, pipe):
     assert float(base) == pytest.approx(recorded["base"][name][name], abs=0.12)
 
 
-def test_build_makes_a_world_and_resumes(tmp_path):
+def _tiny():
+    """A build of seconds: one specialist of two rounds of two prompts."""
     settings = Settings().scaled(0.0003)
-    console = Console(quiet=True)
+    compose = replace(settings.specialists["compose"], rounds=2, images=24)
+    return replace(settings, specialists={"compose": compose})
+
+
+def test_build_makes_a_world_and_resumes(tmp_path):
+    settings, console = _tiny(), Console(quiet=True)
     record = build(tmp_path, settings, console)
-    assert set(record["scores"]["models"]) == {"base", *TASKS}
+    assert set(record["scores"]["models"]) == {"base", "compose"}
     assert set(record["unet_scores"]["models"]) == set(UNETS)
+    assert record["settings"]["specialists"]["compose"]["recipe"] == "world_nft"
     stamp = (tmp_path / "pipeline" / "model_index.json").stat().st_mtime_ns
     again = build(tmp_path, settings, console)
     assert again == record
     assert (tmp_path / "pipeline" / "model_index.json").stat().st_mtime_ns == stamp
+
+    (run,) = (tmp_path / "work" / "runs").glob("compose-*/run.json")
+    trained = json.loads(run.read_text())["config"]
+    assert trained["model"]["path"] == str(tmp_path / "pipeline")
+    assert (trained["rounds"], trained["student"]["guidance"], trained["optimizer"]["lr"]) == (2, 1.0, 1e-3)
+    assert trained["algorithm"]["reward_weights"] == {"compose": 0}
+    left = load_file(str(run.parent / "lora" / "pytorch_lora_weights.safetensors"))
+    made = load_file(str(tmp_path / "lora" / "compose" / "pytorch_lora_weights.safetensors"))
+    assert left.keys() == made.keys()
+    assert all(torch.equal(made[key], left[key].half()) for key in left)
