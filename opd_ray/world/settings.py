@@ -39,8 +39,8 @@ _LAST_PHASE = replace(_PHASE, steps=500, matrix_rate=0.006)
 def _specialists() -> dict[str, Specialist]:
     return {
         "compose": Specialist(rounds=60, reward="compose_partial"),
-        "text": Specialist(rounds=60, reward="text"),
-        "look": Specialist(rounds=25, reward="look"),
+        "text": Specialist(rounds=40, reward="text"),
+        "look": Specialist(rounds=10, reward="look"),
     }
 
 

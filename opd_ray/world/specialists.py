@@ -44,7 +44,6 @@ class Specialist:
 def overrides(out: Path, task: str, one: Specialist, rank: int, seed: int) -> list[str]:
     """What a specialist's recipe is told to change, as `opd-ray train` takes it; alpha is twice the rank."""
     names = sorted({task, one.reward})
-    files = {split: {task: str(out.resolve() / prompt_file(task, split))} for split in ("train", "heldout")}
     changed: dict[str, Any] = {
         "rounds": one.rounds,
         "seed": seed,
@@ -53,7 +52,7 @@ def overrides(out: Path, task: str, one: Specialist, rank: int, seed: int) -> li
         "student.lora": {"rank": rank, "alpha": 2 * rank, "targets": LORA_TARGETS},
         "optimizer.lr": one.learning_rate,
         "batch.images_per_task": one.images,
-        "prompts": {"train": files["train"], "eval": files["heldout"]},
+        "prompts": {"train": {task: str(out.resolve() / prompt_file(task, "train"))}},
         "rewards": {name: {} for name in names},
         "algorithm.reward_weights": {name: 0 for name in names if name != one.reward},
         # Scores are the last stage's, of what was saved.
