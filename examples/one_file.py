@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
 WORLD = Path(__file__).resolve().parent.parent / "opd_ray" / "world" / "shipped"
-TASKS = [("compose", 1.25), ("text", 1.25), ("look", 1.0)]  # and the guidance of each one's teacher
+TASKS = [("compose", 1.0), ("text", 1.0), ("look", 1.0)]  # and the guidance of each one's teacher
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 Conditioning = Mapping[str, Tensor]  # by the transformer's argument name, each [B, ...]
 

@@ -1,12 +1,15 @@
 """The command line. Exit codes: 0 done, 2 the user's error, 3 stopped and resumable, 1 failed."""
 
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
 from opd_ray import __version__
 from opd_ray.commands.accuracy import accuracy
+from opd_ray.commands.compare import compare
 from opd_ray.commands.config import config
 from opd_ray.commands.demo import demo
 from opd_ray.commands.doctor import doctor
@@ -21,7 +24,7 @@ from opd_ray.commands.scale import scale
 from opd_ray.commands.score import score
 from opd_ray.commands.status import status
 from opd_ray.commands.train import train
-from opd_ray.console import console, errors
+from opd_ray.console import console, errors, results_alone
 from opd_ray.errors import OpdRayError
 
 __all__ = ["app", "main"]
@@ -49,11 +52,22 @@ def _options(
     pass
 
 
+def _alone(verb: Callable[..., None]) -> Callable[..., None]:
+    """The same command, with stdout for its result alone."""
+
+    @wraps(verb)
+    def run(**options: Any) -> None:
+        with results_alone():
+            verb(**options)
+
+    return run
+
+
 for verb in (
-    *(demo, train, sample, evaluate, score, pairs, accuracy, record, merge),
+    *(demo, train, sample, evaluate, score, compare, pairs, accuracy, record, merge),
     *(scale, status, config, plan, report, doctor),
 ):
-    app.command()(verb)
+    app.command()(_alone(verb))
 
 
 def main() -> None:

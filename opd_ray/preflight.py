@@ -44,12 +44,21 @@ FORCED = (
 
 
 def preflight(
-    config: Config, algorithm: Algorithm, note: Callable[[str], None] = lambda text: None
+    config: Config, algorithm: Algorithm, note: Callable[[str], None] = lambda text: None, *, awaiting: bool = False
 ) -> tuple[Prompts, Prompts]:
     """Everything that can be refused before a worker starts; returns training and held-out prompts.
 
-    ``note`` is told of rows that are left out.
+    Args:
+        config: the run.
+        algorithm: its own.
+        note: is told of rows that are left out.
+        awaiting: teachers that the run's specialists will be need not be there yet.
+
+    Raises:
+        UserError: what is wrong, and where.
     """
+    if config.specialists and not awaiting:
+        raise ConfigError(f"{config.name} has specialists to train first: `opd-ray train` it, all stages in one job")
     check_logging(config)
     train, held_out = _prompts(config, note)
     if train:
@@ -74,7 +83,8 @@ def preflight(
         parts = round_bytes(config, algorithm, len(train))
         rounds_that_fit(parts, config.cluster.object_store_mb * 2**20, config.cluster.plasma_fraction)
     check_complete(config.model)
-    check_adapters(config.model, config.student.lora, config.teachers)
+    there = {name: one for name, one in config.teachers.items() if one.specialist not in config.specialists}
+    check_adapters(config.model, config.student.lora, there)
     check_whole(config, algorithm)
     for name, teacher in config.teachers.items():
         if teacher.model is not None:
@@ -159,7 +169,7 @@ def locate(path: str) -> str:
 
 def identity(config: Config) -> dict[str, Any]:
     """What a resumed run must not change. Where it runs, how long and what it reports, and where, may change."""
-    free = {"cluster", "rounds", "checkpoint", "evaluation", "logging", "name"}
+    free = {"cluster", "rounds", "checkpoint", "evaluation", "logging", "name", "specialists"}
     if config.optimizer.schedule == "cosine":
         free.remove("rounds")  # the learning rate of every round depends on their number
     if not make_algorithm(config).needs_rewards:

@@ -9,7 +9,7 @@ import yaml
 from opd_ray.config import ClusterConfig, Config, Precision, PrecisionConfig, parse
 from opd_ray.errors import ConfigError
 
-__all__ = ["cluster_file", "find", "load", "override", "read", "recipes", "schema"]
+__all__ = ["cluster_file", "find", "load", "override", "read", "recipes", "schema", "specialist"]
 
 
 def _places(kind: str) -> list[Path]:
@@ -63,6 +63,15 @@ def override(data: dict[str, Any], assignment: str) -> None:
     key, separator, text = assignment.partition("=")
     if not separator or not key:
         raise ConfigError(f"-o {assignment}: expected key=value, for instance -o rounds=6")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"-o {assignment}: {text!r} is not a YAML value") from None
+    _assign(data, key, value, f"-o {assignment}")
+
+
+def _assign(data: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set one key, dotted, of plain data; ``where`` names it in errors."""
     *parents, last = _parts(key)
     section = data
     for parent in parents:
@@ -70,16 +79,15 @@ def override(data: dict[str, Any], assignment: str) -> None:
             section[parent] = {}
         section = section[parent]
         if not isinstance(section, dict):
-            raise ConfigError(f"-o {assignment}: {parent} is a value, not a section")
-    try:
-        section[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"-o {assignment}: {text!r} is not a YAML value") from None
+            raise ConfigError(f"{where}: {parent} is a value, not a section")
+    section[last] = value
 
 
 def _parts(key: str) -> list[str]:
-    """A key at its dots, but for those of a reward that is named as package.module:attr."""
+    """A key at its dots, but for those of a reward that is named as package.module:attr, and of a specialist's own."""
     parts = key.split(".")
+    if parts[0] == "specialists" and len(parts) > 4:  # specialists.<name>.set.<a key of its recipe>
+        return [*parts[:3], ".".join(parts[3:])]
     colon = next((place for place, part in enumerate(parts) if ":" in part), None)
     if colon is None or "rewards" not in parts[:colon]:
         return parts
@@ -113,7 +121,59 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     for assignment in overrides:
         if not assignment.startswith("cluster="):
             override(data, assignment)
-    return parse(data, str(path))
+    for chosen in _specialists(data):
+        beside = path.parent / chosen["recipe"]
+        chosen["recipe"] = str(beside) if beside.is_file() else chosen["recipe"]
+    config = parse(data, str(path))
+    for name in config.specialists:
+        specialist(config, name)  # it is refused now or never
+    return config
+
+
+def _specialists(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of plain data that name a recipe; what is malformed is refused later, by name."""
+    found = data.get("specialists")
+    entries = found.values() if isinstance(found, dict) else ()
+    return [one for one in entries if isinstance(one, dict) and isinstance(one.get("recipe"), str)]
+
+
+def specialist(job: Config, name: str) -> Config:
+    """The run that trains one of a job's specialists: its recipe with the job's seed and cluster, and what `set` says.
+
+    Raises:
+        ConfigError: the recipe is not there, cannot run so, or leaves no LoRA for the job's student.
+    """
+    chosen = job.specialists[name]
+    where, path = f"specialists.{name}", find(chosen.recipe)
+    data = _read(path) | {"name": name, "seed": job.seed, "cluster": None}
+    for key, value in chosen.set.items():
+        if not key.startswith("cluster."):
+            _assign(data, key, value, f"{where}.set.{key}")
+    cluster = job.cluster.model_dump(mode="json")
+    for kind in ("teachers", "rewards"):  # entries for those that it does not have are others'
+        cluster[kind] = {k: v for k, v in cluster[kind].items() if k in {"default", *(data.get(kind) or {})}}
+    data["cluster"] = cluster
+    for key, value in chosen.set.items():
+        if key.startswith("cluster."):
+            _assign(data, key, value, f"{where}.set.{key}")
+    config = parse(data, f"{where} ({chosen.recipe})")
+    _check_specialist(job, config, where)
+    return config
+
+
+def _check_specialist(job: Config, config: Config, where: str) -> None:
+    if config.specialists:
+        raise ConfigError(f"{where}: its recipe has specialists of its own; there is one stage before the distillation")
+    if config.student.lora is None:
+        raise ConfigError(
+            f"{where}: student.lora null trains the denoiser itself, and a teacher is a LoRA; give it one"
+        )
+    for key in ("family", "path", "revision", "subfolder"):
+        own, asked = getattr(config.model, key), getattr(job.model, key)
+        if own != asked:
+            raise ConfigError(
+                f"{where}: model.{key} is {own}, and the student's {asked}; its LoRA has to be over the student's base"
+            )
 
 
 def cluster_file(name: str, folder: Path = Path()) -> dict[str, Any]:

@@ -29,18 +29,19 @@ RUNGS = (
         "pools",
         "startup",
         "recording",
+        "stages",
         "evaluation",
         "planning",
         "report",
     },
-    {"commands", "cli", "console", "__main__", "testing"},
+    {"commands", "comparison", "cli", "console", "__main__", "testing"},
     {"__init__"},  # what users import, from everywhere
 )
 RUNG = {name: rung for rung, names in enumerate(RUNGS) for name in names}
 
 # Where any exception may end: work-item errors (Ray catches those of remote workers, `local` its
-# own; the dispatcher keeps them for whoever waits), the import of a user's module, and the tools
-# that mirror metrics, which never end a run.
+# own; the dispatcher keeps them for whoever waits), the import of a user's module, the tools that
+# mirror metrics, which never end a run, and arms of a comparison, each of which fails for itself.
 SUPERVISION = {
     "actors/reward.py",
     "rewards/base.py",
@@ -48,6 +49,7 @@ SUPERVISION = {
     "runtime/dispatch.py",
     "plugins.py",
     "metrics.py",
+    "comparison/workers.py",
 }
 # Together they are what a newcomer has to read.
 CORE = {"loop", "build", "actors", "learners", "runtime", "diffusion"}

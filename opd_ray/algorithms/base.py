@@ -14,12 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from opd_ray.diffusion import KERNELS, Step, choose_steps
+from opd_ray.config import LoraConfig
+from opd_ray.diffusion import KERNELS, Step, choose_steps, trained_steps
 from opd_ray.errors import ConfigError
 from opd_ray.seeds import fold
 from opd_ray.types import Conditioning, Experience, Trajectory, WorkItem
 
-__all__ = ["Algorithm", "Facts", "Forward", "Loss", "State", "own_states", "part_of"]
+__all__ = ["Algorithm", "Facts", "Forward", "Loss", "State", "first_steps", "own_states", "part_of"]
 
 State = tuple[Tensor, float | Tensor]
 """[B, C, H, W] float32, and its time: one for the batch, or [B]."""
@@ -74,7 +75,8 @@ class Algorithm(ABC):
     behaviour: ClassVar[str] = "student"
     """The adapter that rollouts draw with."""
     velocities: tuple[str, ...] = ()
-    """Policies whose velocities the loss needs beside the student's: extra adapters, or `reference` (adapter off)."""
+    """Policies whose velocities the loss needs beside the student's: extra adapters, or `reference` (the frozen start:
+    the adapter off, or the LoRA that the student began as)."""
     adapters: ClassVar[tuple[str, ...]] = ()
     """Extra adapters that start as copies of the student and follow it (`follow`)."""
     trained: ClassVar[tuple[str, ...]] = ()
@@ -188,6 +190,11 @@ class Algorithm(ABC):
         """After each round adapter <- d * adapter + (1 - d) * student: this is d."""
         return 0.0
 
+    def beside(self, lora: LoraConfig | None) -> tuple[str, ...]:
+        """The adapters that a learner has beside the student: its own, and a frozen start that is a LoRA itself."""
+        started = lora is not None and lora.start is not None and "reference" in self.velocities
+        return (*self.adapters, "reference") if started else self.adapters
+
     def item_weight(self, item: WorkItem, items: Sequence[WorkItem]) -> float:
         """The share of one item in an update's loss: weighted mean over tasks, mean over a task's items."""
         weights = {other.task: self.task_weights.get(other.task, 1.0) for other in items}
@@ -207,6 +214,20 @@ def own_states(trajectory: Trajectory) -> Iterator[State]:
     for j in trajectory.item.steps:
         if trajectory.first <= j <= trajectory.last:
             yield trajectory.state(j), float(trajectory.sigmas[j])
+
+
+def first_steps(num_steps: int, fraction: float) -> tuple[int, ...]:
+    """The first int(fraction * N) steps, which are trained on.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return trained_steps(num_steps, fraction)
+    except ValueError:
+        raise ConfigError(
+            f"algorithm.timestep_fraction {fraction} of {num_steps} steps leaves no step to train on; raise one of them"
+        ) from None
 
 
 def part_of(items: Sequence[WorkItem], number: int, parts: int) -> list[WorkItem]:

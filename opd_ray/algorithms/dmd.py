@@ -34,9 +34,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_ray.algorithms.base import Algorithm, Forward, Loss, State
+from opd_ray.algorithms.base import Algorithm, Forward, Loss, State, first_steps
 from opd_ray.config import DmdConfig, MatchingConfig, TdmConfig
-from opd_ray.diffusion import add_noise, over_samples, trained_steps, x0_from_velocity
+from opd_ray.diffusion import add_noise, over_samples, x0_from_velocity
 from opd_ray.errors import ConfigError
 from opd_ray.seeds import fold, noise
 from opd_ray.types import Experience, Trajectory
@@ -71,14 +71,7 @@ class Matching(Algorithm):
 
     def trained_steps(self, num_steps: int) -> tuple[int, ...]:
         """The first int(fraction * N), as in ``Opd``."""
-        fraction = self.settings.timestep_fraction
-        try:
-            return trained_steps(num_steps, fraction)
-        except ValueError:
-            raise ConfigError(
-                f"algorithm.timestep_fraction {fraction} of {num_steps} steps leaves no step to train on; raise one of "
-                "them"
-            ) from None
+        return first_steps(num_steps, self.settings.timestep_fraction)
 
     def check(self, sigmas: Tensor) -> None:
         """The kernel takes the noise level, and what is trained is what drew."""

@@ -2,11 +2,12 @@
 
 With A the advantage within the group (Eq. 4), clipped to +-a, and r = p_student(x' | x) / p_drawn(x' | x),
 
-    L = E [ max(-A r, -A clip(r, 1 - c, 1 + c)) + kl |dt| KL(p_student || p_start) ]          (Eq. 5)
+    L = E [ max(-A r, -A clip(r, 1 - c, 1 + c)) + kl w KL(p_student || p_start) ]             (Eq. 5)
 
 over images and trained steps. Log-ratios are means over C, H, W, which the published clip ranges are for, and so is
-the KL, |mu - mu_start|^2 / (2 std^2). The published code leaves |dt| out of std^2 = sigma^2 |dt|, which weighs each
-step by |dt|; the published weights are for that, so it is written out here.
+the KL, |mu - mu_start|^2 / (2 std^2). The published code leaves |dt| out of an SDE's std^2 = sigma^2 |dt|, which weighs
+each step by w = |dt|; the published weights are for that, so it is written out here. A step of `cps` or `ddim` is no
+SDE's: its std has no |dt| that the code could leave out, and w is 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,9 @@ from opd_ray.diffusion import clipped_surrogate, gaussian_kl
 from opd_ray.types import WorkItem
 
 __all__ = ["FlowGrpo"]
+
+SDES = ("flow", "dance")
+"""Kernels whose variance is that of a unit of time, times the step's length."""
 
 
 class FlowGrpo(Compared):
@@ -65,7 +69,8 @@ class FlowGrpo(Compared):
         }
         if self.config.kl:
             kl = self._divergence(forward, velocity["student"], velocity["reference"])
-            value, told = value + self.config.kl * (length * kl).mean(), told | {"kl": kl.detach().mean()}
+            weighted = length * kl if self.kernel in SDES else kl
+            value, told = value + self.config.kl * weighted.mean(), told | {"kl": kl.detach().mean()}
         return Loss(value, told)
 
     def _divergence(self, forward: Forward, student: Tensor, start: Tensor) -> Tensor:

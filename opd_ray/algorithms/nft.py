@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from opd_ray.algorithms.advantages import Groups
-from opd_ray.algorithms.base import Algorithm, Forward, Loss, part_of
+from opd_ray.algorithms.base import Algorithm, Forward, Loss, first_steps, part_of
 from opd_ray.algorithms.noised_pairs import drawn_images
 from opd_ray.config import NftConfig
-from opd_ray.diffusion import add_noise, over_samples, trained_steps
+from opd_ray.diffusion import add_noise, over_samples
 from opd_ray.errors import ConfigError
 from opd_ray.seeds import fold, generator, noise
 from opd_ray.types import Experience, WorkItem
@@ -102,13 +102,7 @@ class DiffusionNft(Algorithm):
 
     def _count(self, num_steps: int) -> int:
         """To how many times each image is noised."""
-        try:
-            return len(trained_steps(num_steps, self.config.timestep_fraction))
-        except ValueError:
-            raise ConfigError(
-                f"algorithm.timestep_fraction {self.config.timestep_fraction} of {num_steps} steps leaves no time to "
-                "train at; raise one of them"
-            ) from None
+        return len(first_steps(num_steps, self.config.timestep_fraction))
 
     def _orders(self, item: WorkItem) -> Tensor:
         """The steps [B, T] to whose times each row is noised."""

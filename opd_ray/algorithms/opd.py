@@ -17,9 +17,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from opd_ray.algorithms.base import Algorithm, Forward, Loss
+from opd_ray.algorithms.base import Algorithm, Forward, Loss, first_steps
 from opd_ray.config import OpdConfig
-from opd_ray.diffusion import KERNELS, gaussian_kl, half_squared_distance, trained_steps
+from opd_ray.diffusion import KERNELS, gaussian_kl, half_squared_distance
 from opd_ray.errors import ConfigError
 from opd_ray.types import Experience
 
@@ -42,7 +42,7 @@ class Opd(Algorithm):
 
     def trained_steps(self, num_steps: int) -> tuple[int, ...]:
         """The first int(fraction * N): the paper leaves out the last, whose ODE weight is nearly zero."""
-        return trained_steps(num_steps, self.config.timestep_fraction)
+        return first_steps(num_steps, self.config.timestep_fraction)
 
     def check(self, sigmas: Tensor) -> None:
         """The kernel takes the noise level, and objective `kl` finds a positive std at every trained step."""

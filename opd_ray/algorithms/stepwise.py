@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from opd_ray.algorithms.advantages import PromptStatistics
-from opd_ray.algorithms.base import Algorithm, Forward, part_of
+from opd_ray.algorithms.base import Algorithm, Forward, first_steps, part_of
 from opd_ray.config import StepwiseConfig, WhitenedConfig
-from opd_ray.diffusion import KERNELS, Step, log_ratio, trained_steps
+from opd_ray.diffusion import KERNELS, Step, log_ratio
 from opd_ray.errors import ConfigError, Stopped
 from opd_ray.seeds import generator
 from opd_ray.types import Experience, Prompt, WorkItem
@@ -51,13 +51,7 @@ class Stepwise(Algorithm):
 
     def trained_steps(self, num_steps: int) -> tuple[int, ...]:
         """The first int(fraction * N): the last one of most kernels is deterministic."""
-        try:
-            return trained_steps(num_steps, self.settings.timestep_fraction)
-        except ValueError:
-            raise ConfigError(
-                f"algorithm.timestep_fraction {self.settings.timestep_fraction} of {num_steps} steps leaves no step to "
-                "train on: the last one has no density. Raise sampling.steps"
-            ) from None
+        return first_steps(num_steps, self.settings.timestep_fraction)
 
     def check(self, sigmas: Tensor) -> None:
         """Every trained step has a density, and images to compare come in pairs."""

@@ -84,7 +84,10 @@ def ask(
     family = model.load()
     algorithm = DiffusionDpo(DpoConfig(name="diffusion_dpo", draws=asked.draws))
     algorithm.facts = replace(algorithm.facts, seed=asked.seed, times=family.schedule.training_times())
-    return implicit_accuracy(family, "lora", algorithm, _items(family, chosen, index, asked, advance))
+    if model.start is not None:
+        family.load_lora("start", model.start)
+    items, start = _items(family, chosen, index, asked, advance), "start" if model.start is not None else None
+    return implicit_accuracy(family, "lora", algorithm, items, start)
 
 
 def _items(

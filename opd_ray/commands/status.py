@@ -6,7 +6,7 @@ import json as json_format
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,8 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from opd_ray.commands.options import Json, require_local
+from opd_ray.config import STUDENT
 from opd_ray.console import console
 from opd_ray.errors import RunFolderError
+from opd_ray.storage.run_folder import STAGES, read_json
 
 __all__ = ["Standing", "status"]
 
@@ -32,7 +34,7 @@ TAIL_BYTES = 1 << 17
 
 
 def status(
-    run: Annotated[Path, typer.Argument(help="A run folder, for instance runs/demo.")],
+    run: Annotated[Path, typer.Argument(help="A run folder, for instance runs/demo, or that of a job of stages.")],
     json: Json = False,
     watch: Annotated[
         bool | None,
@@ -41,13 +43,22 @@ def status(
 ) -> None:
     """Show how a run stands: its round and pace, and what the workers of each role do."""
     require_local(run, "RUN")
+    stages = _stages(run)
     if json:
-        console.print_json(data=Standing.read(run).data())
+        found = {stage.name: Standing.read(stage).data() for stage in stages}
+        console.print_json(data=found or Standing.read(run).data())
     elif console.is_terminal if watch is None else watch:
         with contextlib.suppress(KeyboardInterrupt):
             _watch(run)
     else:
-        console.print(Standing.read(run).show(console), soft_wrap=True)
+        for one in stages or [run]:
+            console.print(Standing.read(one).show(console), soft_wrap=True)
+
+
+def _stages(folder: Path) -> list[Path]:
+    """The runs that a job of several stages has begun; none where it is no such job's folder."""
+    names = read_json(folder / STAGES)["stages"] if (folder / STAGES).is_file() else ()
+    return [folder / name for name in names if (folder / name / "run.json").is_file()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,20 +222,29 @@ def _pace(path: Path) -> float | None:
 
 
 def _watch(run: Path) -> None:
-    """Until Ctrl-C, or the end of the run; one that is just starting is waited for."""
-    if not (run / "run.json").is_file():
+    """Until Ctrl-C, or the end of the run or the job; what is just starting is waited for."""
+    if not (run / "run.json").is_file() and not (run / STAGES).is_file():
         Standing.read(run)  # refuses it
     live = Live(console=console, auto_refresh=False) if console.is_terminal else None
     with live or contextlib.nullcontext():
         while True:
-            standing, text = _look(run)
+            found = [_look(one) for one in _stages(run) or [run]]
+            shown = Group(*(text for _, text in found))
             if live is not None:
-                live.update(text, refresh=True)
+                live.update(shown, refresh=True)
             else:
-                console.print(text, soft_wrap=True)
-            if standing is not None and not standing.running:
+                console.print(shown, soft_wrap=True)
+            if _ended(run, [standing for standing, _ in found]):
                 return
             time.sleep(EVERY_S)
+
+
+def _ended(run: Path, found: Sequence[Standing | None]) -> bool:
+    """Whether nothing more comes: of a job, its last stage has ended, or an earlier one before its time."""
+    if any(standing is None or standing.running for standing in found):
+        return False
+    whole = not (run / STAGES).is_file() or (run / STUDENT / "run.json").is_file()
+    return whole or any(standing is not None and standing.beat["status"] != "done" for standing in found)
 
 
 def _look(run: Path) -> tuple[Standing | None, RenderableType]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opd_ray.commands.options import Json, Override, Runs, RunSeed, overrides, require_local
-from opd_ray.config import Config
+from opd_ray.config import STUDENT, Config
 from opd_ray.console import console, errors
 from opd_ray.errors import ConfigError, RunFolderError, Stopped
 from opd_ray.recipes import load
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from opd_ray.report.live import Live
     from opd_ray.run import Run
 
-__all__ = ["run_training", "train"]
+__all__ = ["JOB", "ONE_REQUEST_S", "Handler", "interruptible", "run_training", "show", "signals", "train"]
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the driver of a job, and there alone."""
@@ -60,7 +60,7 @@ def train(
 
 
 def run_training(config: Config, folder: Path, *, resume: bool, force: bool = False) -> dict[str, Any]:
-    """Build, train, finish.
+    """Build, train, finish; where there are specialists to train first, all stages one after the other.
 
     Ctrl-C or SIGTERM ends the round, writes a checkpoint and stops; while no round is under way, at the second one, or
     shortly before `ray job stop` kills what is left, it stops at once.
@@ -75,22 +75,23 @@ def run_training(config: Config, folder: Path, *, resume: bool, force: bool = Fa
             f"{folder} lies in Ray's own copy of your working directory, which Ray deletes when it likes; "
             "give --out a folder that stays, for instance --out /shared/runs"
         )
+    if config.specialists:
+        from opd_ray.commands.stages import run_stages  # it imports this module
+
+        return run_stages(config, folder, resume=resume, force=force)
     startup = Startup()
     from opd_ray.build import build  # imports torch and diffusers, which `--help` does not need
     from opd_ray.report.live import Live
 
-    try:
-        live = Live(config.rounds, config.name, console=errors)
-        # Stdout is the result's: Ray, for one, tells there of a worker that died.
-        with (
-            redirect_stdout(sys.stderr),
-            stopping_when_full(folder),
-            _signals(_interrupt),
-            build(config, folder, live, resume=resume, force=force, startup=startup) as run,
-        ):
-            return _drive(run, live)
-    except KeyboardInterrupt:
-        raise Stopped("interrupted; go on from the last checkpoint with --resume") from None
+    live = Live(config.rounds, config.name, console=errors)
+    # Stdout is the result's: Ray, for one, tells there of a worker that died.
+    with (
+        interruptible(),
+        redirect_stdout(sys.stderr),
+        stopping_when_full(folder),
+        build(config, folder, live, resume=resume, force=force, startup=startup) as run,
+    ):
+        return _drive(run, live)
 
 
 def _drive(run: "Run", live: "Live") -> dict[str, Any]:
@@ -100,7 +101,7 @@ def _drive(run: "Run", live: "Live") -> dict[str, Any]:
     live.begin(run.round)
     try:
         with stopping_when_full(run.folder):
-            with _signals(_asking(run, live)):
+            with signals(_asking(run, live)):
                 loop(run)
             if run.stopping:
                 raise Stopped(
@@ -116,6 +117,20 @@ def _drive(run: "Run", live: "Live") -> dict[str, Any]:
 
 
 Handler = Callable[[int, FrameType | None], None]
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C or SIGTERM stops at once what is done here, resumably.
+
+    Raises:
+        Stopped: one of them came.
+    """
+    try:
+        with signals(_interrupt):
+            yield
+    except KeyboardInterrupt:
+        raise Stopped("interrupted; go on from the last checkpoint with --resume") from None
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -148,7 +163,7 @@ def _patience_s() -> float:
 
 
 @contextmanager
-def _signals(handler: Handler) -> Iterator[None]:
+def signals(handler: Handler) -> Iterator[None]:
     """Ctrl-C and SIGTERM go to this handler for a while."""
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -160,11 +175,14 @@ def _signals(handler: Handler) -> Iterator[None]:
 
 def show(result: dict[str, Any], folder: Path, *, as_json: bool) -> None:
     """The table, and where to look."""
-    from opd_ray.report.table import result_table, summary
+    from opd_ray.report.table import result_table, stages_table, summary
 
     if as_json:
         console.print_json(data=result)
         return
+    if "stages" in result:
+        console.print(stages_table(result["stages"]))
+        folder = folder / STUDENT
     if result["scores"]:
         console.print(result_table(result))
     console.print(summary(result))

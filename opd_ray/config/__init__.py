@@ -41,10 +41,12 @@ from opd_ray.config.method import (
 )
 from opd_ray.config.reinforcement import FlowGrpoConfig, GroupsConfig, GrpoConfig, GrpoGuardConfig, NftConfig
 from opd_ray.config.run import REFERENCE, Config, parse
+from opd_ray.config.stages import STUDENT, SpecialistConfig
 
 __all__ = [
     "ATTENTION",
     "REFERENCE",
+    "STUDENT",
     "AlgorithmConfig",
     "Autoscale",
     "BatchConfig",
@@ -82,6 +84,7 @@ __all__ = [
     "SamplingConfig",
     "SdpoConfig",
     "SftConfig",
+    "SpecialistConfig",
     "StepwiseConfig",
     "StudentConfig",
     "TdmConfig",

@@ -17,6 +17,7 @@ from opd_ray.config.alignment import (
 from opd_ray.config.matching import DmdConfig, TdmConfig
 from opd_ray.config.reinforcement import FlowGrpoConfig, GrpoGuardConfig, NftConfig
 from opd_ray.config.section import Frozen
+from opd_ray.config.stages import SPECIALISTS
 
 __all__ = [
     "ATTENTION",
@@ -96,7 +97,8 @@ class LoraConfig(Frozen):
     """Module name endings that get an adapter; where not given the family's own: every projection of its attention."""
     start: str | None = None
     """A LoRA of that rank and those targets that training begins with (a run folder, folder, file or hub id), in place
-    of a fresh one that changes nothing. `base` and the reference stay the model without any."""
+    of a fresh one that changes nothing. It is then also the frozen start (`reference`) that losses compare with or keep
+    near: the initial policy of this run. What is scored as `base` stays the model without any."""
 
 
 class StudentConfig(Frozen):
@@ -258,7 +260,8 @@ class TeacherConfig(Frozen):
     """One frozen specialist."""
 
     lora: str | None = None
-    """A LoRA in diffusers' or PEFT's format over the student's base: folder, file, hub id, or `world/<name>`."""
+    """A LoRA in diffusers' or PEFT's format over the student's base: folder, file, hub id, `world/<name>`, or
+    `specialists/<name>` of one that this run trains first."""
     model: str | None = None
     """Instead of a LoRA: a full checkpoint with the student's latent space and schedule (folder or hub id)."""
     revision: str | None = None
@@ -286,6 +289,11 @@ class TeacherConfig(Frozen):
     def path(self) -> str:
         """Its LoRA or its checkpoint, as the configuration names it."""
         return str(self.lora or self.model)
+
+    @property
+    def specialist(self) -> str | None:
+        """Which of the run's own specialists it is, where it is one."""
+        return self.lora.removeprefix(SPECIALISTS) if self.lora and self.lora.startswith(SPECIALISTS) else None
 
 
 class PromptsConfig(Frozen):

@@ -38,7 +38,8 @@ class GrpoConfig(StepwiseConfig, RewardedConfig, GroupsConfig):
     shuffle_steps: bool = False
     """Each image goes through its steps in an order of its own; of no account where an update has all of them."""
     kl: float = Field(0.04, ge=0)
-    """Weight of each step's KL to the frozen start, times the step's length, as in the code (0.01 for PickScore)."""
+    """Weight of each step's KL to the frozen start, by an SDE kernel (`flow`, `dance`) times the step's length, as in
+    the code (0.01 for PickScore)."""
 
 
 class FlowGrpoConfig(GrpoConfig):

@@ -28,6 +28,7 @@ from opd_ray.config.method import (
     TeacherConfig,
 )
 from opd_ray.config.section import Frozen
+from opd_ray.config.stages import SPECIALISTS, STUDENT, SpecialistConfig
 from opd_ray.errors import ConfigError
 
 __all__ = ["REFERENCE", "Config", "parse"]
@@ -68,6 +69,9 @@ class Config(Frozen):
     """The size of a round and of its work items."""
     teachers: dict[str, TeacherConfig] = {}
     """By a name of your choice, which is also the task where `tasks` is empty."""
+    specialists: dict[str, SpecialistConfig] = {}
+    """Runs that train teachers before this one begins, by a name of your choice; a teacher with `lora:
+    specialists/<name>` is what the one of that name leaves."""
     rewards: dict[str, dict[str, Any]] = {}
     """By built-in name or package.module:attr; the value holds its keyword arguments, and `probe: finite` for one
     that has no pairs of pictures to prove itself by."""
@@ -120,6 +124,7 @@ class Config(Frozen):
         for name in self.teachers:
             if (name in ROLES and not self._is_reference(name)) or not re.match(NAME, name):
                 raise ValueError(f"teacher name {name!r} is not free; roles are {', '.join(ROLES)}. Choose another")
+        self._check_specialists()
         self._check_placement()
         self._check_items()
         known = ", ".join(self.teachers) or "none"
@@ -137,6 +142,23 @@ class Config(Frozen):
         if self._own_files():
             self.check_tasks(self._own_files())
         return self
+
+    def _check_specialists(self) -> None:
+        """Each teaches somebody, and each that is to teach is trained."""
+        known = ", ".join(self.specialists) or "none"
+        for name, teacher in self.teachers.items():
+            if self.specialists and teacher.specialist is not None and teacher.specialist not in self.specialists:
+                raise ValueError(
+                    f"teachers.{name}.lora {teacher.lora}: no such specialist; known: {known}. A folder of that name "
+                    f"is ./{teacher.lora}"
+                )
+        for name in self.specialists:
+            if name == STUDENT or not re.match(NAME, name):
+                raise ValueError(f"specialist name {name!r} is not free: it names a run folder beside {STUDENT}'s")
+            if name not in {teacher.specialist for teacher in self.teachers.values()}:
+                raise ValueError(
+                    f"specialists.{name} teaches nobody; give a teacher lora: {SPECIALISTS}{name}, or take it out"
+                )
 
     def _check_items(self) -> None:
         """Every rank has work in every update."""

@@ -21,15 +21,16 @@ __all__ = ["implicit_accuracy"]
 
 @torch.no_grad()
 def implicit_accuracy(
-    family: Family, adapter: str, algorithm: NoisedPairs, items: Iterable[Experience]
+    family: Family, adapter: str, algorithm: NoisedPairs, items: Iterable[Experience], start: str | None = None
 ) -> dict[str, float | None]:
     """The share of pairs whose better image the adapter prefers.
 
     Args:
-        family: the start, with the adapter on it.
+        family: with the adapter on it.
         adapter: what is asked.
         algorithm: times, space, seed and number of draws.
         items: recorded pairs, as a learner gets them.
+        start: the adapter that it began as; None began as the family without any.
 
     Returns:
         Value, 95 % interval and number of pairs, as ``mean``. A pair to which it is indifferent is half right.
@@ -39,7 +40,7 @@ def implicit_accuracy(
         preferred = torch.zeros(len(experience.recorded["winner"]))
         for forward in algorithm.forwards(experience, 0):
             velocities = {}
-            for name, policy in (("student", adapter), ("reference", None)):
+            for name, policy in (("student", adapter), ("reference", start)):
                 with family.adapter(policy):
                     velocities[name] = family.velocity(forward.x, forward.t, forward.cond, {}, 1.0)
             found = algorithm.errors(forward, velocities)

@@ -32,6 +32,8 @@ class Found:
     guidance: float | None = None
     """The run's own where MODEL is a run, and the demo's where it is of the built-in world."""
     steps: int | None = None
+    start: str | None = None
+    """The LoRA that a run's student began as."""
 
     def known_steps(self, steps: int) -> int:
         """That number of denoising steps, where a distilled model knows it.
@@ -136,4 +138,5 @@ def _run(folder: Path) -> Found:
     steps, known = config.evaluation.steps[0], config.model.distilled_steps
     if known is not None and steps not in known:  # it was never evaluated: the default
         steps = config.sampling.steps
-    return Found(str(folder), config.model, lora, denoiser, config.student.guidance, steps)
+    start = config.student.lora.start if config.student.lora else None
+    return Found(str(folder), config.model, lora, denoiser, config.student.guidance, steps, start)

@@ -55,7 +55,8 @@ class Learner:
 
     def __init__(self, family: Family, algorithm: Algorithm, training: Training, engine: Engine) -> None:
         self.family, self.algorithm, self.training, self.engine = family, algorithm, training, engine
-        for name in ("student", *algorithm.adapters):  # one seed: extra adapters start as copies
+        self.beside = algorithm.beside(training.lora)
+        for name in ("student", *self.beside):  # one seed: extra adapters start as copies
             family.add_student(name, training.lora, fold(training.seed, "lora"))
         self._policies = (*algorithm.trained, "student")
         family.use("student")
@@ -328,7 +329,7 @@ class Learner:
     def _groups(self) -> dict[str, Mapping[str, Held]]:
         """What is saved beside the optimizer: the live parts by group and name."""
         groups: dict[str, Mapping[str, Held]] = {"student": self._parts(self.student)}
-        for name in self.algorithm.adapters:
+        for name in self.beside:
             groups[f"adapter.{name}"] = self._parts(self.family.adapter_parameters(name))
         return groups if self.ema is None else groups | {"ema": self._averages(self.ema)}
 
@@ -343,8 +344,7 @@ class Learner:
             with torch.no_grad(), self.family.adapter(name):
                 velocities[name] = self.family.velocity(x, t, forward.cond, {}, 1.0)
         for name in self.algorithm.velocities:
-            adapter = None if name == "reference" else name
-            with torch.no_grad(), self.family.adapter(adapter):
+            with torch.no_grad(), self.family.adapter(name if name in self.beside else None):
                 velocities[name] = self.family.velocity(forward.x, forward.t, forward.cond, forward.uncond, guidance)
         x, t, cond, uncond = forward.x, forward.t, forward.cond, forward.uncond
         velocities[forward.policy] = self.family.velocity(x, t, cond, uncond, guidance)

@@ -13,6 +13,10 @@ ranks what is theirs to spread. Weights that are spread are whole for two blocks
 next, which comes meanwhile; so are the gradients of two, one being made and one reduced, for which DeepSpeed has a
 buffer. What a network holds beside its weights (position embeddings) is not spread.
 
+Each extra adapter that the algorithm declares, as `old` of DiffusionNFT, is one more float32 weight, held as those of
+the network are. The frozen start (`reference`) is the network with its adapter off, and no copy, but after
+`student.lora.start`.
+
 A guided forward has two rows a picture. The VAE decodes in float32 at 512 channels of full resolution. Each process
 that computes on a card holds about 0.6 GB of its runtime. Real numbers differ by tens of percent.
 
@@ -82,7 +86,7 @@ def needs(config: Config) -> list[Need]:
     found = [_reader(config, shape)] if config.pairs is not None else []
     found += [_rollout(config, shape)] if algorithm.needs_rollouts or config.evaluated else []
     found += _teachers(config, shape) if algorithm.needs_teachers else []
-    found.append(_learner(config, shape))
+    found.append(_learner(config, shape, extra=len(algorithm.beside(config.student.lora))))
     return [_together(config, found)] if config.cluster.runtime == "local" else found
 
 
@@ -224,7 +228,8 @@ def _teachers(config: Config, shape: Shape) -> list[Need]:
     return [need(f"teacher.{name}", [name], of(name)) for name in config.teachers]
 
 
-def _learner(config: Config, shape: Shape) -> Need:
+def _learner(config: Config, shape: Shape, *, extra: int) -> Need:
+    """``extra``: how many adapters the algorithm has beside the student."""
     placement = config.cluster.learner
     size = _bytes(config.precision.learner, placement.device)
     rows = _rows(config.student.guidance, config.batch.item_size)
@@ -234,12 +239,12 @@ def _learner(config: Config, shape: Shape) -> Need:
     frozen, one = _student(config, shape, held)
     buffers = shape.buffers * held / GB
     part, copies = _shares(placement, ema=config.ema is not None)
-    others = make_algorithm(config).trained  # adapters of their own, without a moving average
-    trained = one * (copies + len(others) * _shares(placement, ema=False)[1])
-    weights = (frozen - buffers) * part + buffers
-    working = shape.layers * kept + block + _gathered(placement, shape, frozen - buffers, one)
+    # Those that are trained by losses of their own have gradients and moments too, but no moving average.
+    own = len(make_algorithm(config).trained) * (_shares(placement, ema=False)[1] - part)
+    weights, trained = (frozen - buffers) * part + buffers, one * (copies + extra * part + own)
+    working = shape.layers * kept + block + _gathered(placement, shape, frozen - buffers + one * extra, one)
     if placement.device == "cpu" and placement.spreads_weights:  # where all of them are at first
-        working = max(working, frozen + one - weights - trained)
+        working = max(working, frozen + one * (1 + extra) - weights - trained)
     return _need("learner", placement, weights, trained, working, workers=placement.ranks)
 
 

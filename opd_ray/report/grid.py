@@ -1,5 +1,6 @@
 """The picture grid as one PNG, for a README: the prompt, then base | teachers | student."""
 
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from opd_ray.errors import RunFolderError
 from opd_ray.report.run_folder import RunFolder, Sample
 from opd_ray.report.wording import model_title
 
-__all__ = ["write_grid"]
+__all__ = ["write_grid", "write_sheet"]
 
 PAPER, INK, SOFT, EMPTY, ACCENT = "#ffffff", "#1b1d22", "#5d636e", "#f0f0ed", "#2456d6"
 SMALL = 128
@@ -34,11 +35,17 @@ def write_grid(run_dir: Path, out: Path, rows_per_task: int = 2, scale: int = 3)
         if len(rows := chosen.setdefault(row.task, [])) < rows_per_task:
             rows.append(row)
     rows = [row for group in chosen.values() for row in group]
-    side = _side(rows, scale)
-    sheet = _Sheet(run.samples.models, rows, side)
+    own = {task: f"teacher:{teacher}" for task, teacher in run.teacher_of_task.items()}
+    return write_sheet(run.samples.models, rows, out, own=own, scale=scale)
+
+
+def write_sheet(
+    models: Sequence[str], rows: Sequence[Sample], out: Path, *, own: Mapping[str, str] | None = None, scale: int = 3
+) -> Path:
+    """Draw these rows, a column a model; ``own`` names the model of a task whose picture gets a frame."""
+    sheet = _Sheet(tuple(models), [*rows], _side([*rows], scale))
     for place, row in enumerate(rows):
-        teacher = run.teacher_of_task.get(row.task)
-        sheet.draw_row(place, row, own=f"teacher:{teacher}" if teacher else "")
+        sheet.draw_row(place, row, own=(own or {}).get(row.task, ""))
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet.image.save(out, "PNG", optimize=True)
     return out

@@ -22,7 +22,7 @@ from opd_ray.report.wording import (
     span,
 )
 
-__all__ = ["Results", "Score", "result_table", "summary"]
+__all__ = ["Results", "Score", "result_table", "stages_table", "summary"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,3 +180,16 @@ def _cell(score: Score | None, write: Write, *, own: bool = False) -> Text:
     if interval:
         text.append(f"\n{interval}", style="dim not bold")
     return text
+
+
+def stages_table(stages: Mapping[str, Mapping[str, float]]) -> Table:
+    """What the stages of a job took; `seconds` of its rounds, `core_seconds` in which workers computed."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("stage", no_wrap=True)
+    for title in ("rounds", "images", "time of rounds", "core-seconds"):
+        table.add_column(title, justify="right")
+    for name, cost in stages.items():
+        told = numbers(cost)
+        cells = [f"{told.get(kind, 0):,.0f}" for kind in ("rounds", "images", "core_seconds")]
+        table.add_row(Text(name), *cells[:2], duration(told.get("seconds")), cells[2])
+    return table

@@ -1,5 +1,7 @@
 """CLIPScore: how near a picture is to its prompt, for the CLIP that was trained on captions."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,9 @@ class ClipScore:
         ModelError: files that are missing, cut short, or of another architecture.
     """
 
+    what: ClassVar[str] = "CLIPScore"
+    divide_by: float = 100.0
+
     def __init__(
         self,
         model: str = "openai/clip-vit-large-patch14",
@@ -33,13 +38,13 @@ class ClipScore:
         revision: str | None = None,
         device: str = "cpu",
     ) -> None:
-        self.clip = Clip("CLIPScore", model, revision, device, texts=processor)
+        self.clip = Clip(self.what, model, revision, device, texts=processor)
         self.weights = self.clip.weights
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Scores [B] for images [B, 3, H, W] in [0, 1]."""
-        return self.clip.logits(images, prompts) / 100
+        return self.clip.logits(images, prompts) / self.divide_by
 
     def probes(self) -> list[Probe]:
         """A colour that was asked for, against another."""

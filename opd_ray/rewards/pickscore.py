@@ -1,16 +1,13 @@
 """PickScore: what people picked of two pictures of their own prompt."""
 
-import torch
-from torch import Tensor
+from typing import ClassVar
 
-from opd_ray.rewards.clip import Clip
-from opd_ray.rewards.probe_pictures import colours
-from opd_ray.rewards.probes import Probe
+from opd_ray.rewards.clipscore import ClipScore
 
 __all__ = ["PickScore"]
 
 
-class PickScore:
+class PickScore(ClipScore):
     """exp(logit_scale) cos(image, text) / ``divide_by``, of a CLIP ViT-H/14 tuned on Pick-a-Pic.
 
     Raw it is 18 to 26. ``divide_by: 26`` is what Flow-GRPO and DiffusionNFT train on (0.8 to 0.95).
@@ -27,6 +24,8 @@ class PickScore:
         ModelError: files that are missing, cut short, or of another architecture.
     """
 
+    what: ClassVar[str] = "PickScore"
+
     def __init__(
         self,
         model: str = "yuvalkirstain/PickScore_v1",
@@ -35,15 +34,5 @@ class PickScore:
         divide_by: float = 1.0,
         device: str = "cpu",
     ) -> None:
-        self.clip = Clip("PickScore", model, revision, device, texts=processor)
+        super().__init__(model, processor, revision, device)
         self.divide_by = divide_by
-        self.weights = self.clip.weights
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Scores [B] for images [B, 3, H, W] in [0, 1]."""
-        return self.clip.logits(images, prompts) / self.divide_by
-
-    def probes(self) -> list[Probe]:
-        """A colour that was asked for, against another."""
-        return colours()

@@ -155,6 +155,11 @@ class RayBackend:
         """The driver's node."""
         return str(ray.get_runtime_context().get_node_id())
 
+    @property
+    def address(self) -> str:
+        """Where other drivers join this Ray."""
+        return str(ray.get_runtime_context().gcs_address)
+
     def start(self, spec: WorkerSpec, name: str) -> Handle:
         """Ask Ray for an actor; an actor that cannot be placed raises nothing, so its first call has a timeout."""
         actor = self._actor.options(**self._options(spec)).remote(spec, name, self._home)

@@ -17,6 +17,7 @@ from opd_ray.errors import RunFolderError, Stopped
 
 __all__ = [
     "FULL",
+    "STAGES",
     "abandon",
     "claim",
     "differences",
@@ -30,6 +31,8 @@ __all__ = [
     "write_json_atomic",
 ]
 
+STAGES = "stages.json"
+"""In the folder of a job of several runs: the names of their folders, in order, and in the end what they took."""
 LOCK_TIMEOUT_S = 30.0
 FULL = {errno.ENOSPC, errno.EDQUOT}
 """What the system says where there is no room, or none for this user."""

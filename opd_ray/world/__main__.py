@@ -1,12 +1,15 @@
 """`python -m opd_ray.world build` and `show`."""
 
 import argparse
+import signal
+import sys
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from opd_ray.errors import Stopped
 from opd_ray.world import TASKS
 from opd_ray.world.build import build
 from opd_ray.world.settings import Settings
@@ -35,7 +38,13 @@ def main() -> None:
     settings = Settings()
     if arguments.minutes_scale != 1.0:
         settings = settings.scaled(arguments.minutes_scale)
-    record = build(arguments.out, settings, console, force=arguments.force)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what a stage has running is ended with it
+    try:
+        record = build(arguments.out, settings, console, force=arguments.force)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")
+    except Stopped as error:
+        sys.exit(f"stopped: {error}")
     table = Table("held-out prompts", *TASKS, "guidance", title="scores by model and task")
     for name, row in record["scores"]["models"].items():
         cells = (f"{row[task][task]:.3f}" for task in TASKS)

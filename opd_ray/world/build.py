@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -29,19 +30,21 @@ def build(out: Path, settings: Settings, console: Console, force: bool = False) 
     """Run every stage that is not done yet in ``out`` and write ``out/record.json``.
 
     A stage is done when its record names the same settings, its own and those of all stages before
-    it. ``force`` runs all of them again.
+    it. ``force`` forgets what was done before, and what was begun.
     """
+    if force:
+        shutil.rmtree(out / "work", ignore_errors=True)
     (out / "work").mkdir(parents=True, exist_ok=True)
     done: list[dict[str, Any]] = []
     key = ""
     for stage in [*stages(settings), *unet_stages()]:
         key = _key(key, stage, settings)
         path = out / "work" / f"{stage.name.replace(' ', '-')}.json"
-        record = json.loads(path.read_text()) if path.exists() and not force else {}
+        record = json.loads(path.read_text()) if path.exists() else {}
         if record.get("key") == key:
             console.print(f"{stage.name}: done before, {record['seconds']:.0f} s")
         else:
-            record = _run(stage, out, settings, console)
+            record = _run(stage, out, settings, key, console)
             record["key"] = key
             path.write_text(json.dumps(record, indent=1))
         done.append(record)
@@ -55,7 +58,7 @@ def _key(before: str, stage: Stage, settings: Settings) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _run(stage: Stage, out: Path, settings: Settings, console: Console) -> dict[str, Any]:
+def _run(stage: Stage, out: Path, settings: Settings, key: str, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     columns = (
         TextColumn("{task.description:<20}"),
@@ -69,7 +72,7 @@ def _run(stage: Stage, out: Path, settings: Settings, console: Console) -> dict[
     )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task(stage.name, total=stage.length(settings), rate="", note="")
-        place = Workplace(out, settings, _Teller(progress, bar, console, started))
+        place = Workplace(out, settings, key, _Teller(progress, bar, console, started))
         result = stage.run(place)
     seconds = time.monotonic() - started
     return {"name": stage.name, "seconds": round(seconds, 1), "result": result}

@@ -42,9 +42,7 @@ class Optimizer:
         chosen = {id(one) for one in self._matrices}
         self._momenta = [torch.zeros_like(one) for one in self._matrices]
         self._others = [one for _, one in pairs if id(one) not in chosen]
-        # A LoRA has matrices alone, and AdamW refuses an empty list but not an empty group.
-        group = [{"params": self._others}]
-        self._adam = torch.optim.AdamW(group, betas=(0.9, 0.99), weight_decay=1e-4)
+        self._adam = torch.optim.AdamW(self._others, betas=(0.9, 0.99), weight_decay=1e-4)
         self._steps, self._step = steps, 0
         self._matrix_rate, self._other_rate = matrix_rate, other_rate
 

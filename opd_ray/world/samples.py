@@ -1,11 +1,15 @@
 """Pictures whose scores are known: rendered truth for each task."""
 
 import random
+from collections.abc import Sequence
 
 from torch import Tensor
 
+from opd_ray.world.captions import parse
+from opd_ray.world.dataset import style
 from opd_ray.world.render import render
 from opd_ray.world.scenes import hard_style, loose_scene, oracle_style, scene, soft_style
+from opd_ray.world.settings import BASE_RECIPE
 from opd_ray.world.splits import training_caption, training_meaning
 
 
@@ -31,3 +35,14 @@ def oracle(task: str, count: int, seed: int) -> tuple[Tensor, list[str]]:
         scenes.append(scene(meaning, oracle_style(rng), rng))
         prompts.append(training_caption(meaning, rng))
     return render(scenes), prompts
+
+
+def illustrations(prompts: Sequence[str]) -> Tensor:
+    """Pictures [B, 3, 32, 32] of just what these prompts ask for, in the styles of the base's data."""
+    rng = random.Random(0)
+    scenes = []
+    for prompt in prompts:
+        meaning, drawn = parse(prompt), style(BASE_RECIPE.styles, rng)
+        asked = bool(meaning.items or meaning.word)
+        scenes.append(scene(meaning, drawn, rng, training=False) if asked else loose_scene(drawn, rng))
+    return render(scenes)

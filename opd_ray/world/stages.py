@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
-from peft.utils import get_peft_model_state_dict
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from opd_ray.world import SPLITS, TASKS, prompt_file
@@ -18,8 +17,9 @@ from opd_ray.world.drawing import by_category, draw, score
 from opd_ray.world.network import load_pipeline, new_pipeline, save_pipeline
 from opd_ray.world.samples import truth
 from opd_ray.world.settings import Settings
+from opd_ray.world.specialists import overrides, save_half, train
 from opd_ray.world.splits import prompt_rows
-from opd_ray.world.training import train_base, train_specialist
+from opd_ray.world.training import train_base
 
 Result = dict[str, Any]
 
@@ -30,6 +30,8 @@ class Workplace:
 
     out: Path
     settings: Settings
+    key: str
+    """Of the stage: another one where its settings, or those of a stage before it, are others."""
     tick: Callable[[int, dict[str, float]], None]
 
     @property
@@ -155,23 +157,12 @@ def _specialist(name: str) -> Callable[[Workplace], Result]:
     def run(place: Workplace) -> Result:
         settings = place.settings
         one = settings.specialists[name]
-        pipe = load_pipeline(place.pipeline)
-        data = make_dataset(pipe.vae, one.recipe, one.pictures, settings.seed + 3, lambda count: None)
-        train_specialist(pipe, data, one.fit, settings.lora_rank, settings.seed, place.tick)
-        save_specialist(pipe, place.lora(name))
+        folder = place.work("runs") / f"{name}-{place.key}"
+        train(one.recipe, folder, overrides(place.out, name, one, settings.lora_rank, settings.seed), place.tick)
+        save_half(folder / "lora", place.lora(name))
         return {}
 
     return run
-
-
-def save_specialist(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
-    """Write the adapter in float16 with its config: without it alpha would load as the rank."""
-    layers = get_peft_model_state_dict(pipe.transformer)
-    StableDiffusion3Pipeline.save_lora_weights(
-        str(folder),
-        transformer_lora_layers={key: value.half() for key, value in layers.items()},
-        transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
-    )
 
 
 def _scores(place: Workplace) -> Result:
@@ -199,7 +190,7 @@ def _learned(name: str) -> Stage:
     return Stage(
         f"specialist {name}",
         lambda settings: (asdict(settings.specialists[name]), settings.lora_rank),
-        lambda settings: settings.specialists[name].fit.steps,
+        lambda settings: settings.specialists[name].rounds,
         _specialist(name),
     )
 

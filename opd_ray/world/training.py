@@ -1,11 +1,10 @@
-"""Flow matching: the base with its text encoders from nothing, and LoRA specialists on top."""
+"""Flow matching: the base with its text encoders, from nothing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from diffusers import StableDiffusion3Pipeline
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from opd_ray.world.captions import parse
@@ -20,12 +19,6 @@ from opd_ray.world.optimizer import Optimizer
 
 Tick = Callable[[int, dict[str, float]], None]
 
-LORA_TARGETS = (
-    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
-    "attn.add_v_proj", "attn.to_add_out", "attn2.to_q", "attn2.to_k", "attn2.to_v",
-    "attn2.to_out.0", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
-)  # fmt: skip
-_ENCODE_BATCH = 512
 _PLAIN = ("embed", "norm", "shared", "proj_out", "relative_attention_bias")
 """Parameters that are tables, gains or read-outs rather than matrices between features."""
 
@@ -92,38 +85,3 @@ def train_base(pipe: StableDiffusion3Pipeline, data: Dataset, fit: Fit, seed: in
         optimizer.step()
         tick(1, {"loss": float(loss.detach())})
     trained.eval()
-
-
-def train_specialist(
-    pipe: StableDiffusion3Pipeline, data: Dataset, fit: Fit, rank: int, seed: int, tick: Tick
-) -> StableDiffusion3Pipeline:
-    """Add a LoRA to the pipeline's transformer and train it alone, alpha twice the rank."""
-    torch.manual_seed(seed)
-    pipe.transformer.requires_grad_(False)
-    pipe.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LORA_TARGETS)))
-    contexts = _contexts(pipe, data.captions)
-    optimizer = Optimizer(pipe.transformer.named_parameters(), fit.steps, fit.matrix_rate, fit.other_rate)
-    for _ in range(fit.steps):
-        rows = torch.randint(0, len(data.latents), (fit.batch,))
-        x, t, target = _pair(data.latents[rows], fit.centre)
-        # Row 0 is the empty caption; a picture's captions follow one another.
-        each = len(data.captions[0])
-        chosen = 1 + rows * each + torch.randint(0, each, (fit.batch,))
-        chosen = torch.where(torch.rand(fit.batch) < fit.dropout, 0, chosen)
-        context = (contexts[0][chosen], contexts[1][chosen])
-        loss = (velocity(pipe.transformer, x, t, context) - target).square().mean()
-        loss.backward()
-        optimizer.step()
-        tick(1, {"loss": float(loss.detach())})
-    return pipe
-
-
-@torch.no_grad()
-def _contexts(pipe: StableDiffusion3Pipeline, captions: list[list[str]]) -> tuple[Tensor, Tensor]:
-    """The frozen encoders' output for the empty caption and then for all captions, once."""
-    flat = ["", *(caption for each in captions for caption in each)]
-    parts = [
-        encode_ids(pipe, tokenize(pipe, flat[start : start + _ENCODE_BATCH]))
-        for start in range(0, len(flat), _ENCODE_BATCH)
-    ]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])

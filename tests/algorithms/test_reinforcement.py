@@ -13,7 +13,7 @@ from opd_ray.algorithms.flow_grpo import FlowGrpo
 from opd_ray.algorithms.grpo_guard import GrpoGuard
 from opd_ray.algorithms.nft import DiffusionNft, branch_errors
 from opd_ray.config import FlowGrpoConfig, GrpoGuardConfig, NftConfig
-from opd_ray.diffusion import clipped_surrogate, gaussian_kl, log_ratio, normalised_log_ratio
+from opd_ray.diffusion import KERNELS, clipped_surrogate, gaussian_kl, log_ratio, normalised_log_ratio
 from opd_ray.errors import RewardError
 from opd_ray.types import Experience, Prompt, Trajectory, WorkItem
 from tests.algorithms.parts import VERSION
@@ -240,9 +240,9 @@ class TestPolicyGradients:
 
     def forward(self, **inputs):
         """One image at x = (0, 0), t from 0.5 to 0.25, drawn with velocity 0."""
-        known = {"drawn": pixel(0, 0).float(), "advantage": torch.tensor([2.0]), "tied": torch.tensor([0.0])}
-        t, t_next = (torch.tensor([one]) for one in self.sigmas)
-        return Forward(pixel(0, 0).float(), t, t_next, 0, {}, {}, known | inputs)
+        known = {"drawn": pixel(0, 0), "advantage": torch.tensor([2.0]), "tied": torch.tensor([0.0])}
+        t, t_next = (torch.tensor([one]).double() for one in self.sigmas)
+        return Forward(pixel(0, 0), t, t_next, 0, {}, {}, known | inputs)
 
     @pytest.mark.parametrize(("kind", "name"), [(FlowGrpo, "flow_grpo"), (GrpoGuard, "grpo_guard")])
     def test_a_whole_loss_by_hand(self, kind, name):
@@ -253,15 +253,27 @@ class TestPolicyGradients:
         config = (FlowGrpoConfig if kind is FlowGrpo else GrpoGuardConfig)(name=name, clip_range=0.5, kl=0.1)
         algorithm = kind(config)
         d, std = -0.25 * (1 + 0.49 / 2) * 0.08, 0.35
-        drawn = torch.tensor([[std, -std]]).reshape(1, 2, 1, 1)
-        velocity = {"student": pixel(0.08, 0).float(), "reference": pixel(0, 0.16).float()}
-        found = algorithm.loss(self.forward(x_next=drawn), velocity)
+        velocity = {"student": pixel(0.08, 0), "reference": pixel(0, 0.16)}
+        found = algorithm.loss(self.forward(x_next=pixel(std, -std)), velocity)
         log = d / std / 2 - d**2 / 2 / (2 * std**2) if kind is FlowGrpo else d / 2
         kl = (d**2 + (2 * d) ** 2) / 2 / (2 * std**2)
         policy = -2 * math.exp(log) / (1 if kind is FlowGrpo else 0.25)
-        assert found.value.item() == pytest.approx(policy + 0.1 * 0.25 * kl, rel=1e-5)
-        assert found.metrics["ratio"].item() == pytest.approx(abs(log), rel=1e-4)
-        assert found.metrics["kl"].item() == pytest.approx(kl, rel=1e-4)
+        assert found.value.item() == pytest.approx(policy + 0.1 * 0.25 * kl, abs=1e-10)
+        assert found.metrics["ratio"].item() == pytest.approx(abs(log), abs=1e-10)
+        assert found.metrics["kl"].item() == pytest.approx(kl, abs=1e-10)
+
+    @pytest.mark.parametrize(("kernel", "weight"), [("flow", 0.25), ("dance", 0.25), ("cps", 1.0), ("ddim", 1.0)])
+    def test_the_kl_leaves_out_of_the_variance_what_the_published_code_does(self, kernel, weight):
+        """It divides by its std_dev_t^2: of an SDE without |dt| = 1/4, of CPS t' sin(a pi / 2), which is all of it."""
+        algorithm = FlowGrpo(FlowGrpoConfig(name="flow_grpo", kernel=kernel, noise_level=0.5, clip_range=0.5, kl=0.1))
+        student, start = pixel(0.08, 0), pixel(0, 0.16)
+        made, other = (KERNELS[kernel](pixel(0, 0), v, *self.sigmas, 0.5) for v in (student, start))
+        forward = self.forward(x_next=made.mean, drawn=student, advantage=torch.zeros(1))
+        found = algorithm.loss(forward, {"student": student, "reference": start})
+        std_dev_t = {"flow": 0.5, "dance": 0.5, "cps": 0.25 * math.sin(math.pi / 4)}.get(kernel, float(made.std))
+        kl = float((made.mean - other.mean).square().mean()) / (2 * std_dev_t**2)
+        assert found.value.item() == pytest.approx(0.1 * kl, abs=1e-10)
+        assert found.metrics["kl"].item() * weight == pytest.approx(kl, abs=1e-10)
 
     @pytest.mark.parametrize("shuffle", [False, True])
     def test_a_round_goes_through_every_step_of_every_image_once(self, shuffle):
@@ -291,7 +303,7 @@ class TestPolicyGradients:
     def test_without_a_kl_nothing_is_asked_of_the_frozen_start(self):
         algorithm = FlowGrpo(FlowGrpoConfig(name="flow_grpo", kl=0.0, clip_range=0.5))
         assert algorithm.velocities == ()
-        found = algorithm.loss(self.forward(x_next=pixel(0.1, 0).float()), {"student": pixel(0, 0).float()})
+        found = algorithm.loss(self.forward(x_next=pixel(0.1, 0)), {"student": pixel(0, 0)})
         assert found.value.item() == -2 and "kl" not in found.metrics
 
     def test_the_variance_of_the_ppo_form(self):

@@ -1,6 +1,7 @@
 """A reward of the tests that fails where it is told to."""
 
 import os
+import sys
 
 import torch
 
@@ -12,6 +13,12 @@ def moody(images, prompts):
 
 
 moody.weights = {"mood.bin": "00ff"}
+
+
+def talkative(images, prompts):
+    """A package that tells the world of its progress."""
+    sys.stdout.write(f"scoring {len(prompts)}\n")
+    return images.std(dim=(1, 2, 3))
 
 
 def told(images, prompts, metadata):

@@ -1,5 +1,8 @@
 """Rewards of the tests' runs."""
 
+import os
+import time
+
 import torch
 
 from opd_ray.rewards import Probe, probed
@@ -14,6 +17,15 @@ def bright_and_dark():
 @probed(bright_and_dark)
 def brightness(images, prompts):
     return images.mean(dim=(1, 2, 3))
+
+
+@probed(bright_and_dark)
+def patient(images, prompts):
+    """The same, in a time in which something can happen to the run; none of its own pictures while $HOLD is there."""
+    while images.shape[-1] > 8 and os.path.exists(os.environ.get("HOLD", "")):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    return brightness(images, prompts)
 
 
 def never(images, prompts):

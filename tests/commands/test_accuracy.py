@@ -67,6 +67,21 @@ def test_a_student_that_learned_nothing_is_indifferent_and_half_right(tiny, pair
     assert implicit_accuracy(family, "lora", algorithm, [experience])["value"] in {0.0, 0.25, 0.5, 0.75, 1.0}
 
 
+def test_a_student_that_stayed_what_it_began_as_is_indifferent(cli, run, tiny, pairs, tmp_path):
+    """Though its LoRA prefers one or the other, compared with the model without any."""
+    sections = {
+        "rounds": 1,
+        "algorithm": {"name": "diffusion_dpo", "beta": 20.0, "draws": 2},
+        "student": {"lora": {"rank": 4, "alpha": 8, "start": str(run)}, "guidance": 1.0},
+        "batch": {"images_per_task": 12, "item_size": 6},
+        "optimizer": {"lr": 1e-30, "weight_decay": 0},
+        "pairs": {"files": str(pairs)},
+    }
+    run_training(run_config(tiny, **sections), tmp_path / "still", resume=False)
+    told = json.loads(cli("accuracy", tmp_path / "still", "--pairs", pairs, "--count", 24, "--json").out)
+    assert [one["value"] for one in told["runs"].values()] == [0.5]
+
+
 def test_what_cannot_be_asked_is_said_in_one_line(cli, tmp_path, pairs, run):
     assert "no such run" in cli("accuracy", run.parent / "other", "--pairs", pairs).error
     assert "s3:// is an address" in cli("accuracy", "s3://x/y", "--pairs", pairs).error

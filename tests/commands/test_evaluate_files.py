@@ -68,6 +68,11 @@ def test_one_row_a_picture_and_what_is_made_of_them(evaluate, tiny, finished):
     assert "| things | a red cat | ![](pictures/0-" in (out / "summary.md").read_text()
 
 
+def test_what_a_reward_prints_is_not_in_the_result(evaluate):
+    done, out = evaluate("told", "--json", rewards="{tests.commands.judges:talkative: {probe: finite}}")
+    assert json.loads(done.out) == told(out) and "scoring" in done.err
+
+
 def test_the_same_pictures_and_scores_whoever_draws_them_and_in_whatever_order(evaluate, monkeypatch):
     _, one = evaluate("one")
     assert evaluate("two", "-o", "cluster.rollout.workers=2")[0].code == 0

@@ -63,4 +63,4 @@ def test_on_the_tiny_world(cli):
     assert found["text"] == specialist["scores"]["text"] and found["compose"] == models["world"]["scores"]["compose"]
     assert set(models["router"]["routes"]) == {"compose, look, mixed", "text"}
     shown = cli("evaluate", "world", *args[:4], "--router", "text=world/text", "--router", "world").out
-    assert "router: text by world/text: guidance 1.25, 2 steps" in shown
+    assert "router: text by world/text: guidance 1, 2 steps" in shown

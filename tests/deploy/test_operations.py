@@ -25,6 +25,7 @@ TREES = {
 SAYING = {"note", "_note", "Stopped", "NotFiniteError", "TooManyFailedError", "LearnerLostError"}
 PASSED_ON = {
     ("build.py", "text"): ["preflight.py:overlaps", "facts.py:other_versions"],
+    ("commands/stages.py", "text"): ["runtime/session.py:clean"],
     ("scoring.py", "text"): ["scoring.py:same"],
     ("evaluation/compare.py", "text"): ["scoring.py:flat"],
     ("build.py", "str(startup)"): ["startup.py:__str__"],

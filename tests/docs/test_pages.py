@@ -13,6 +13,7 @@ import yaml
 
 from opd_ray import recipes
 from opd_ray.cli import app
+from opd_ray.comparison.protocol import Arm, Protocol
 from opd_ray.config import Config
 from opd_ray.config.section import Frozen
 from opd_ray.planning.rates import Rates
@@ -133,11 +134,13 @@ def test_the_planner_says_what_the_guide_shows(tmp_path, monkeypatch, capsys) ->
 
 
 def test_the_recipe_fragments_of_the_pages_name_keys_that_exist() -> None:
-    known = {*Config.model_fields, *Rates.model_fields}
+    known = {*Config.model_fields, *Rates.model_fields, *Protocol.model_fields}
     for name, text in PAGES.items():
         for block in blocks(text, "yaml"):
             data = yaml.safe_load(block)
             assert set(data) <= known, (name, block)
+            for arm in data.get("arms", {}).values():
+                Arm.model_validate(arm)
 
 
 def test_the_comparison_says_when_it_was_read_and_where() -> None:

@@ -51,13 +51,19 @@ def pages(site) -> dict[Path, Links]:
     return {path: Links(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
 
 
+def pages_of(folder: Path, kind: str) -> set[str]:
+    """The pages of docs/, also those below it, by their paths without an ending."""
+    below = [folder, *(folder / path.name for path in (ROOT / "docs").iterdir() if path.is_dir())]
+    return {file.relative_to(folder).with_suffix("").as_posix() for part in below for file in part.glob(f"*.{kind}")}
+
+
 def named(site: Path) -> set[str]:
     """The pages that a reader meets in the navigation."""
-    return {path.stem for path in site.glob("*.html")} - {"404", "search"}
+    return pages_of(site, "html") - {"404", "search"}
 
 
 def test_every_page_of_the_folder_and_of_the_root_is_in_the_site(site) -> None:
-    assert named(site) == {path.stem for path in (ROOT / "docs").glob("*.md")} | {"extending", "changelog"}
+    assert named(site) == pages_of(ROOT / "docs", "md") | {"extending", "changelog"}
     reached = set(Links((site / "404.html").read_text()).links)  # the navigation alone
     assert {link.strip("/").removesuffix(".html") for link in reached if link.endswith(".html")} == named(site)
 
@@ -97,7 +103,7 @@ def line_of(start: str) -> int:
 
 
 def test_a_name_that_is_gone_fails_the_build(tmp_path) -> None:
-    for name in ("mkdocs.yml", "README.md", "CHANGELOG.md"):
+    for name in ("mkdocs.yml", "README.md", "CHANGELOG.md", "protocol.yaml"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("docs", "scripts", "configs", "deploy", "examples"):
         shutil.copytree(ROOT / name, tmp_path / name)
@@ -127,8 +133,8 @@ def test_no_page_scrolls_sideways(site, tmp_path, width) -> None:
         text = (
             (site / f"{name}.html").read_text().replace("</body>", tell.replace("NAME", json.dumps(name)) + "</body>")
         )
-        (folder / f"probed-{name}.html").write_text(text)
-    frames = "".join(f'<iframe src="probed-{name}.html" width="{width}" height="800"></iframe>' for name in names)
+        (folder / f"{name}-probed.html").write_text(text)
+    frames = "".join(f'<iframe src="{name}-probed.html" width="{width}" height="800"></iframe>' for name in names)
     collect = 'addEventListener("message", (e) => document.body.append("<" + JSON.stringify(e.data) + ">"))'
     (folder / "frames.html").write_text(f"<script>{collect}</script><body>{frames}")
     flags = [

@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,27 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from opd_ray.algorithms import Facts
 from opd_ray.algorithms.dmd import Dmd
+from opd_ray.algorithms.flow_grpo import FlowGrpo
 from opd_ray.algorithms.opd import Opd
-from opd_ray.config import DmdConfig, EmaConfig, LearnerPlacement, LoraConfig, OpdConfig, OptimizerConfig
+from opd_ray.algorithms.opd_ppo import OpdPpo
+from opd_ray.config import (
+    DmdConfig,
+    EmaConfig,
+    FlowGrpoConfig,
+    LearnerPlacement,
+    LoraConfig,
+    OpdConfig,
+    OpdPpoConfig,
+    OptimizerConfig,
+)
+from opd_ray.diffusion import KERNELS, sample
 from opd_ray.learners import Engine, Learner, LearnerState, fsdp2, make_engine
 from opd_ray.learners.deepspeed import DeepSpeedEngine
 from opd_ray.learners.fsdp2 import FsdpEngine
 from opd_ray.storage import checkpoint, run_folder
+from opd_ray.types import Experience, WorkItem
 from tests.algorithms.parts import fill, item, learner, load, random_experience
 from tests.learners.live import Live
 
@@ -35,6 +50,9 @@ BACKENDS = {
     "zero2": {"backend": "deepspeed", "zero_stage": 2},
     "zero3": {"backend": "deepspeed", "zero_stage": 3},
 }
+CROSSED = tuple((one, other) for one in BACKENDS for other in BACKENDS if one == other or "ddp" in (one, other))
+"""Who goes on from whose checkpoint: each from its own, and to and from ``ddp``."""
+CROSSED_TOO = tuple((one, other) for one in BACKENDS for other in BACKENDS if (one, other) not in CROSSED)
 OFFLOADED = {f"{name}-offload": BACKENDS[name] | {"cpu_offload": True} for name in ("zero1", "zero2", "zero3")}
 ROUNDS, SAVED = 5, 3
 LORA = LoraConfig(rank=4, alpha=8, targets=("attn.to_q", "attn.to_out.0", "attn.add_k_proj"))
@@ -50,6 +68,11 @@ NEXT = dict(zip(BACKENDS, [*list(BACKENDS)[1:], "ddp"], strict=True))
 """Each backend goes on once from another one's full weights, and another once from its."""
 ORDER = (("a", 0), ("a", 1), ("b", 0))
 """Three items a round, so that of two ranks one has less to do."""
+COMPARING = {
+    "flow_grpo": partial(FlowGrpo, FlowGrpoConfig(name="flow_grpo", clip_range=0.1, item_parts=2)),
+    "opd_ppo": partial(OpdPpo, OpdPpoConfig(name="opd_ppo", clip_range=0.1, item_parts=2)),
+}
+"""Algorithms that compare with the policy that drew: two updates a round, of which the second is off that policy."""
 
 
 class Following(Opd):
@@ -62,7 +85,7 @@ class Following(Opd):
         return 0.5
 
 
-def make(tiny: Path, engine: Engine, **changes) -> Learner:
+def make(tiny: Path, engine: Engine, algorithm: str | None = None, **changes) -> Learner:
     options = {
         "lora": LORA,
         "ema": EmaConfig(decay=0.5, every=2),
@@ -72,7 +95,8 @@ def make(tiny: Path, engine: Engine, **changes) -> Learner:
     options |= changes
     if options["lora"] is None:
         return learner(tiny, Opd(OpdConfig()), engine=engine, **options)
-    one = learner(tiny, Following(OpdConfig()), engine=engine, **options)
+    chosen = COMPARING[algorithm]() if algorithm else Following(OpdConfig())
+    one = learner(tiny, chosen, engine=engine, **options)
     if filled:
         start(one, tiny)
     return one
@@ -91,24 +115,54 @@ def start(one: Learner, tiny: Path) -> None:
 
 def train(one: Learner, rounds, family) -> list[dict]:
     """Losses, norms and whole accumulated gradients, a round each."""
-    seen, step = [], one.engine.step
-
-    def recording(scale):
-        seen.append(one.engine.gradients())
-        return step(scale)
-
-    one.engine.step, reports = recording, []
+    found = []
     for number in rounds:
         work = [item(task=t, index=i, position=n, round=number, steps=(0,)) for n, (t, i) in enumerate(ORDER)]
         one.begin(work)
         for part in work:
             if one.owner(part) == one.engine.rank:
                 one.take(random_experience(family, part, seed=10 * number + part.position))
-        report = one.update(0)
+        found.append(updated(one, 0))
         one.finish_round(number)
-        reports.append({"loss": report.loss, "norm": report.grad_norm, "skipped": report.skipped})
-    one.engine.step = step
-    return [{**report, "gradients": gradients} for report, gradients in zip(reports, seen, strict=True)]
+    return found
+
+
+def updated(one: Learner, number: int) -> dict:
+    """Loss, norm and whole accumulated gradient of one update."""
+    seen = {}
+
+    def recording(scale):
+        seen.update(one.engine.gradients())
+        return step(scale)
+
+    with replaced(one.engine, "step", recording) as step:
+        report = one.update(number)
+    return {"loss": report.loss, "norm": report.grad_norm, "skipped": report.skipped, "gradients": seen}
+
+
+def compare(one: Learner) -> list[dict]:
+    """The two updates of a round on the student's own drawings; a prompt's images are with both ranks."""
+    one.algorithm.facts = Facts(num_steps=4, images_per_prompt=2)
+    work = [item(task=t, index=i, position=4 * n + i, steps=(0,)) for n, t in enumerate("ab") for i in range(4)]
+    one.begin(work)
+    for part in work:
+        if one.owner(part) == one.engine.rank:
+            one.take(drawing(one, part))
+    one.observe([(part, {"x": torch.tensor([float(part.position), -(part.position % 3.0)])}) for part in work])
+    return [updated(one, number) for number in range(2)]
+
+
+@torch.no_grad()
+def drawing(one: Learner, work: WorkItem) -> Experience:
+    """The first step as the student makes it, from a random state; a teacher's velocities at random."""
+    known = random_experience(one.family, work, seed=work.position)
+    path, algorithm = known.trajectory, one.algorithm
+    now, then = path.sigmas[:2].tolist()
+    x, velocities = path.latents[:, 0], torch.zeros_like(path.latents[:, 1:])
+    velocities[:, 0] = one.family.velocity(x, now, path.cond, path.uncond, one.training.guidance)
+    step = KERNELS[algorithm.kernel](x, velocities[:, 0], now, then, algorithm.noise_level)
+    path.latents[:, 1] = sample(step, path.latents[:, 1])  # which is random
+    return replace(known, trajectory=replace(path, velocities=velocities))
 
 
 def train_several(tiny: Path, engine: Engine, family) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -203,6 +257,10 @@ class Rank:
         told, moments = train_several(self.tiny, self.engine(name), self.family)
         self.note(f"several-{name}", told)
         save_file(moments, self.file(f"several-{name}-{self.rank}"))
+
+    def compare(self, name: str) -> None:
+        """A round of an algorithm that compares with the policy that drew."""
+        self.write(name, compare(make(self.tiny, self.engine("ddp"), name)))
 
     def go_on(self, source: str, target: str) -> None:
         """The last rounds, from what another backend saved."""
@@ -315,8 +373,10 @@ def main(folder: Path, tiny: Path, part: str, rank: int) -> None:
     gc.freeze()  # DeepSpeed collects garbage for each engine, and looks through all that was imported
     one = Rank(folder, tiny, rank)
     if part == "more":
-        for name in OFFLOADED_TOO:
+        for name in (*OFFLOADED_TOO, *BACKENDS):
             one.run(name)
+        for source, target in CROSSED_TOO:
+            one.go_on(source, target)
         for name in BACKENDS:
             for form in ("bfloat16", "float16"):
                 one.in_half(name, form)
@@ -326,13 +386,14 @@ def main(folder: Path, tiny: Path, part: str, rank: int) -> None:
         one.run(name)
     for name in SEVERAL:
         one.several(name)
-    for source in BACKENDS:
-        for target in BACKENDS:
-            one.go_on(source, target)
+    for source, target in CROSSED:
+        one.go_on(source, target)
     for source, target in NEXT.items():
         one.go_on(FULL + source, target)
     for name in SPREADING:
         one.note(f"spread-{name}", one.spread(name))
+    for name in COMPARING:
+        one.compare(name)
     one.note("refused", one.refused())
 
 

@@ -19,9 +19,12 @@ from opd_ray.learners import DdpEngine, make_engine
 from opd_ray.learners.engine import MEETING, LossScale
 from opd_ray.preflight import check_backend
 from opd_ray.roles import Bases, make_learner
-from tests.algorithms.parts import load, run_config
+from tests.algorithms.parts import flat, load, run_config
 from tests.learners.ranks import (
     BACKENDS,
+    COMPARING,
+    CROSSED,
+    CROSSED_TOO,
     FULL,
     IN_FULL,
     NEXT,
@@ -30,6 +33,7 @@ from tests.learners.ranks import (
     SAVED,
     SEVERAL,
     SPREADING,
+    compare,
     make,
     train,
     train_several,
@@ -48,7 +52,7 @@ def seen(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seen_more(tiny, tmp_path_factory):
-    """The same of what adds less: moments in CPU memory, and half precision."""
+    """The same of what adds less: moments in CPU memory, half precision, and the other pairs of backends."""
     return two_ranks(tiny, tmp_path_factory.mktemp("ranks-more"), "more")
 
 
@@ -158,6 +162,16 @@ def test_two_ranks_that_train_two_adapters_are_a_single_rank(seen, tiny, name):
                 assert float((found[key] - moments[key]).abs().max()) <= 1e-5 * largest, key
 
 
+@pytest.mark.parametrize("name", COMPARING)
+def test_two_ranks_that_compare_with_who_drew_are_a_single_rank(seen, tiny, name):
+    """Also where an update sees a part of the items, off the policy that drew them."""
+    alone = compare(make(tiny, DdpEngine(0, 1), name))
+    same(read(seen, name), alone)
+    first, second = (flat(one["gradients"]) for one in alone)
+    assert min(float(first.norm()), float(second.norm())) > 1e-4, "clipped, see ranks.make"
+    assert not torch.allclose(first, second, rtol=0.1)
+
+
 def are_one(seen, name, one):
     rounds, proof = one
     same(read(seen, name), rounds)
@@ -169,10 +183,15 @@ def are_one(seen, name, one):
     assert hashes[0] == hashes[1] and hashes[0]["student_sha256"] != hashes[0]["ema_sha256"]
 
 
-@pytest.mark.parametrize("target", BACKENDS)
-@pytest.mark.parametrize("source", BACKENDS)
+@pytest.mark.parametrize(("source", "target"), CROSSED)
 def test_what_one_backend_saved_another_resumes(seen, source, target):
     same(read(seen, f"{source}-{target}"), read(seen, source)[SAVED:])
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize(("source", "target"), CROSSED_TOO)
+def test_what_any_backend_saved_any_other_resumes(seen_more, source, target):
+    same(read(seen_more, f"{source}-{target}"), read(seen_more, source)[SAVED:])
 
 
 @pytest.mark.parametrize(("source", "target"), NEXT.items())

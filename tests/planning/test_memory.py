@@ -144,6 +144,35 @@ def test_an_adapter_that_is_trained_too_is_counted_but_for_an_average(medium, pl
     assert learner(medium, on(placement), "algorithm={name: dmd}").trained == pytest.approx(adapter * copies)
 
 
+NFT = (
+    "algorithm={name: diffusion_nft}",
+    "rewards={look: {}}",
+    "batch={images_per_task: 48, item_size: 6, images_per_prompt: 6}",
+)
+GRPO = ("algorithm={name: flow_grpo}", *NFT[1:])
+
+
+@pytest.mark.parametrize(
+    ("placement", "part", "copies"),
+    [
+        ("backend: ddp", 1, 6),
+        ("backend: fsdp2", 1 / 4, 5 / 4),
+        ("backend: deepspeed, zero_stage: 2", 1, 1 + 1 + 1 / 4 + 3 / 4),
+        ("backend: deepspeed, zero_stage: 3", 1 / 4, 6 / 4),
+    ],
+)
+def test_an_adapter_that_follows_is_one_more_copy_and_the_frozen_start_is_none(medium, placement, part, copies):
+    """DiffusionNFT has `old` beside the student; it and Flow-GRPO compare with the start, their adapter off."""
+    adapter = 8 * 24 * 2 * 32 * 1536 * 4 / 1e9
+    old, none = learner(medium, *NFT, on(placement)), learner(medium, *GRPO, on(placement))
+    assert none.trained == pytest.approx(adapter * copies)
+    assert old.trained == pytest.approx(adapter * (copies + part)) and old.weights == none.weights
+    again = learner(medium, *GRPO, on(placement), "student.lora.start=runs/before")
+    assert again.trained == old.trained, "a start that is a LoRA is a copy"
+    two_blocks = 2 / 24 * 3 / 4 if part < 1 else 0  # of what is spread, which the other three ranks hold
+    assert old.working - none.working == pytest.approx(adapter * two_blocks)
+
+
 @pytest.mark.parametrize(
     ("placement", "weights", "gradients"),
     [

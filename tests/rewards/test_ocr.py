@@ -66,9 +66,10 @@ def mean(numbers: list[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def test_two_hundred_words_are_read() -> None:
+@pytest.mark.parametrize("count", [50, pytest.param(200, marks=pytest.mark.verify)])
+def test_words_are_read(count) -> None:
     assert len(set(WORDS)) == 200
-    right, exactly, wrong = scores_of_words(200)
+    right, exactly, wrong = scores_of_words(count)
     assert mean(right) >= 0.95
     assert mean(exactly) >= 0.95
     assert mean(wrong) <= 0.2

@@ -204,16 +204,19 @@ SMALL = {"resources": {"cpu": 0.25}}
 
 
 @pytest.mark.ray
-def test_pairs_drawn_by_two_workers_one_of_which_dies_give_the_student_of_one_process(config, ray_session, tmp_path):
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.verify)])
+def test_pairs_drawn_by_workers_give_the_student_of_one_process_also_where_two_die(
+    config, ray_session, tmp_path, workers
+):
     """Dense rewards: velocities, three pictures of each image and their shares all travel."""
     killers = []
-    many = {"rollout": SMALL | {"workers": 2}, "rewards": {"default": SMALL | {"workers": 2}}}
+    many, deaths = SMALL | {"workers": workers}, {"rollout": 1, "reward": 1} if workers > 1 else {}
     done = go(
-        config("sdpo_stepwise", "ray", cluster=many),
+        config("sdpo_stepwise", "ray", cluster={"rollout": many, "rewards": {"default": many}}),
         tmp_path / "ray",
-        watch=lambda run, live: killers.append(Killer(run, {"rollout": 1, "reward": 1})),
+        watch=lambda run, live: killers.append(Killer(run, deaths)),
     )
-    assert len(killers[0].killed) == 2
+    assert len(killers[0].killed) == len(deaths)
     assert same(done, go(config("sdpo_stepwise"), tmp_path / "local"))
 
 

@@ -1,5 +1,7 @@
 """Baselines of distillation as whole runs on the tiny model: tasks by reward, together and one after the other."""
 
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,7 +127,26 @@ class TestStart:
         go(config("diffusion_nft", batch=GROUPS, rounds=1, student=student), tmp_path / "run")
         ((report,),) = reports
         assert metric(report, "error_good") == metric(report, "error_bad") and report.grad_norm > 0
-        assert min(metric(report, "drift")) > 0, "the frozen start of the KL is the base, not what was started from"
+        assert max(metric(report, "drift")) == 0, "the frozen start is what was started from"
+
+    @pytest.mark.parametrize("name", ["pso_pairwise", "flow_grpo"])
+    def test_the_reference_is_what_was_started_from_and_stays_that(
+        self, config, reports, tiny_teachers, tmp_path, name
+    ):
+        """Also in a run that goes on while the file has become another."""
+        start = tmp_path / "start"
+        shutil.copytree(tiny_teachers["a"], start)
+        student = {"guidance": 2.0, "lora": {"rank": 4, "alpha": 8, "start": str(start)}}
+        whole = go(config(name, batch=GROUPS, student=student), tmp_path / "whole")
+        (first, *_), (later, *_) = reports
+        if name == "pso_pairwise":
+            assert max(metric(first, "ratio")) == 0 < min(metric(later, "ratio"))
+            assert first.loss == pytest.approx(math.log(2), abs=1e-6)
+        else:
+            assert max(metric(first, "kl")) == 0 < min(metric(later, "kl"))
+        go(config(name, batch=GROUPS, student=student, rounds=1), tmp_path / "parts")
+        shutil.copytree(tiny_teachers["b"], start, dirs_exist_ok=True)
+        assert same(go(config(name, batch=GROUPS, student=student), tmp_path / "parts", resume=True), whole)
 
 
 def test_a_run_folder_is_a_lora(tmp_path, tiny_teachers):
@@ -223,6 +244,24 @@ class TestRecorded:
         assert whole.rows[0]["forwards"] == {"learner": 8, "reader": 0}, "one forward an image, and no guidance"
         go(config.model_copy(update={"rounds": 1}), tmp_path / "parts")
         assert same(go(config, tmp_path / "parts", resume=True), whole)
+
+    @pytest.mark.ray
+    @pytest.mark.parametrize(
+        ("readers", "changes"),
+        [
+            pytest.param(2, {"algorithm": {"name": "opd", "states": "recorded"}}, id="opd"),
+            pytest.param(1, {"algorithm": {"name": "sft"}, "teachers": {}}, id="sft"),
+        ],
+    )
+    def test_over_ray_it_is_the_student_of_one_process(
+        self, make_config, ray_session, recordings, tmp_path, readers, changes
+    ):
+        """What readers send is what was recorded, and items come in order whoever reads them."""
+        changes |= {"recorded": str(recordings), "prompts": None, "rounds": 2}
+        many = {"rollout": {"resources": {"cpu": 0.25}, "workers": readers}}
+        done = go(make_config("ray", cluster=many, **changes), tmp_path / "ray")
+        assert len(done.pids) == readers + 1, "and the learner"
+        assert same(done, go(make_config(**changes), tmp_path / "local"))
 
     def test_what_is_recorded_goes_on_and_is_not_mixed(self, make_config, tmp_path):
         config = make_config()

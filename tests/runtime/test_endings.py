@@ -23,16 +23,18 @@ from tests.runtime.runs import bare_environment
 pytestmark = pytest.mark.ray
 
 WORKER = """
-import sys
+import signal, sys
 from opd_ray.runtime.cluster import RayBackend
 from opd_ray.runtime.handle import WorkerSpec
 from tests.runtime.toys import Toy
 
+signal.signal(signal.SIGTERM, lambda *told: None)  # as one that ends its round first
 backend = RayBackend(object_store_mb=80)
-call = backend.start(WorkerSpec("toy", Toy, 1, {"cpu": 0.25}), "toy-0").call("ready", bulk=0)
-assert backend.wait([call.done], 60)
-print("up", flush=True)
-sys.stdin.read()
+worker = backend.start(WorkerSpec("toy", Toy, 1, {"cpu": 0.25}), "toy-0")
+while True:
+    assert backend.wait([worker.call("ready", bulk=0).done], 60)
+    print("up", flush=True)
+    sys.stdin.readline()
 """
 COMMAND = "from opd_ray import cli; cli.main()"
 FAILING = """
@@ -132,6 +134,7 @@ def ended(process: subprocess.Popen[str], within_s: float) -> tuple[int, str]:
     return process.returncode, err
 
 
+@pytest.mark.verify
 def test_a_signal_to_the_whole_group_ends_the_round_and_then_ray(train, place, tmp_path) -> None:
     """As `timeout` sends it: to its child, then to everybody in the child's group, among them the child."""
     process, segments = train()
@@ -148,10 +151,16 @@ def test_a_signal_to_the_whole_group_ends_the_round_and_then_ray(train, place, t
     assert place.empty(segments)
 
 
-def test_after_a_sigkill_doctor_removes_what_is_left_and_nothing_else(place, monkeypatch) -> None:
+def test_a_signal_to_its_group_ends_no_ray_and_after_a_sigkill_doctor_removes_it_and_nothing_else(
+    place, monkeypatch
+) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(place.folder))
     killed = place.start(WORKER)
     assert killed.stdout.readline() == "up\n"
+    os.killpg(killed.pid, signal.SIGTERM)
+    killed.stdin.write("still?\n")
+    killed.stdin.flush()
+    assert killed.stdout.readline() == "up\n", "the same worker answers"
     (folder,) = place.sessions()
     segments = set().union(*map(plasma, place.processes()))
     living, foreign = Session(), place.folder / "ray" / "session_2026-01-01_00-00-00_000000_1"

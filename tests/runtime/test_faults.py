@@ -22,7 +22,15 @@ CLUSTER = {
     "heartbeat_timeout_s": HEARTBEAT_S,
     "call_timeout_s": CALL_S,
 }
-SHORT = (
+FEW = (
+    Strike(0, "rollout", "lock"),
+    Strike(0, "teacher", "kill"),
+    Strike(1, "rollout", "nan"),  # alone: whoever reads it has no answer to spoil
+    Strike(2, "teacher", "channels"),
+    Strike(2, "reward", "shape"),
+)
+"""One of each way in which a fault is found: no sign of life, a lost process, by a reader, and by the driver."""
+MANY = (
     Strike(0, "rollout", "stop"),
     Strike(0, "teacher", "kill"),
     Strike(1, "teacher", "hang"),
@@ -91,9 +99,14 @@ def check(strike, done, struck, logs) -> None:
         assert where in note.partition(f"; last in {name}.log: ")[2], "of all stacks, the one that matters"
 
 
-def test_workers_that_fail_in_every_way_change_no_bit_and_are_told_of(make_config, ray_session, tmp_path) -> None:
-    done, local, struck, logs = undergo(make_config, tmp_path, SHORT, 6)
-    for strike in SHORT:
+@pytest.mark.parametrize(
+    "strikes", [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.verify)]
+)
+def test_workers_that_fail_in_every_way_change_no_bit_and_are_told_of(
+    make_config, ray_session, tmp_path, strikes
+) -> None:
+    done, local, struck, logs = undergo(make_config, tmp_path, strikes, strikes[-1].round + 2)
+    for strike in strikes:
         check(strike, done, struck, logs)
     assert same(done, local)
     assert not alive(done.pids), "also a process that was stopped is ended"
@@ -133,16 +146,16 @@ def learner_of(make_config, rounds, ranks=1):
 def test_a_learner_that_is_killed_comes_back_by_itself_at_its_last_checkpoint(
     make_config, ray_session, reference, tmp_path
 ) -> None:
-    """In round 3 of 5, of which the checkpoint holds two: round 2 is done again."""
-    done, _ = disturbed(learner_of(make_config, 5), tmp_path / "run", [Strike(3, "learner", "kill", "take")])
-    assert not done.error and same(done, reference(5))
-    assert [row["round"] for row in done.rows] == list(range(5))
+    """In round 3 of 4, of which the checkpoint holds two: round 2 is done again."""
+    done, _ = disturbed(learner_of(make_config, 4), tmp_path / "run", [Strike(3, "learner", "kill", "take")])
+    assert not done.error and same(done, reference(4))
+    assert [row["round"] for row in done.rows] == list(range(4))
     (lost,) = [note for note in done.notes if re.search(r"learner rank 0.* was lost", note)]
     assert re.match(
         r"taking round 3 [ab]\[\d\]: learner rank 0( \(node [\d.]+, pid \d+\))? was lost \(ActorDiedError", lost
     ), lost
     assert lost.endswith("the learner starts again from the last checkpoint")
-    assert "going on after round 2 of 5" in done.notes
+    assert "going on after round 2 of 4" in done.notes
     assert done.rows[-1]["weight_version"].split(".")[1] == "1", "another generation"
     assert not alive(done.pids)
 

@@ -71,6 +71,7 @@ def test_a_job_leaves_its_run_and_no_process(cluster, train, reference, tmp_path
     assert read_json(run / "result.json")["student_sha256"] == reference(3).result["student_sha256"]
 
 
+@pytest.mark.verify
 def test_a_refused_recipe_fails_its_job_in_one_line(cluster, train) -> None:
     said = cluster.submit("crowd", *train(), "-o", "cluster.rollout.workers=400")
     assert "Job 'crowd' failed" in said and "exit code 2" in said and "error: no room for 402 workers" in said

@@ -185,15 +185,16 @@ SMALL = {"resources": {"cpu": 0.25}}
 
 
 @pytest.mark.ray
-def test_old_travels_to_two_workers_one_of_which_dies(config, ray_session, tmp_path):
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.verify)])
+def test_old_travels_also_where_one_of_two_workers_dies(config, ray_session, tmp_path, workers):
     killers = []
-    many = {"rollout": SMALL | {"workers": 2}, "rewards": {"default": SMALL | {"workers": 2}}}
+    many = SMALL | {"workers": workers}
     done = go(
-        config("diffusion_nft", "ray", batch=GROUPS, cluster=many),
+        config("diffusion_nft", "ray", batch=GROUPS, cluster={"rollout": many, "rewards": {"default": many}}),
         tmp_path / "ray",
-        watch=lambda run, live: killers.append(Killer(run, {"rollout": 1})),
+        watch=lambda run, live: killers.append(Killer(run, {"rollout": 1} if workers > 1 else {})),
     )
-    assert len(killers[0].killed) == 1
+    assert len(killers[0].killed) == workers - 1
     assert same(done, go(config("diffusion_nft", batch=GROUPS), tmp_path / "local"))
 
 

@@ -1,6 +1,7 @@
 """Other numbers of workers while a run goes on, asked for through the run folder; the student is the same."""
 
 import threading
+import time
 
 import pytest
 
@@ -10,7 +11,7 @@ from opd_ray.storage.run_folder import read_json
 from tests.runtime.runs import alive, go, pid_of, same
 
 pytestmark = pytest.mark.ray
-ROUNDS = 40
+ROUNDS = 8
 SMALL = {"resources": {"cpu": 0.25}}
 
 
@@ -25,20 +26,31 @@ def test_a_run_is_scaled_up_and_down_from_outside_and_changes_no_bit(
         threads.append(thread)
 
     def watch(run, live) -> None:
+        rollouts, (rank,) = run.dispatcher.pools[0], run.learner.ranks
+
+        def pause(enough) -> None:
+            """Rounds are faster than a worker's start; meanwhile the run does what it does within a round."""
+            deadline = time.monotonic() + 60
+            while not enough():
+                assert time.monotonic() < deadline, (answers, rollouts.describe())
+                run.dispatcher.results([rank.call("hashes", bulk=0)], "a pause")
+                run.tick()
+
         def step() -> None:
-            roles.append(run.dispatcher.pools[0].describe())
+            roles.append(rollouts.describe())
             if run.round == 1:
                 asking({"rollout": 2, "a": 2})
-            if len(answers) == 1 and len(threads) == 1 and run.dispatcher.pools[0].describe().healthy == 2:
-                pids.extend(pid_of(worker.handle) for worker in run.dispatcher.pools[0].workers)
+            if run.round == 3:
+                pause(lambda: len(answers) == 1 and rollouts.describe().healthy == 2)
+                pids.extend(pid_of(worker.handle) for worker in rollouts.workers)
+            if run.round == 5:
                 asking({"teacher.a": 1, "rollout": 1})
-            if run.round < ROUNDS - 4 and len(threads) < 2:
-                run.dispatcher.results([run.learner.ranks[0].call("hashes", bulk=0)], "a pause")
-                run.tick()
+            if run.round == 6:
+                pause(lambda: len(answers) == 2)
 
         live.after_round = step
 
-    done = go(make_config("ray", rounds=ROUNDS, checkpoint={"every": 5, "keep": 20}), folder, watch=watch)
+    done = go(make_config("ray", rounds=ROUNDS, checkpoint={"every": 4}), folder, watch=watch)
     for thread in threads:
         thread.join(timeout=60)
     assert [answer.ok for answer in answers] == [True, True], [answer.text for answer in answers]

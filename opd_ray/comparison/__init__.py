@@ -1,0 +1,1 @@
+"""Methods compared by a protocol that was written down first: ``opd-ray compare protocol.yaml``."""

@@ -1,0 +1,166 @@
+"""One node of a comparison, in this process."""
+
+import itertools
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from opd_ray.commands.merge import How, merge
+from opd_ray.commands.record import record
+from opd_ray.commands.train import run_training
+from opd_ray.comparison.judge import adapter_of, base_of, judge, snapshot_of, tuned
+from opd_ray.comparison.nodes import Node, Place, key_of, overrides_of, points_of
+from opd_ray.comparison.protocol import Protocol
+from opd_ray.config import Config
+from opd_ray.errors import NotFiniteError
+from opd_ray.recipes import load
+from opd_ray.storage.run_folder import read_json, write_json_atomic
+
+__all__ = ["perform"]
+
+
+def perform(protocol: Protocol, node: Node, place: Place) -> None:
+    """Do it and write what shows that it is done; a training goes on from its last checkpoint.
+
+    Raises:
+        Stopped: a training was asked to stop.
+        UserError: its recipe, or what the protocol sets in it, is wrong.
+    """
+    torch.set_num_threads(1)
+    for folder in (place.work(node.key).parent, place.found(node).parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    started = time.process_time()
+    match node.kind:
+        case "train":
+            _train(protocol, node, place, started)
+        case "record":
+            arm = protocol.arms[node.arm]
+            assert arm.recipe is not None
+            record(arm.recipe, overrides_of(protocol, node, place), None, place.work(node.key), 1, True)
+            config = load(arm.recipe, overrides_of(protocol, node, place))
+            _book(place, node, started, {"images": _drawn(config), "forwards": {}}, done=True)
+        case "merge":
+            arm, how = protocol.arms[node.arm], dict(protocol.arms[node.arm].merge)
+            loras = [str(place.work(key_of(protocol, name, node.seed))) for name in arm.of]
+            method = How(how.pop("method", "mean"))
+            if not (place.work(node.key) / "merge.json").is_file():
+                merge(loras, place.work(node.key), method, how.pop("scale", 1.0), how.pop("density", 0.2), None, True)
+            _book(place, node, started, {"images": 0, "forwards": {}}, done=True)
+        case "judge":
+            write_json_atomic(place.found(node), _judged(protocol, node, place))
+        case "trial":
+            write_json_atomic(place.found(node), _tried(protocol, node, place) | {"rate": node.rate})
+        case "cosines":
+            write_json_atomic(place.found(node), _cosines(protocol, node, place))
+
+
+def _train(protocol: Protocol, node: Node, place: Place, started: float) -> None:
+    recipe, folder = protocol.arms[node.arm].recipe, place.work(node.key)
+    assert recipe is not None
+    config = load(recipe, overrides_of(protocol, node, place))
+    used: dict[str, Any] = {"images": _drawn(config), "forwards": {}, "rate": config.optimizer.lr}
+    done = False
+    try:
+        used["forwards"] = run_training(config, folder, resume=(folder / "run.json").is_file())["forwards"]
+        done = True
+    except NotFiniteError as error:
+        if node.rate is None:
+            raise
+        used["diverged"], done = str(error), True  # of a trial that is an answer too
+    finally:
+        _book(place, node, started, used, done=done)
+
+
+def _book(place: Place, node: Node, started: float, used: Mapping[str, Any], *, done: bool) -> None:
+    """What it took, with what earlier attempts at it took."""
+    file = place.cost(node.key)
+    before = read_json(file)["core_seconds"] if file.is_file() else 0.0
+    seconds = before + time.process_time() - started
+    write_json_atomic(file, {"done": done, "core_seconds": seconds, **used})
+
+
+def _drawn(config: Config) -> int:
+    """Images that a run draws to learn from."""
+    if config.drawn is None:
+        return 0
+    tasks = 1 if config.batch.tasks == "in_turn" else len(config.drawn) if isinstance(config.drawn, dict) else 1
+    return config.rounds * config.batch.images_per_task * tasks
+
+
+def _tried(protocol: Protocol, node: Node, place: Place) -> dict[str, Any]:
+    if why := read_json(place.cost(node.model)).get("diverged"):
+        return {"average": -1.0, "diverged": why}
+    family, tuning = base_of(protocol.judged.model), protocol.tuning
+    with adapter_of(family, place.work(node.model)):
+        return tuned(protocol.judged, family, tuning.prompts, tuning.images_per_task)
+
+
+def _judged(protocol: Protocol, node: Node, place: Place) -> dict[str, Any]:
+    judged, arm, folder = protocol.judged, protocol.arms[node.arm], place.work(node.model)
+    family = base_of(judged.model)
+    with adapter_of(family, None if arm.do == "base" else folder):
+        found = judge(judged, family, place.out / "pictures" / node.model)
+    curve = list[dict[str, Any]]()
+    if arm.curve:
+        config = load(str(folder / "config.yaml"))
+        for round in points_of(arm):
+            with snapshot_of(family, folder, round):
+                point = judge(judged, family, full=False)
+            curve.append({"round": round, "images": _drawn(config) * round // arm.rounds, **point})
+    return found | {"curve": curve}
+
+
+def _cosines(protocol: Protocol, node: Node, place: Place) -> dict[str, Any]:
+    """Cosines between the gradients of tasks, at the start and at the end of an arm's training.
+
+    A run of one round with one task leaves Adam's first average, a tenth of the (clipped) gradient: the same direction.
+    """
+    (name,) = protocol.arms[node.arm].of
+    trained = Node(key_of(protocol, name, node.seed), "train", name, node.seed, ())
+    recipe = protocol.arms[name].recipe
+    assert recipe is not None
+    whole = load(recipe, overrides_of(protocol, trained, place))
+    assert isinstance(whole.drawn, dict)
+    found = {}
+    for start, lora in (("start", None), ("end", str(place.work(trained.key).resolve()))):
+        gradients = {}
+        for task, file in whole.drawn.items():
+            key = f"{node.arm}-{start}-{task}-s{node.seed}"
+            own = [
+                *overrides_of(protocol, trained, place),
+                *(f"{name}={json.dumps(value)}" for name, value in protocol.arms[node.arm].set.items()),
+                *(f"name={key}", "rounds=1", f"prompts.train={{{task}: {file}}}", "checkpoint.every=1"),
+                *([f"student.lora.start={lora}"] if lora else []),
+                *_of_task(whole, task),
+            ]
+            config = load(recipe, own)
+            folder = place.work(key)
+            run_training(config, folder, resume=(folder / "run.json").is_file())
+            gradients[task] = _direction(folder / "checkpoints" / "step-000001" / "optimizer.safetensors")
+        found[start] = {
+            f"{a} and {b}": float(torch.nn.functional.cosine_similarity(gradients[a], gradients[b], dim=0))
+            for a, b in itertools.combinations(gradients, 2)
+        }
+    return found
+
+
+def _of_task(config: Config, task: str) -> list[str]:
+    """Without the teachers and rewards of other tasks."""
+    changes = list[str]()
+    if config.teachers:
+        teacher = config.teachers[config.teacher_of_task[task]]
+        changes.append(f"teachers={{{task}: {{lora: {teacher.lora}, guidance: {teacher.guidance}}}}}")
+    chosen: Mapping[str, tuple[str, ...]] = getattr(config.algorithm, "task_rewards", {})
+    if task in chosen:
+        changes.append(f"algorithm.task_rewards={{{task}: [{', '.join(chosen[task])}]}}")
+    return changes
+
+
+def _direction(file: Path) -> torch.Tensor:
+    averages = load_file(file)
+    return torch.cat([averages[name].flatten() for name in sorted(averages) if name.endswith(":exp_avg")])
