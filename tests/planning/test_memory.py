@@ -138,6 +138,12 @@ def test_what_is_trained_is_spread_over_four_ranks(medium, placement, part, copi
     assert lora.trained == pytest.approx(adapter * copies)
 
 
+@pytest.mark.parametrize(("placement", "copies"), [("backend: ddp", 6 + 5), ("backend: fsdp2", 5 / 4 + 4 / 4)])
+def test_an_adapter_that_is_trained_too_is_counted_but_for_an_average(medium, placement, copies):
+    adapter = 8 * 24 * 2 * 32 * 1536 * 4 / 1e9
+    assert learner(medium, on(placement), "algorithm={name: dmd}").trained == pytest.approx(adapter * copies)
+
+
 NFT = (
     "algorithm={name: diffusion_nft}",
     "rewards={look: {}}",
