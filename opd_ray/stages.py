@@ -23,7 +23,7 @@ from opd_ray.recipes import specialist
 from opd_ray.runtime.handle import Backend, WorkerSpec
 from opd_ray.storage.run_folder import differences, read_json, write_atomic
 
-__all__ = ["Stage", "check", "check_room", "costs", "named", "stages", "standing"]
+__all__ = ["Stage", "check", "check_room", "costs", "named", "stages", "standing", "workers"]
 
 SPENT = ("seconds", "core_seconds")
 Standing = Literal["new", "begun", "done"]
@@ -144,13 +144,13 @@ def check_room(backend: Backend, together: Sequence[Stage]) -> None:
     Raises:
         PlacementError: asked, free per node and missing.
     """
-    specs = [spec for stage in together for spec in _workers(stage.config)]
+    specs = [spec for stage in together for spec in workers(stage.config)]
     lack = backend.shortage(specs)
     if lack and not any(stage.config.cluster.nodes_may_come for stage in together):
         raise PlacementError(f"{' and '.join(stage.name for stage in together)} at the same time: {lack}")
 
 
-def _workers(config: Config) -> list[WorkerSpec]:
+def workers(config: Config) -> list[WorkerSpec]:
     """What each worker of a run asks for."""
     return [
         WorkerSpec(role, dict, placement.threads, dict(placement.resources))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ from opd_ray.learners import Learner
 from opd_ray.metrics import rows
 from opd_ray.recipes import load, specialist
 from opd_ray.report.table import stages_table
-from opd_ray.stages import stages
+from opd_ray.stages import stages, workers
 from tests.runtime.runs import alive, bare_environment, descendants
 
 PATIENT = "tests.commands.scoring:patient"
@@ -330,3 +331,12 @@ def test_whatever_ends_in_the_first_stage_resume_gives_the_same_student(job, who
     again.hold.unlink()
     code, said = again.end()
     assert code == 0 and same(run.folder, whole), said
+
+
+def test_the_shipped_job_fits_two_cores():
+    """Each part of it at the same time, as its cluster file places it."""
+    first, student = stages(load("world_two_stages"), Path("runs"))
+    asked = [
+        sum(spec.resources["cpu"] for stage in part for spec in workers(stage.config)) for part in (first, [student])
+    ]
+    assert asked == pytest.approx([3 * (0.25 + 0.25 + 0.1), 5 * 0.25]) and max(asked) <= 2
