@@ -192,9 +192,10 @@ class Driver:
 
     def _tell(self) -> None:
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self._last = line.strip() or self._last
-            errors.print(f"{self.stage.config.name} | {line.rstrip()}", soft_wrap=True)
+        with self.process.stderr as lines:
+            for line in lines:
+                self._last = line.strip() or self._last
+                errors.print(f"{self.stage.config.name} | {line.rstrip()}", soft_wrap=True)
 
     def end(self) -> None:
         """Nothing of it stays; where it still runs, something went wrong here."""

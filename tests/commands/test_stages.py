@@ -50,8 +50,8 @@ def job(recipe, files, tmp_path_factory):
             "cluster": {"runtime": "ray", "rollout": {"workers": 7}},  # of no account: the job's is
         }
         shutil.copy(recipe(**settings | (rl or {})), folder / "reward.yaml")
-        small = {"resources": {"cpu": 0.1}}
-        roles = {"rollout": small, "teachers": {"default": small}, "rewards": {"default": small}, "learner": small}
+        roles = {role: {"resources": {"cpu": 0.1}} for role in ("rollout", "learner")}
+        roles |= {role: {"default": {"resources": {"cpu": 0.1}}} for role in ("teachers", "rewards")}
         teaching = {
             "specialists": {
                 "a": {"recipe": "reward.yaml"},
