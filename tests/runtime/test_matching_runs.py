@@ -125,3 +125,15 @@ def test_a_recipe_is_the_demo_but_for_its_algorithm_and_optimizer(name):
     )
     assert (changed.optimizer.lr, changed.rounds, changed.seed, changed.cluster.runtime) == (1e-3, 5, 3, "local")
     assert changed.teachers["compose"].guidance == 1.0 and changed.evaluation.images_per_task == 0
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_short_run_brings_the_worlds_student_towards_two_of_its_teachers(name, tmp_path):
+    """The third, `look`, pulls against both; that is what the comparison with the demo is about."""
+    short = ["rounds=24", "optimizer.lr=1e-3", "evaluation.images_per_task=48", "cluster.runtime=local"]
+    scores = go(load(f"world_{name}", short), tmp_path / "run").result["scores"]
+    for task in ("compose", "text"):
+        base, student = (scores[model][task]["value"] for model in ("base", "student"))
+        assert student > base + 0.1, task
