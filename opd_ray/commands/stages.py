@@ -203,6 +203,8 @@ class Driver:
             self.process.kill()
         self.process.wait()
         self._reader.join(timeout=10)  # a process below it may hold the other end for longer
+        if self.process.stderr is not None and not self._reader.is_alive():
+            self.process.stderr.close()
 
     def error(self) -> OpdRayError:
         """Why it ended early."""
