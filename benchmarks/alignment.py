@@ -24,6 +24,7 @@ from opd_ray.actors import SampleRequest
 from opd_ray.actors.rollout import draw_pictures
 from opd_ray.commands.accuracy import Asked, ask
 from opd_ray.commands.train import run_training
+from opd_ray.comparison.judge import adapter_of
 from opd_ray.config import Config, ModelConfig, PairsConfig
 from opd_ray.evaluation.gauges import diversity, kernel_distance
 from opd_ray.evaluation.models import find_model
@@ -34,10 +35,7 @@ from opd_ray.recipes import load
 from opd_ray.storage.run_folder import read_json, write_json_atomic
 from opd_ray.types import Prompt
 from opd_ray.world import prompts_path, scorers
-from opd_ray.world.captions import parse
-from opd_ray.world.dataset import style
-from opd_ray.world.render import render
-from opd_ray.world.scenes import scene
+from opd_ray.world.samples import illustrations
 from opd_ray.world.settings import Settings
 
 TASKS = ("compose", "text")
@@ -162,17 +160,13 @@ def pictures(family: Family, prompts: Sequence[Prompt], samples: Sequence[int], 
 
 def true_pictures(prompts: Sequence[Prompt]) -> Tensor:
     """Renderings of just what the prompts ask for, in the styles that the U-Net was trained on."""
-    rng = random.Random(0)
-    shares = Settings().unet_recipe.styles
-    return render([scene(parse(prompt.text), style(shares, rng), rng, training=False) for prompt in prompts])
+    return illustrations([prompt.text for prompt in prompts], Settings().unet_recipe.styles)
 
 
 def judge(family: Family, lora: Path | None, prompts: dict[str, Sequence[Prompt]], steps: int) -> dict[str, float]:
     """Strict scores, and the gauges that nobody optimises."""
-    if lora is not None:
-        family.load_lora("judged", str(lora))
     found, distances, spreads = {}, [], []
-    with family.adapter("judged" if lora is not None else None):
+    with adapter_of(family, lora):
         for task, own in prompts.items():
             images = pictures(family, own, (0,) * len(own), steps)
             found[task] = float(getattr(scorers, task)(images, [prompt.text for prompt in own]).nanmean())
@@ -181,8 +175,6 @@ def judge(family: Family, lora: Path | None, prompts: dict[str, Sequence[Prompt]
             some = [prompt for prompt in own[:VARIED] for _ in range(SAMPLES)]
             varied = family.encode_images(pictures(family, some, tuple(range(SAMPLES)) * VARIED, steps))
             spreads.append(diversity(varied.split(SAMPLES)).value)
-    if lora is not None:
-        family.remove_adapter("judged")
     return found | {"fidelity": statistics.mean(distances), "diversity": statistics.mean(spreads)}
 
 

@@ -1,6 +1,7 @@
 """Recipes: a name or a YAML path, plus ``-o key=value`` overrides, become one ``Config``."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,7 +10,7 @@ import yaml
 from opd_ray.config import ClusterConfig, Config, Precision, PrecisionConfig, parse
 from opd_ray.errors import ConfigError
 
-__all__ = ["cluster_file", "find", "load", "override", "read", "recipes", "schema", "specialist"]
+__all__ = ["assignments", "cluster_file", "find", "load", "override", "read", "recipes", "schema", "specialist"]
 
 
 def _places(kind: str) -> list[Path]:
@@ -52,6 +53,11 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
     return data
+
+
+def assignments(values: Mapping[str, Any]) -> list[str]:
+    """Dotted keys and their values, plain data, as ``load`` and `-o` take them."""
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 def override(data: dict[str, Any], assignment: str) -> None:

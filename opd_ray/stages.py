@@ -17,7 +17,7 @@ from opd_ray.config import STUDENT, Config, Placement, RolePlacement
 from opd_ray.errors import PlacementError, RunFolderError, Stopped, UserError
 from opd_ray.metrics import rows
 from opd_ray.models.base import trained_folder
-from opd_ray.planning.rates import SHARED, reward_role, teacher_role
+from opd_ray.planning.rates import reward_role, teacher_placements
 from opd_ray.preflight import FORCED, identity, preflight
 from opd_ray.recipes import specialist
 from opd_ray.runtime.handle import Backend, WorkerSpec
@@ -169,8 +169,7 @@ def _roles(config: Config) -> dict[str, tuple[Placement, int]]:
     if algorithm.needs_rewards or config.evaluated:
         elastic |= {reward_role(entry): cluster.of_reward(entry) for entry in cluster.panels(config.rewards)}
     if algorithm.needs_teachers:
-        names = {SHARED: "default"} if cluster.share_teachers else {teacher_role(one): one for one in config.teachers}
-        elastic |= {role: cluster.of_teacher(name) for role, name in names.items()}
+        elastic |= teacher_placements(config)
     found: dict[str, tuple[Placement, int]] = {role: (one, one.workers) for role, one in elastic.items()}
     return found | {"learner": (cluster.learner, cluster.learner.ranks)}
 

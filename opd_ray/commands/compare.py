@@ -1,15 +1,14 @@
 """``opd-ray compare PROTOCOL``: train, draw and score every arm of a protocol, and say which hypotheses hold."""
 
 import os
-import signal
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from opd_ray.commands.options import Json, require_folder
+from opd_ray.commands.train import interrupt, signals
 from opd_ray.console import console, errors
 from opd_ray.errors import ConfigError, RunFolderError, Stopped, UserError
 
@@ -59,11 +58,11 @@ def compare(
     _check_recipes(chosen, place)
     require_folder(place.out)
     write_json_atomic(known, about)
-    _copy_prompts(chosen, place)
     nodes = plan(chosen)
     failed = dict[str, str]()
     try:
         if not tables:
+            _copy_prompts(chosen, place)
             failed = _carry_out(chosen, nodes, place, jobs or os.cpu_count() or 1)
     except KeyboardInterrupt:
         results = _write(chosen, sha256, place)
@@ -153,13 +152,6 @@ def _carry_out(protocol: "Protocol", nodes: "list[Node]", place: "Place", jobs: 
             progress.update(bar, pieces=f"{finished}/{len(nodes)}", now=", ".join(busy))
 
         workers = Workers(protocol, place, jobs, told)
-        previous = signal.signal(signal.SIGTERM, _interrupt)
-        try:
+        with signals(interrupt):
             workers.carry_out(nodes, done)
-        finally:
-            signal.signal(signal.SIGTERM, previous)
     return workers.failed
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from opd_ray.report.live import Live
     from opd_ray.run import Run
 
-__all__ = ["JOB", "ONE_REQUEST_S", "Handler", "interruptible", "run_training", "show", "signals", "train"]
+__all__ = ["JOB", "ONE_REQUEST_S", "Handler", "interrupt", "interruptible", "run_training", "show", "signals", "train"]
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the driver of a job, and there alone."""
@@ -127,13 +127,14 @@ def interruptible() -> Iterator[None]:
         Stopped: one of them came.
     """
     try:
-        with signals(_interrupt):
+        with signals(interrupt):
             yield
     except KeyboardInterrupt:
         raise Stopped("interrupted; go on from the last checkpoint with --resume") from None
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A handler of signals that ends at once what is being done."""
     raise KeyboardInterrupt
 
 

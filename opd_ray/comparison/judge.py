@@ -13,14 +13,12 @@ from torch import Tensor
 
 from opd_ray.actors import SampleRequest
 from opd_ray.actors.rollout import draw_pictures
-from opd_ray.comparison.protocol import Judged
+from opd_ray.comparison.protocol import Judged, prompts_of
 from opd_ray.config import Config
 from opd_ray.evaluation.gauges import Gauge, diversity, kernel_distance
 from opd_ray.evaluation.models import find_model
 from opd_ray.models import Family
 from opd_ray.plugins import load
-from opd_ray.preflight import locate
-from opd_ray.prompts import read_prompts
 from opd_ray.recipes import read
 from opd_ray.rewards import make_rewards
 from opd_ray.storage.pictures import write_png
@@ -38,12 +36,6 @@ ADAPTER = "judged"
 def base_of(model: str) -> Family:
     """Once a process: models differ in their adapters alone."""
     return find_model(model).load()
-
-
-@cache
-def prompts_of(path: str, task: str) -> tuple[Prompt, ...]:
-    """All prompts of a file, or of `world/<task>/<split>`."""
-    return read_prompts({task: locate(path)}, "a protocol's prompts")[task]
 
 
 @contextmanager

@@ -1,20 +1,19 @@
 """What a protocol comes to: pieces of work, each with what has to be there before."""
 
-import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from opd_ray.comparison.protocol import PROMPTS, REFERENCE, Arm, Protocol
+from opd_ray.recipes import assignments
 from opd_ray.storage.run_folder import read_json
 
 __all__ = [
     "Node",
     "Place",
-    "after",
     "key_of",
+    "needs_of",
     "overrides_of",
     "plan",
     "points_of",
@@ -108,27 +107,26 @@ def plan(protocol: Protocol) -> list[Node]:
 def _make(protocol: Protocol, name: str, seed: int, nodes: dict[str, Node]) -> tuple[str, ...]:
     """Add what makes an arm, with all that it needs; returns the keys to wait for."""
     arm = protocol.arms[name]
-    if arm.do == "base":
+    if arm.do == "base" or arm.do == "router":  # types are narrowed by it
         return ()
     key = f"cosines/{name}-s{seed}" if arm.do == "cosines" else key_of(protocol, name, seed)
     if key in nodes:
         return (key,)
-    needs = [one for need, other in _needs(protocol, arm, seed) for one in _make(protocol, need, other, nodes)]
+    needs = _needed(protocol, name, seed, nodes)
     if arm.do == "train":
         needs += _trials(protocol, arm.rate_of or name, nodes)
-    elif arm.do == "cosines":
-        needs += _trials(protocol, protocol.arms[arm.of[0]].rate_of or arm.of[0], nodes)
-    nodes[key] = Node(key, arm.do if arm.do != "router" else "judge", name, seed, tuple(dict.fromkeys(needs)))
+    nodes[key] = Node(key, arm.do, name, seed, tuple(dict.fromkeys(needs)))
     return (key,)
 
 
-def _needs(protocol: Protocol, arm: Arm, seed: int) -> Iterator[tuple[str, int]]:
-    if arm.do == "cosines":
-        first = protocol.arms[arm.of[0]]
-        yield arm.of[0], seed
-        yield from _needs(protocol, first, seed)
-    for need, following in arm.needs:
-        yield need, after(protocol, seed) if following else seed
+def _needed(protocol: Protocol, name: str, seed: int, nodes: dict[str, Node]) -> list[str]:
+    """Add what an arm needs; returns the keys to wait for."""
+    return [key for need in needs_of(protocol, name, seed) for key in _make(protocol, *need, nodes)]
+
+
+def needs_of(protocol: Protocol, name: str, seed: int) -> list[tuple[str, int]]:
+    """Arms and seeds that have to be there before an arm."""
+    return [(need, after(protocol, seed) if following else seed) for need, following in protocol.arms[name].needs]
 
 
 def after(protocol: Protocol, seed: int) -> int:
@@ -144,11 +142,7 @@ def _trials(protocol: Protocol, name: str, nodes: dict[str, Node]) -> list[str]:
     for rate in tuning.rates:
         key = trial_key(name, rate)
         if f"trials/{key}" not in nodes:
-            needs = [
-                one
-                for need, other in _needs(protocol, protocol.arms[name], tuning.seed)
-                for one in _make(protocol, need, other, nodes)
-            ]
+            needs = _needed(protocol, name, tuning.seed, nodes)
             nodes[key] = Node(key, "train", name, tuning.seed, tuple(dict.fromkeys(needs)), rate)
             nodes[f"trials/{key}"] = Node(f"trials/{key}", "trial", name, tuning.seed, (key,), rate)
         judged.append(f"trials/{key}")
@@ -188,7 +182,7 @@ def overrides_of(protocol: Protocol, node: Node, place: Place) -> list[str]:
             chosen |= {"checkpoint.every": points_of(arm)[0], "checkpoint.keep": 1000}
     chosen |= {"name": node.key, "seed": node.seed, "rounds": rounds_of(protocol, node)}
     chosen |= {"evaluation.images_per_task": 0, "cluster.runtime": "local"}
-    return [f"{key}={json.dumps(_filled(value, protocol, node.seed, place))}" for key, value in chosen.items()]
+    return assignments(_filled(chosen, protocol, node.seed, place))
 
 
 def _filled(value: Any, protocol: Protocol, seed: int, place: Place) -> Any:

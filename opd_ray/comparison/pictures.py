@@ -3,12 +3,9 @@
 import re
 from pathlib import Path
 
-import numpy as np
-
 from opd_ray.comparison.nodes import key_of
+from opd_ray.comparison.protocol import prompts_of
 from opd_ray.comparison.results import Results, Row
-from opd_ray.preflight import locate
-from opd_ray.prompts import read_prompts
 from opd_ray.report.charts import HEIGHT, WIDTH, Series, line_chart
 from opd_ray.report.grid import write_sheet
 from opd_ray.report.run_folder import Sample
@@ -61,7 +58,7 @@ def _samples(results: Results, columns: list[str], out: Path) -> list[Sample]:
     protocol = results.protocol
     samples = list[Sample]()
     for task, path in protocol.judged.prompts.items():
-        for number, prompt in enumerate(read_prompts({task: locate(path)}, "a protocol's prompts")[task][:ROWS]):
+        for number, prompt in enumerate(prompts_of(path, task)[:ROWS]):
             images = {}
             for column in columns:
                 arm = protocol.arms[column].by_task.get(task, column)
@@ -76,17 +73,9 @@ def _curve(rows: list[Row], score: str, file: Path) -> Path:
     """A mean over seeds against images drawn, as a picture that needs no page around it."""
     lines = list[Series]()
     for number, row in enumerate(rows):
-        points = []
-        for together in zip(*row.curves, strict=False):
-            values = [
-                point["fidelity"]["value"] if score == "fidelity" else float(np.nanmean(point["scores"][score]))
-                for point in together
-                if score != "fidelity" or "fidelity" in point
-            ]
-            if values:
-                points.append((float(together[0]["images"]), float(np.mean(values))))
+        points = tuple((float(point["images"]), point[score]) for point in row.on_the_way() if score in point)
         if points:
-            lines.append(Series(row.name, number, tuple(points)))
+            lines.append(Series(row.name, number, points))
     chart = line_chart(lines, label=f"{score} over images drawn", dots=True, smooth=False, unit="images")
     keys = "".join(
         f'<g class="c{number % len(COLOURS)}"><text x="{60 + 140 * (number % 3)}" '

@@ -6,6 +6,7 @@ It is committed before the first run. The sha256 of its file stands over every t
 import hashlib
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +15,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from opd_ray.config.section import Frozen
 from opd_ray.errors import ConfigError
+from opd_ray.prompts import read_prompts
+from opd_ray.types import Prompt
 
-__all__ = ["Arm", "Hypothesis", "Judged", "Protocol", "Test", "Tuning", "read_protocol", "references"]
+__all__ = ["Arm", "Hypothesis", "Judged", "Protocol", "Test", "Tuning", "prompts_of", "read_protocol", "references"]
 
 PROMPTS = "{prompts}"
 REFERENCE = re.compile(r"\{(?!prompts\})([a-z0-9_]+)(:next)?\}")
@@ -108,7 +111,7 @@ class Arm(Frozen):
     @property
     def needs(self) -> tuple[tuple[str, bool], ...]:
         """Arms that have to be there, and whether with the next seed."""
-        named = [(name, False) for name in self.of if self.do == "merge"]
+        named = [(name, False) for name in (*self.of, *self.by_task.values())]
         return tuple(dict.fromkeys([*named, *references(self.set)]))
 
 
@@ -182,7 +185,7 @@ class Protocol(Frozen):
         for name, arm in self.arms.items():
             if not NAME.fullmatch(name):
                 raise ValueError(f"arms.{name}: expected {NAME.pattern}")
-            named = [need for need, _ in arm.needs] + [*arm.by_task.values(), *arm.of]
+            named = [need for need, _ in arm.needs]
             for need in [*named, *([arm.rate_of] if arm.rate_of else [])]:
                 if need not in earlier:
                     known = ", ".join(earlier) or "none"
@@ -224,6 +227,14 @@ def references(value: Any) -> list[tuple[str, bool]]:
         return [(name, bool(following)) for name, following in REFERENCE.findall(value)]
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return [found for one in inside for found in references(one)]
+
+
+@cache
+def prompts_of(path: str, task: str) -> tuple[Prompt, ...]:
+    """All prompts of a file, or of `world/<task>/<split>`; read once a process."""
+    from opd_ray.preflight import locate  # imports torch, which a protocol does not need
+
+    return read_prompts({task: locate(path)}, "a protocol's prompts")[task]
 
 
 def read_protocol(path: Path) -> tuple[Protocol, str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_ray.comparison.nodes import Place, after, key_of, plan, rate_of, trial_key
+from opd_ray.comparison.nodes import Place, key_of, needs_of, plan, rate_of, trial_key
 from opd_ray.comparison.protocol import AVERAGE, Protocol
 from opd_ray.comparison.verdicts import Scores, Verdict, decide
 from opd_ray.storage.run_folder import read_json
@@ -47,6 +47,16 @@ class Row:
     costs: tuple[Cost, ...]
     rate: float | None
     curves: tuple[list[dict[str, Any]], ...]
+
+    def on_the_way(self) -> list[dict[str, float]]:
+        """At each point of the curves, `images` and the means over seeds of every task, and of fidelity if known."""
+        found = list[dict[str, float]]()
+        for points in zip(*self.curves, strict=False):
+            means = {task: [np.nanmean(point["scores"][task]) for point in points] for task in points[0]["scores"]}
+            if "fidelity" in points[0]:
+                means["fidelity"] = [point["fidelity"]["value"] for point in points]
+            found.append({"images": points[0]["images"]} | {name: float(np.mean(own)) for name, own in means.items()})
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,19 +146,13 @@ def _own(protocol: Protocol, name: str, seed: int, place: Place) -> dict[str, An
     return read_json(file) if file.is_file() else {"images": 0, "forwards": {}, "core_seconds": 0.0}
 
 
-def _needs(protocol: Protocol, name: str, seed: int) -> list[tuple[str, int]]:
-    arm = protocol.arms[name]
-    routed = [(other, seed) for other in dict.fromkeys(arm.by_task.values())]
-    return [*routed, *((need, after(protocol, seed) if following else seed) for need, following in arm.needs)]
-
-
 def _before(protocol: Protocol, name: str, seed: int) -> set[tuple[str, int]]:
-    direct = _needs(protocol, name, seed)
+    direct = needs_of(protocol, name, seed)
     return {*direct, *(one for need in direct for one in _before(protocol, *need))}
 
 
 def _longest(protocol: Protocol, name: str, seed: int, place: Place) -> float:
-    chains = (_longest(protocol, *need, place) for need in _needs(protocol, name, seed))
+    chains = (_longest(protocol, *need, place) for need in needs_of(protocol, name, seed))
     return float(_own(protocol, name, seed, place)["core_seconds"]) + max(chains, default=0.0)
 
 

@@ -133,11 +133,9 @@ def _curves(results: Results) -> Iterator[str]:
     yield "| model | images | " + " | ".join(tasks) + " | fidelity |"
     yield "|" + "---|" * (len(tasks) + 3)
     for row in rows:
-        for points in zip(*row.curves, strict=False):
-            means = [np.mean([np.nanmean(point["scores"][task]) for point in points]) for task in tasks]
-            fidelity = np.mean([point["fidelity"]["value"] for point in points]) if "fidelity" in points[0] else np.nan
-            cells = " | ".join(f"{mean:.3f}" for mean in [*means, fidelity])
-            yield f"| {row.name} | {points[0]['images']:,} | {cells} |"
+        for point in row.on_the_way():
+            cells = " | ".join(f"{point.get(name, np.nan):.3f}" for name in [*tasks, "fidelity"])
+            yield f"| {row.name} | {point['images']:,} | {cells} |"
 
 
 def _cosines(results: Results) -> Iterator[str]:

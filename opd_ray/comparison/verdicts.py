@@ -8,7 +8,7 @@ poorly, so an interval is rather too narrow than too wide; each seed's own numbe
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -40,12 +40,8 @@ class Estimate:
 
     def __truediv__(self, other: "Estimate") -> "Estimate":
         with np.errstate(divide="ignore", invalid="ignore"):
-            return self._over(other)
-
-    def _over(self, other: "Estimate") -> "Estimate":
-        return Estimate(
-            float(np.divide(self.value, other.value)), self.drawn / other.drawn, self.by_seed / other.by_seed
-        )
+            value = float(np.divide(self.value, other.value))
+            return Estimate(value, self.drawn / other.drawn, self.by_seed / other.by_seed)
 
 
 def _mean(of: Sequence[Estimate]) -> Estimate:
@@ -131,10 +127,7 @@ class Verdict:
 
     def told(self) -> dict[str, Any]:
         """As JSON."""
-        findings = [
-            {name: getattr(one, name) for name in ("says", "value", "low", "high", "by_seed", "at_least", "verdict")}
-            for one in self.findings
-        ]
+        findings = [asdict(one) | {"verdict": one.verdict} for one in self.findings]
         return {"says": self.says, "verdict": self.verdict, "findings": findings}
 
 

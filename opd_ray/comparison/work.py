@@ -1,7 +1,6 @@
 """One node of a comparison, in this process."""
 
 import itertools
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from opd_ray.comparison.nodes import Node, Place, key_of, overrides_of, points_o
 from opd_ray.comparison.protocol import Protocol
 from opd_ray.config import Config
 from opd_ray.errors import NotFiniteError
-from opd_ray.recipes import load
+from opd_ray.recipes import assignments, load
 from opd_ray.storage.run_folder import read_json, write_json_atomic
 
 __all__ = ["perform"]
@@ -32,8 +31,8 @@ def perform(protocol: Protocol, node: Node, place: Place) -> None:
         UserError: its recipe, or what the protocol sets in it, is wrong.
     """
     torch.set_num_threads(1)
-    for folder in (place.work(node.key).parent, place.found(node).parent):
-        folder.mkdir(parents=True, exist_ok=True)
+    for parent in (place.work(node.key).parent, place.found(node).parent):
+        parent.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
     match node.kind:
         case "train":
@@ -41,15 +40,15 @@ def perform(protocol: Protocol, node: Node, place: Place) -> None:
         case "record":
             arm = protocol.arms[node.arm]
             assert arm.recipe is not None
-            record(arm.recipe, overrides_of(protocol, node, place), None, place.work(node.key), 1, True)
-            config = load(arm.recipe, overrides_of(protocol, node, place))
-            _book(place, node, started, {"images": _drawn(config), "forwards": {}}, done=True)
+            chosen = overrides_of(protocol, node, place)
+            record(arm.recipe, chosen, out=place.work(node.key), json=True)
+            images = _drawn(load(arm.recipe, chosen))
+            _book(place, node, started, {"images": images, "forwards": {}}, done=True)
         case "merge":
-            arm, how = protocol.arms[node.arm], dict(protocol.arms[node.arm].merge)
+            arm, folder = protocol.arms[node.arm], place.work(node.key)
             loras = [str(place.work(key_of(protocol, name, node.seed))) for name in arm.of]
-            method = How(how.pop("method", "mean"))
-            if not (place.work(node.key) / "merge.json").is_file():
-                merge(loras, place.work(node.key), method, how.pop("scale", 1.0), how.pop("density", 0.2), None, True)
+            if not (folder / "merge.json").is_file():
+                merge(loras, folder, **{**arm.merge, "method": How(arm.merge.get("method", "mean"))}, json=True)
             _book(place, node, started, {"images": 0, "forwards": {}}, done=True)
         case "judge":
             write_json_atomic(place.found(node), _judged(protocol, node, place))
@@ -133,7 +132,7 @@ def _cosines(protocol: Protocol, node: Node, place: Place) -> dict[str, Any]:
             key = f"{node.arm}-{start}-{task}-s{node.seed}"
             own = [
                 *overrides_of(protocol, trained, place),
-                *(f"{name}={json.dumps(value)}" for name, value in protocol.arms[node.arm].set.items()),
+                *assignments(protocol.arms[node.arm].set),
                 *(f"name={key}", "rounds=1", f"prompts.train={{{task}: {file}}}", "checkpoint.every=1"),
                 *([f"student.lora.start={lora}"] if lora else []),
                 *_of_task(whole, task),

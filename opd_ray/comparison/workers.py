@@ -142,12 +142,10 @@ def _serve(pipe: Connection, protocol: Protocol, place: Place, log: Path) -> Non
         why: str | None = None
         try:
             perform(protocol, node, place)
-        except Stopped as stopped:
-            if not isinstance(stopped, NotFiniteError | TooManyFailedError):
-                return  # the driver asked for it
-            why = " ".join(str(stopped).splitlines())
-        except UserError as error:
+        except (NotFiniteError, TooManyFailedError, UserError) as error:
             why = " ".join(str(error).splitlines())
+        except Stopped:  # as the driver asked
+            return
         except Exception as error:
             traceback.print_exc()
             why = f"{type(error).__name__}: {error} ({log} has the rest)"

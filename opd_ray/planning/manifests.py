@@ -10,7 +10,7 @@ import yaml
 
 from opd_ray.config import Config
 from opd_ray.errors import ConfigError
-from opd_ray.planning.rates import SHARED, reward_role, teacher_role
+from opd_ray.planning.rates import reward_role, teacher_placements
 from opd_ray.runtime.resources import amounts, ray_resources
 
 __all__ = ["check_manifests"]
@@ -92,8 +92,7 @@ def _demands(config: Config) -> Iterator[Demand]:
     yield Demand(
         "learner", {name: ranks * amount for name, amount in ray_resources(cluster.learner.resources).items()}, 1
     )
-    teachers = {SHARED: "default"} if cluster.share_teachers else {teacher_role(name): name for name in config.teachers}
-    elastic = {"rollout": cluster.rollout} | {role: cluster.of_teacher(name) for role, name in teachers.items()}
+    elastic = {"rollout": cluster.rollout} | teacher_placements(config)
     elastic |= {
         reward_role(entry): cluster.of_reward(entry) for entry in cluster.panels(config.rewards) or ("default",)
     }

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from opd_ray.algorithms import make_algorithm
+from opd_ray.algorithms import Algorithm, make_algorithm
 from opd_ray.config import Config, LearnerPlacement, LoraConfig, ModelConfig, Placement, Precision, RolePlacement
 from opd_ray.errors import PlacementError
 from opd_ray.learners.deepspeed import REDUCED
@@ -86,7 +86,7 @@ def needs(config: Config) -> list[Need]:
     found = [_reader(config, shape)] if config.pairs is not None else []
     found += [_rollout(config, shape)] if algorithm.needs_rollouts or config.evaluated else []
     found += _teachers(config, shape) if algorithm.needs_teachers else []
-    found.append(_learner(config, shape, extra=len(algorithm.beside(config.student.lora))))
+    found.append(_learner(config, shape, algorithm))
     return [_together(config, found)] if config.cluster.runtime == "local" else found
 
 
@@ -228,9 +228,8 @@ def _teachers(config: Config, shape: Shape) -> list[Need]:
     return [need(f"teacher.{name}", [name], of(name)) for name in config.teachers]
 
 
-def _learner(config: Config, shape: Shape, *, extra: int) -> Need:
-    """``extra``: how many adapters the algorithm has beside the student."""
-    placement = config.cluster.learner
+def _learner(config: Config, shape: Shape, algorithm: Algorithm) -> Need:
+    placement, extra = config.cluster.learner, len(algorithm.beside(config.student.lora))
     size = _bytes(config.precision.learner, placement.device)
     rows = _rows(config.student.guidance, config.batch.item_size)
     block = _block(shape, rows, size)
@@ -240,7 +239,7 @@ def _learner(config: Config, shape: Shape, *, extra: int) -> Need:
     buffers = shape.buffers * held / GB
     part, copies = _shares(placement, ema=config.ema is not None)
     # Those that are trained by losses of their own have gradients and moments too, but no moving average.
-    own = len(make_algorithm(config).trained) * (_shares(placement, ema=False)[1] - part)
+    own = len(algorithm.trained) * (_shares(placement, ema=False)[1] - part)
     weights, trained = (frozen - buffers) * part + buffers, one * (copies + extra * part + own)
     working = shape.layers * kept + block + _gathered(placement, shape, frozen - buffers + one * extra, one)
     if placement.device == "cpu" and placement.spreads_weights:  # where all of them are at first

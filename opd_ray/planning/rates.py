@@ -10,12 +10,12 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from opd_ray import metrics
 from opd_ray.algorithms import make_algorithm
-from opd_ray.config import Config
+from opd_ray.config import Config, RolePlacement
 from opd_ray.config.section import Frozen
 from opd_ray.errors import ConfigError, RunFolderError
 from opd_ray.recipes import read as read_config
 
-__all__ = ["SHARED", "LearnerRate", "Rates", "teacher_role"]
+__all__ = ["SHARED", "LearnerRate", "Rates", "teacher_placements", "teacher_role"]
 
 SHARED = "teacher"
 """The one pool whose workers hold every teacher; otherwise each has a pool of its own, ``teacher.<name>``."""
@@ -26,6 +26,14 @@ WARM_UP = 2
 def teacher_role(name: str) -> str:
     """The pool of a teacher that shares its workers with nobody."""
     return f"{SHARED}.{name}"
+
+
+def teacher_placements(config: Config) -> dict[str, RolePlacement]:
+    """Of each pool of teachers: of all together, or of each."""
+    names = (
+        {SHARED: "default"} if config.cluster.share_teachers else {teacher_role(one): one for one in config.teachers}
+    )
+    return {role: config.cluster.of_teacher(name) for role, name in names.items()}
 
 
 def reward_role(entry: str = "default") -> str:

@@ -37,12 +37,12 @@ def oracle(task: str, count: int, seed: int) -> tuple[Tensor, list[str]]:
     return render(scenes), prompts
 
 
-def illustrations(prompts: Sequence[str]) -> Tensor:
-    """Pictures [B, 3, 32, 32] of just what these prompts ask for, in the styles of the base's data."""
+def illustrations(prompts: Sequence[str], styles: tuple[float, float, float] = BASE_RECIPE.styles) -> Tensor:
+    """Pictures [B, 3, 32, 32] of just what these prompts ask for; by default in the styles of the base's data."""
     rng = random.Random(0)
     scenes = []
     for prompt in prompts:
-        meaning, drawn = parse(prompt), style(BASE_RECIPE.styles, rng)
+        meaning, drawn = parse(prompt), style(styles, rng)
         asked = bool(meaning.items or meaning.word)
         scenes.append(scene(meaning, drawn, rng, training=False) if asked else loose_scene(drawn, rng))
     return render(scenes)

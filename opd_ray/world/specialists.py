@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from opd_ray.errors import Stopped
+from opd_ray.recipes import assignments
 from opd_ray.world import prompt_file
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -59,7 +60,7 @@ def overrides(out: Path, task: str, one: Specialist, rank: int, seed: int) -> li
         "evaluation": {"images_per_task": 0},
         "cluster.runtime": "local",
     }
-    return [f"{key}={json.dumps(value)}" for key, value in changed.items()]
+    return assignments(changed)
 
 
 def train(recipe: str, run: Path, changed: list[str], tick: Callable[[int, dict[str, float]], None]) -> None:
