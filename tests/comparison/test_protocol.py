@@ -14,6 +14,7 @@ from opd_ray.recipes import load
 from opd_ray.storage.run_folder import write_json_atomic
 
 COMMITTED = Path(__file__).parents[2] / "protocol.yaml"
+AFTERWARDS = COMMITTED.parent / "benchmarks" / "full_trials.yaml"
 
 
 def small(**changes: Any) -> dict[str, Any]:
@@ -144,18 +145,30 @@ def test_a_folder_keeps_to_its_protocol(tmp_path: Path) -> None:
         compare(written(tmp_path, small()), out=out)
 
 
-def test_the_committed_protocol_is_whole() -> None:
-    """Every arm's recipe takes what it sets, and what the issue of budgets says adds up."""
-    protocol, _ = read_protocol(COMMITTED)
-    place, images = Place(Path("nowhere")), dict[str, int]()
+@pytest.mark.parametrize("path", [COMMITTED, AFTERWARDS], ids=["protocol", "full_trials"])
+def test_every_recipe_of_a_committed_protocol_takes_what_its_arm_sets(path: Path) -> None:
+    protocol, _ = read_protocol(path)
+    assert set(images_drawn(protocol)) == {name for name, arm in protocol.arms.items() if arm.recipe}
+
+
+def images_drawn(protocol: Protocol) -> dict[str, int]:
+    """By arm with a recipe."""
+    images = dict[str, int]()
     for name, arm in protocol.arms.items():
         if arm.recipe is None:
             continue
-        config = load(arm.recipe, overrides_of(protocol, Node(f"{name}-s0", "train", name, 0, (), 1e-3), place))
+        node = Node(f"{name}-s0", "train", name, 0, (), 1e-3)
+        config = load(arm.recipe, overrides_of(protocol, node, Place(Path("nowhere"))))
         assert config.student.guidance == protocol.judged.guidance
-        if isinstance(config.drawn, dict) and arm.do == "train":
-            tasks = 1 if config.batch.tasks == "in_turn" else len(config.drawn)
-            images[name] = arm.rounds * config.batch.images_per_task * tasks
+        draws = isinstance(config.drawn, dict) and arm.do == "train"
+        tasks = 0 if not draws else 1 if config.batch.tasks == "in_turn" else len(config.drawn)
+        images[name] = arm.rounds * config.batch.images_per_task * tasks
+    return images
+
+
+def test_the_budgets_of_the_committed_protocol_add_up() -> None:
+    protocol, _ = read_protocol(COMMITTED)
+    images = images_drawn(protocol)
     specialists = sum(images[f"specialist_{task}"] for task in ("compose", "text", "look"))
     assert images["multi_nft"] == images["multi_grpo_guard"] == specialists + images["distilled"] == 10_080
     assert sum(images[f"cascade_{number}"] for number in (1, 2, 3)) == 10_080
