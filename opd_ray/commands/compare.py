@@ -65,13 +65,13 @@ def compare(
             _copy_prompts(chosen, place)
             failed = _carry_out(chosen, nodes, place, jobs or os.cpu_count() or 1)
     except KeyboardInterrupt:
-        results = _write(chosen, sha256, place)
+        results = _write(chosen, sha256, place, quick)
         raise Stopped(f"{results.done} of {results.total} are done; run it again to go on") from None
-    results = _write(chosen, sha256, place)
+    results = _write(chosen, sha256, place, quick)
     if json:
         console.print_json(data=read_json(place.out / "comparison.json"))
     else:
-        for verdict in results.verdicts:
+        for verdict in () if quick else results.verdicts:
             console.print(f"{verdict.name}  {verdict.verdict:10} {verdict.says}", soft_wrap=True, markup=False)
         console.print(f"tables and pictures  {place.out / 'comparison.md'}", soft_wrap=True, markup=False)
     if failed:
@@ -105,12 +105,12 @@ def _copy_prompts(protocol: "Protocol", place: "Place") -> None:
         write_atomic(place.prompts / f"{task}.txt", "".join(f"{prompt.text}\n" for prompt in prompts).encode())
 
 
-def _write(protocol: "Protocol", sha256: str, place: "Place") -> "Results":
+def _write(protocol: "Protocol", sha256: str, place: "Place", quick: bool) -> "Results":
     from opd_ray.comparison.pictures import write_pictures
     from opd_ray.comparison.results import gather
     from opd_ray.comparison.tables import write_tables
 
-    results = gather(protocol, sha256, place)
+    results = gather(protocol, sha256, place, quick=quick)
     write_tables(results, place.out, write_pictures(results, place.out))
     return results
 

@@ -100,34 +100,43 @@ def judge(judged: Judged, family: Family, shown: Path | None = None, *, full: bo
         full: as a row of a table; otherwise as a point of a curve, which has fewer pictures and no diversity.
 
     Returns:
-        scores, one number a picture by task; fidelity and diversity with their intervals.
+        scores, one number a picture; fidelity and diversity, gauges as JSON; all by task. ``pooled`` is the fidelity
+        of all tasks' pictures taken together, in which what one task has too much of makes up for another's lack.
     """
     count = judged.images_per_task if full else judged.curve_images
     prompts = {task: prompts_of(path, task)[:count] for task, path in judged.prompts.items()}
-    scores, features, true = {}, list[Tensor](), list[Tensor]()
+    scores, features, true = {}, dict[str, Tensor](), dict[str, Tensor]()
     for task, own in prompts.items():
         images = pictures(family, judged, own, [0] * len(own))
         scores[task] = scored(judged, task, images, own)
-        features.append(family.encode_images(images))
+        features[task] = family.encode_images(images)
         if judged.truth is not None:
-            true.append(true_features(family, judged.truth, tuple(prompt.text for prompt in own)))
+            true[task] = true_features(family, judged.truth, tuple(prompt.text for prompt in own))
         for number in range(min(SHOWN, len(own)) if shown is not None else 0):
             assert shown is not None
             write_png(images[number], shown / f"{task}-{number}.png")
     found: dict[str, Any] = {"scores": scores}
     if true:
-        found["fidelity"] = told(kernel_distance(torch.cat(features), torch.cat(true)))
+        found["fidelity"] = {
+            task: told(kernel_distance(features[task], own, paired=True, seed=number), drawn=full)
+            for number, (task, own) in enumerate(true.items())
+        }
+        together = torch.cat([*features.values()]), torch.cat([*true.values()])
+        found["pooled"] = told(kernel_distance(*together, paired=True), drawn=full)
     if full:
-        found["diversity"] = told(varied(judged, family, prompts))
+        found["diversity"] = {
+            task: told(varied(judged, family, own, seed=number), drawn=True)
+            for number, (task, own) in enumerate(prompts.items())
+        }
     return found
 
 
-def varied(judged: Judged, family: Family, prompts: Mapping[str, Sequence[Prompt]]) -> Gauge:
-    """How much pictures of one prompt differ, over the first few prompts of all tasks."""
-    some = [prompt for own in prompts.values() for prompt in own[: judged.varied]]
+def varied(judged: Judged, family: Family, prompts: Sequence[Prompt], seed: int) -> Gauge:
+    """How much pictures of one prompt differ, over the first few of a task."""
+    some = prompts[: judged.varied]
     rows = [prompt for prompt in some for _ in range(judged.variants)]
     images = pictures(family, judged, rows, [*range(judged.variants)] * len(some))
-    return diversity(family.encode_images(images).split(judged.variants))
+    return diversity(family.encode_images(images).split(judged.variants), seed=seed)
 
 
 @cache
@@ -145,6 +154,7 @@ def tuned(judged: Judged, family: Family, prompts: Mapping[str, str], count: int
     return {"means": means, "average": float(np.mean([*means.values()]))}
 
 
-def told(gauge: Gauge) -> dict[str, float]:
-    """As JSON."""
-    return {"value": gauge.value, "low": gauge.low, "high": gauge.high}
+def told(gauge: Gauge, *, drawn: bool) -> dict[str, Any]:
+    """As JSON, for tables with its bootstrap samples."""
+    found: dict[str, Any] = {"value": gauge.value, "low": gauge.low, "high": gauge.high}
+    return found | ({"drawn": [round(one, 5) for one in gauge.drawn]} if drawn else {})

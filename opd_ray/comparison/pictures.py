@@ -1,10 +1,11 @@
 """A comparison to look at: the same prompts drawn by every model, and curves."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from opd_ray.comparison.nodes import key_of
-from opd_ray.comparison.protocol import prompts_of
+from opd_ray.comparison.protocol import AVERAGE, prompts_of
 from opd_ray.comparison.results import Results, Row
 from opd_ray.report.charts import HEIGHT, WIDTH, Series, line_chart
 from opd_ray.report.grid import write_sheet
@@ -48,9 +49,12 @@ def write_pictures(results: Results, out: Path) -> dict[Path, str]:
                 write_sheet(shown, samples, file)
                 titles[file] = f"{group}: {', '.join(shown)}"
     if curved := [row for row in results.rows if row.curves]:
+        points = {row.name: row.on_the_way(results.protocol.judged.averaged) for row in curved}
         for score in [*results.protocol.judged.prompts, "fidelity"]:
-            file = _curve(curved, score, out / f"curve-{score}.svg")
-            titles[file] = f"{score} as images are drawn"
+            file = _chart(points, "images in all", score, out / f"curve-{score}.svg")
+            titles[file] = f"{score} as images are drawn, also those that made what an arm needs"
+        file = _chart(points, AVERAGE, "fidelity", out / "proxy-and-gauge.svg")
+        titles[file] = "fidelity against the average score, on the way"
     return titles
 
 
@@ -69,14 +73,14 @@ def _samples(results: Results, columns: list[str], out: Path) -> list[Sample]:
     return samples
 
 
-def _curve(rows: list[Row], score: str, file: Path) -> Path:
-    """A mean over seeds against images drawn, as a picture that needs no page around it."""
-    lines = list[Series]()
-    for number, row in enumerate(rows):
-        points = tuple((float(point["images"]), point[score]) for point in row.on_the_way() if score in point)
-        if points:
-            lines.append(Series(row.name, number, points))
-    chart = line_chart(lines, label=f"{score} over images drawn", dots=True, smooth=False, unit="images")
+def _chart(points: Mapping[str, list[dict[str, float]]], along: str, score: str, file: Path) -> Path:
+    """Means over seeds of every arm on its way, as a picture that needs no page around it."""
+    lines = [
+        Series(name, number, tuple((point[along], point[score]) for point in own if score in point))
+        for number, (name, own) in enumerate(points.items())
+    ]
+    label = f"{score} over {along}"
+    chart = line_chart(lines, label=label, dots=True, smooth=False, unit=along)
     keys = "".join(
         f'<g class="c{number % len(COLOURS)}"><text x="{60 + 140 * (number % 3)}" '
         f'y="{HEIGHT + 18 + 16 * (number // 3)}">{line.name}</text></g>'
@@ -86,7 +90,7 @@ def _curve(rows: list[Row], score: str, file: Path) -> Path:
     body = re.sub(r"^<svg[^>]*>", "", chart).removesuffix("</svg>")
     text = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}">'
-        f"<style>{STYLE}</style><title>{score} over images drawn</title>{body}{keys}</svg>"
+        f"<style>{STYLE}</style><title>{label}</title>{body}{keys}</svg>"
     )
     write_atomic(file, text.encode())
     return file

@@ -1,6 +1,6 @@
 """What a comparison has come to so far: rows, costs, verdicts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,27 +9,27 @@ import numpy as np
 from opd_ray.comparison.nodes import Place, key_of, needs_of, plan, rate_of, trial_key
 from opd_ray.comparison.protocol import AVERAGE, Protocol
 from opd_ray.comparison.verdicts import Scores, Verdict, decide
+from opd_ray.evaluation.gauges import Gauge, mean_of
 from opd_ray.storage.run_folder import read_json
 
-__all__ = ["Cost", "Results", "Row", "gather"]
+__all__ = ["COSTS", "Cost", "Results", "Row", "gather"]
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of an arm with one seed. What it needed (specialists, recordings) counts in three ways; trials do not count."""
+    """Of an arm with one seed, counted in three ways. Trials are in none of them."""
 
-    images: float
-    """That it drew to learn from."""
-    images_in_all: float
-    """With those that made what it needed."""
-    forwards: float
-    """Of its own, by all roles, one a picture."""
     free: float
-    """Core-seconds of its own training, with whatever it needs for nothing."""
+    """Its own, with whatever it needs (specialists, recordings) for nothing."""
     parallel: float
     """With the longest chain of those that it needs, which are made at the same time."""
     serial: float
-    """With all of them one after another."""
+    """With all of them, one after another."""
+
+
+COSTS = ("images", "forwards", "core_seconds")
+"""Drawn to learn from; by all roles, one a picture; processor time."""
+GAUGES = ("fidelity", "diversity", "pooled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +42,24 @@ class Row:
     seeds: tuple[int, ...]
     scores: dict[str, tuple[float, ...]]
     """Task or average -> a mean for each seed."""
-    fidelity: tuple[dict[str, float], ...]
-    diversity: tuple[dict[str, float], ...]
-    costs: tuple[Cost, ...]
+    gauges: dict[str, dict[str, tuple[Gauge, ...]]]
+    """Fidelity, diversity or pooled -> task, or the average of all -> for each seed."""
+    costs: dict[str, tuple[Cost, ...]]
+    """One of ``COSTS`` -> for each seed."""
     rate: float | None
     curves: tuple[list[dict[str, Any]], ...]
 
-    def on_the_way(self) -> list[dict[str, float]]:
-        """At each point of the curves, `images` and the means over seeds of every task, and of fidelity if known."""
+    def on_the_way(self, averaged: Sequence[str]) -> list[dict[str, float]]:
+        """Means over seeds at each point of the curves: `images`, `images in all`, every score, fidelity if known."""
+        before = float(np.mean([cost.serial - cost.free for cost in self.costs["images"]]))
         found = list[dict[str, float]]()
         for points in zip(*self.curves, strict=False):
             means = {task: [np.nanmean(point["scores"][task]) for point in points] for task in points[0]["scores"]}
             if "fidelity" in points[0]:
-                means["fidelity"] = [point["fidelity"]["value"] for point in points]
-            found.append({"images": points[0]["images"]} | {name: float(np.mean(own)) for name, own in means.items()})
+                means["fidelity"] = [one["value"] for point in points for one in point["fidelity"].values()]
+            means[AVERAGE] = [one for task in averaged for one in means[task]]
+            images = {"images": points[0]["images"], "images in all": points[0]["images"] + before}
+            found.append(images | {name: float(np.mean(own)) for name, own in means.items()})
         return found
 
 
@@ -73,9 +77,11 @@ class Results:
     """Arm -> seed -> start or end -> pair of tasks -> cosine."""
     done: int
     total: int
+    quick: bool
+    """That shows only that all of it runs."""
 
 
-def gather(protocol: Protocol, sha256: str, place: Place) -> Results:
+def gather(protocol: Protocol, sha256: str, place: Place, *, quick: bool = False) -> Results:
     """Read what is there."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     cosines: dict[str, dict[int, dict[str, dict[str, float]]]] = {}
@@ -84,8 +90,11 @@ def gather(protocol: Protocol, sha256: str, place: Place) -> Results:
             if arm.do == "router":
                 parts = {task: found.get(other, {}).get(seed) for task, other in arm.by_task.items()}
                 if all(parts.values()):
-                    scores = {task: part["scores"][task] for task, part in parts.items() if part}
-                    found.setdefault(name, {})[seed] = {"scores": scores}
+                    found.setdefault(name, {})[seed] = {
+                        kind: {task: part[kind][task] for task, part in parts.items() if part}
+                        for kind in ("scores", "fidelity", "diversity")
+                        if all(part and kind in part for part in parts.values())
+                    }
             elif arm.do == "cosines":
                 if (file := place.out / "cosines" / f"{name}-s{seed}.json").is_file():
                     cosines.setdefault(name, {})[seed] = read_json(file)
@@ -98,11 +107,12 @@ def gather(protocol: Protocol, sha256: str, place: Place) -> Results:
         protocol,
         sha256,
         tuple(_row(protocol, name, seeds, place) for name, seeds in found.items()),
-        tuple(decide(name, hypothesis, known) for name, hypothesis in protocol.hypotheses.items()),
+        tuple(decide(name, hypothesis, known, protocol.seeds) for name, hypothesis in protocol.hypotheses.items()),
         _trials(protocol, place),
         cosines,
         sum(place.done(node) for node in nodes),
         len(nodes),
+        quick,
     )
 
 
@@ -119,31 +129,39 @@ def _row(protocol: Protocol, name: str, found: Mapping[int, dict[str, Any]], pla
         arm.group,
         tuple(found),
         means,
-        tuple(one["fidelity"] for one in judged if "fidelity" in one),
-        tuple(one["diversity"] for one in judged if "diversity" in one),
-        tuple(cost(protocol, name, seed, place) for seed in found),
+        {kind: _gauges([one[kind] for one in judged]) for kind in GAUGES if all(kind in one for one in judged)},
+        {kind: tuple(cost(protocol, kind, name, seed, place) for seed in found) for kind in COSTS},
         rate_of(protocol, name, place) if arm.do == "train" else None,
         tuple(one["curve"] for one in judged if one.get("curve")),
     )
 
 
-def cost(protocol: Protocol, name: str, seed: int, place: Place) -> Cost:
+def _gauges(told: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Gauge, ...]]:
+    """Of each seed, by task and averaged over all of them; or of all tasks together."""
+    if "value" in told[0]:
+        return {AVERAGE: tuple(_gauge(one) for one in told)}
+    by_task = {task: tuple(_gauge(one[task]) for one in told) for task in told[0]}
+    return by_task | {AVERAGE: tuple(mean_of(of_seed) for of_seed in zip(*by_task.values(), strict=True))}
+
+
+def _gauge(told: Mapping[str, Any]) -> Gauge:
+    return Gauge(told["value"], tuple(told["drawn"]))
+
+
+def cost(protocol: Protocol, kind: str, name: str, seed: int, place: Place) -> Cost:
     """What an arm took, and what it needed."""
-    own = _own(protocol, name, seed, place)
-    every = [_own(protocol, *one, place) for one in {(name, seed), *_before(protocol, name, seed)}]
+    every = {(name, seed), *_before(protocol, name, seed)}
     return Cost(
-        own["images"],
-        sum(one["images"] for one in every),
-        sum(own["forwards"].values()),
-        own["core_seconds"],
-        _longest(protocol, name, seed, place),
-        sum(one["core_seconds"] for one in every),
+        _own(protocol, kind, name, seed, place),
+        _longest(protocol, kind, name, seed, place),
+        sum(_own(protocol, kind, *one, place) for one in every),
     )
 
 
-def _own(protocol: Protocol, name: str, seed: int, place: Place) -> dict[str, Any]:
+def _own(protocol: Protocol, kind: str, name: str, seed: int, place: Place) -> float:
     file = place.cost(key_of(protocol, name, seed))
-    return read_json(file) if file.is_file() else {"images": 0, "forwards": {}, "core_seconds": 0.0}
+    told = read_json(file)[kind] if file.is_file() else 0
+    return float(sum(told.values()) if isinstance(told, dict) else told)
 
 
 def _before(protocol: Protocol, name: str, seed: int) -> set[tuple[str, int]]:
@@ -151,9 +169,9 @@ def _before(protocol: Protocol, name: str, seed: int) -> set[tuple[str, int]]:
     return {*direct, *(one for need in direct for one in _before(protocol, *need))}
 
 
-def _longest(protocol: Protocol, name: str, seed: int, place: Place) -> float:
-    chains = (_longest(protocol, *need, place) for need in needs_of(protocol, name, seed))
-    return float(_own(protocol, name, seed, place)["core_seconds"]) + max(chains, default=0.0)
+def _longest(protocol: Protocol, kind: str, name: str, seed: int, place: Place) -> float:
+    chains = (_longest(protocol, kind, *need, place) for need in needs_of(protocol, name, seed))
+    return _own(protocol, kind, name, seed, place) + max(chains, default=0.0)
 
 
 def _trials(protocol: Protocol, place: Place) -> dict[str, dict[str, float]]:

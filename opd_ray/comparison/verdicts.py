@@ -2,14 +2,14 @@
 
 A bootstrap of two levels: seeds are drawn again with their number, and prompts within their task with theirs, the same
 ones for all arms, since these share seeds, prompts and first noises. With three seeds the spread between seeds is known
-poorly, so an interval is rather too narrow than too wide; each seed's own number stands beside it.
+poorly: where it is large, an interval of 95 % covers the truth 84 times of 100, and where it is small, 99 times. Each
+seed's own number stands beside it.
 """
 
-import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -98,12 +98,17 @@ class Finding:
     high: float | None
     by_seed: tuple[float, ...]
     at_least: float
+    seeds: int
+    """That are in, of ``of_seeds``."""
+    of_seeds: int
 
     @property
     def verdict(self) -> str:
-        """One of holds, fails, undecided, or that there is nothing yet."""
+        """One of holds, fails and undecided; before all seeds are in, that."""
+        if self.seeds < self.of_seeds:
+            return f"{self.seeds} of {self.of_seeds} seeds"
         if self.low is None or self.high is None:
-            return "not run"
+            return "undecided"
         if self.low >= self.at_least - ROUNDING:
             return "holds"
         return "fails" if self.high < self.at_least - ROUNDING else "undecided"
@@ -119,11 +124,11 @@ class Verdict:
 
     @property
     def verdict(self) -> str:
-        """That all findings hold, or that one fails."""
+        """That all findings hold, or that one fails; nothing where seeds are missing."""
+        if any(finding.seeds < finding.of_seeds for finding in self.findings):
+            return "unfinished"
         all_of = [finding.verdict for finding in self.findings]
-        if "fails" in all_of:
-            return "fails"
-        return next((one for one in ("not run", "undecided") if one in all_of), "holds")
+        return next((one for one in ("fails", "undecided") if one in all_of), "holds")
 
     def told(self) -> dict[str, Any]:
         """As JSON."""
@@ -131,39 +136,46 @@ class Verdict:
         return {"says": self.says, "verdict": self.verdict, "findings": findings}
 
 
-def decide(name: str, hypothesis: Hypothesis, scores: Scores) -> Verdict:
-    """From all its tests."""
-    findings = [finding for test in hypothesis.tests for finding in _findings(test, scores)]
+def decide(name: str, hypothesis: Hypothesis, scores: Scores, seeds: Sequence[int]) -> Verdict:
+    """From all its tests, once all these seeds are in."""
+    findings = [finding for test in hypothesis.tests for finding in _findings(test, scores, len(seeds))]
     return Verdict(name, hypothesis.says, tuple(findings))
 
 
-def _findings(test: Test, scores: Scores) -> list[Finding]:
-    found = list[Finding]()
+def _findings(test: Test, scores: Scores, of_seeds: int) -> Iterator[Finding]:
+    for says, arms, make in _measured(test, scores):
+        seeds = scores.seeds(arms)
+        yield _finding(says, make(seeds) if seeds else None, test.at_least, len(seeds), of_seeds)
+
+
+def _measured(test: Test, scores: Scores) -> Iterator[tuple[str, Sequence[str], Callable[[Sequence[int]], Estimate]]]:
+    """What is measured, of which arms, and how with their seeds."""
     if test.kind == "difference":
         for other in test.to:
-            seeds = scores.seeds((test.of, other))
-            made = (
-                scores.estimate(test.of, test.score, seeds) - scores.estimate(other, test.score, seeds)
-                if seeds
-                else None
-            )
-            found.append(_finding(f"{test.of} - {other}, {test.score}", made, test.at_least))
+            make = partial(_difference, scores, test.of, other, test.score)
+            yield f"{test.of} - {other}, {test.score}", (test.of, other), make
     elif test.kind == "ratio":
         for task, other in test.specialists.items():
-            seeds = scores.seeds((test.of, other))
-            made = scores.estimate(test.of, task, seeds) / scores.estimate(other, task, seeds) if seeds else None
-            found.append(_finding(f"{test.of} / {other}, {task}", made, test.at_least))
+            yield f"{test.of} / {other}, {task}", (test.of, other), partial(_ratio, scores, test.of, other, task)
     else:
-        assert test.base is not None and test.easiest is not None
-        seeds = scores.seeds((test.of, test.base, *test.specialists.values()))
-        made = None
-        if seeds:
-            gains = {task: _gain(test, task, scores, seeds) for task in test.specialists}
-            easiest = gains.pop(test.easiest)
-            made = easiest - _mean([*gains.values()])
+        assert test.base is not None
         says = f"{test.of}: share of the gain in {test.easiest} less that in the others"
-        found.append(_finding(says, made, test.at_least))
-    return found
+        yield says, (test.of, test.base, *test.specialists.values()), partial(_uneven, test, scores)
+
+
+def _difference(scores: Scores, of: str, to: str, score: str, seeds: Sequence[int]) -> Estimate:
+    return scores.estimate(of, score, seeds) - scores.estimate(to, score, seeds)
+
+
+def _ratio(scores: Scores, of: str, to: str, score: str, seeds: Sequence[int]) -> Estimate:
+    return scores.estimate(of, score, seeds) / scores.estimate(to, score, seeds)
+
+
+def _uneven(test: Test, scores: Scores, seeds: Sequence[int]) -> Estimate:
+    gains = {task: _gain(test, task, scores, seeds) for task in test.specialists}
+    assert test.easiest is not None
+    easiest = gains.pop(test.easiest)
+    return easiest - _mean([*gains.values()])
 
 
 def _gain(test: Test, task: str, scores: Scores, seeds: Sequence[int]) -> Estimate:
@@ -174,9 +186,8 @@ def _gain(test: Test, task: str, scores: Scores, seeds: Sequence[int]) -> Estima
     return (scores.estimate(test.of, task, seeds) - base) / own
 
 
-def _finding(says: str, made: Estimate | None, at_least: float) -> Finding:
-    finite = made.drawn[np.isfinite(made.drawn)] if made is not None else np.empty(0)
-    if made is None or not math.isfinite(made.value) or not len(finite):  # also a share of no gain
-        return Finding(says, None, None, None, (), at_least)
-    low, high = np.percentile(finite, LEVEL).tolist()
-    return Finding(says, made.value, low, high, tuple(made.by_seed[np.isfinite(made.by_seed)].tolist()), at_least)
+def _finding(says: str, made: Estimate | None, at_least: float, seeds: int, of_seeds: int) -> Finding:
+    if made is None or not np.isfinite([made.value, *made.by_seed, *made.drawn]).all():  # a share of no gain, too
+        return Finding(says, None, None, None, (), at_least, seeds, of_seeds)
+    low, high = np.percentile(made.drawn, LEVEL).tolist()
+    return Finding(says, made.value, low, high, tuple(made.by_seed.tolist()), at_least, seeds, of_seeds)

@@ -1,23 +1,21 @@
 """One node of a comparison, in this process."""
 
-import itertools
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from opd_ray.commands.merge import How, merge
 from opd_ray.commands.record import record
 from opd_ray.commands.train import run_training
+from opd_ray.comparison.angles import cosines
 from opd_ray.comparison.judge import adapter_of, base_of, judge, snapshot_of, tuned
 from opd_ray.comparison.nodes import Node, Place, key_of, overrides_of, points_of
 from opd_ray.comparison.protocol import Protocol
 from opd_ray.config import Config
 from opd_ray.errors import NotFiniteError
-from opd_ray.recipes import assignments, load
+from opd_ray.recipes import load
 from opd_ray.storage.run_folder import read_json, write_json_atomic
 
 __all__ = ["perform"]
@@ -55,7 +53,7 @@ def perform(protocol: Protocol, node: Node, place: Place) -> None:
         case "trial":
             write_json_atomic(place.found(node), _tried(protocol, node, place) | {"rate": node.rate})
         case "cosines":
-            write_json_atomic(place.found(node), _cosines(protocol, node, place))
+            write_json_atomic(place.found(node), cosines(protocol, node, place))
 
 
 def _train(protocol: Protocol, node: Node, place: Place, started: float) -> None:
@@ -112,54 +110,3 @@ def _judged(protocol: Protocol, node: Node, place: Place) -> dict[str, Any]:
                 point = judge(judged, family, full=False)
             curve.append({"round": round, "images": _drawn(config) * round // arm.rounds, **point})
     return found | {"curve": curve}
-
-
-def _cosines(protocol: Protocol, node: Node, place: Place) -> dict[str, Any]:
-    """Cosines between the gradients of tasks, at the start and at the end of an arm's training.
-
-    A run of one round with one task leaves Adam's first average, a tenth of the (clipped) gradient: the same direction.
-    """
-    (name,) = protocol.arms[node.arm].of
-    trained = Node(key_of(protocol, name, node.seed), "train", name, node.seed, ())
-    recipe = protocol.arms[name].recipe
-    assert recipe is not None
-    whole = load(recipe, overrides_of(protocol, trained, place))
-    assert isinstance(whole.drawn, dict)
-    found = {}
-    for start, lora in (("start", None), ("end", str(place.work(trained.key).resolve()))):
-        gradients = {}
-        for task, file in whole.drawn.items():
-            key = f"{node.arm}-{start}-{task}-s{node.seed}"
-            own = [
-                *overrides_of(protocol, trained, place),
-                *assignments(protocol.arms[node.arm].set),
-                *(f"name={key}", "rounds=1", f"prompts.train={{{task}: {file}}}", "checkpoint.every=1"),
-                *([f"student.lora.start={lora}"] if lora else []),
-                *_of_task(whole, task),
-            ]
-            config = load(recipe, own)
-            folder = place.work(key)
-            run_training(config, folder, resume=(folder / "run.json").is_file())
-            gradients[task] = _direction(folder / "checkpoints" / "step-000001" / "optimizer.safetensors")
-        found[start] = {
-            f"{a} and {b}": float(torch.nn.functional.cosine_similarity(gradients[a], gradients[b], dim=0))
-            for a, b in itertools.combinations(gradients, 2)
-        }
-    return found
-
-
-def _of_task(config: Config, task: str) -> list[str]:
-    """Without the teachers and rewards of other tasks."""
-    changes = list[str]()
-    if config.teachers:
-        teacher = config.teachers[config.teacher_of_task[task]]
-        changes.append(f"teachers={{{task}: {{lora: {teacher.lora}, guidance: {teacher.guidance}}}}}")
-    chosen: Mapping[str, tuple[str, ...]] = getattr(config.algorithm, "task_rewards", {})
-    if task in chosen:
-        changes.append(f"algorithm.task_rewards={{{task}: [{', '.join(chosen[task])}]}}")
-    return changes
-
-
-def _direction(file: Path) -> torch.Tensor:
-    averages = load_file(file)
-    return torch.cat([averages[name].flatten() for name in sorted(averages) if name.endswith(":exp_avg")])

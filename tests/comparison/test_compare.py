@@ -100,16 +100,18 @@ def test_what_it_writes(done: tuple[Path, Path, str]) -> None:
     assert found["done"] == found["total"] == 7
     # The router is the specialist where it is asked for it.
     assert rows["router"]["scores"] == rows["teacher"]["scores"]
-    (cost,) = rows["student"]["costs"]
-    assert (cost["images"], cost["images_in_all"]) == (4, 4 + 16)
-    assert cost["serial"] == pytest.approx(cost["free"] + rows["teacher"]["costs"][0]["free"])
+    assert rows["router"]["gauges"]["fidelity"] == rows["teacher"]["gauges"]["fidelity"]
+    (images,) = rows["student"]["costs"]["images"]
+    assert images == {"free": 4, "parallel": 4 + 16, "serial": 4 + 16}
+    (seconds,), (teacher,) = rows["student"]["costs"]["core_seconds"], rows["teacher"]["costs"]["core_seconds"]
+    assert seconds["serial"] == pytest.approx(seconds["free"] + teacher["free"])
     assert [point["images"] for point in rows["teacher"]["curves"][0]] == [8, 16]
     page = (out / "comparison.md").read_text()
     assert found["protocol_sha256"] in page
     assert "**student** distilled" in page
     assert "H1" in told
     assert (out / "sheet-1.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (out / "curve-look.svg").read_text()
+    assert all("<svg" in (out / f"{name}.svg").read_text() for name in ("curve-look", "proxy-and-gauge"))
 
 
 def test_the_last_point_of_a_curve_is_the_model_itself(done: tuple[Path, Path, str]) -> None:
