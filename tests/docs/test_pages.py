@@ -12,6 +12,7 @@ import typer
 import yaml
 
 from opd_ray import recipes
+from opd_ray.algorithms import ALGORITHMS
 from opd_ray.cli import app
 from opd_ray.comparison.protocol import Arm, Protocol
 from opd_ray.config import Config
@@ -145,6 +146,7 @@ def test_the_recipe_fragments_of_the_pages_name_keys_that_exist() -> None:
 
 def test_the_comparison_says_when_it_was_read_and_where() -> None:
     text = PAGES["comparison.md"]
+    assert all(f"`{name}`" in text for name in ALGORITHMS), "what there is stands among what others have"
     assert re.search(r"\*\*As of [A-Z][a-z]+ \d{4}\*\*", text)
     claims = re.findall(r"https?://[^)\s]+", text)
     assert len(claims) > 15
