@@ -1,5 +1,6 @@
 """One node of a comparison, in this process."""
 
+import shutil
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -46,6 +47,8 @@ def perform(protocol: Protocol, node: Node, place: Place) -> None:
             arm, folder = protocol.arms[node.arm], place.work(node.key)
             loras = [str(place.work(key_of(protocol, name, node.seed))) for name in arm.of]
             if not (folder / "merge.json").is_file():
+                if folder.exists():  # what a merge that was stopped has left
+                    shutil.rmtree(folder)
                 merge(loras, folder, **{**arm.merge, "method": How(arm.merge.get("method", "mean"))}, json=True)
             _book(place, node, started, {"images": 0, "forwards": {}}, done=True)
         case "judge":
