@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,7 +41,7 @@ def compare(
     """Carry a protocol out, and write comparison.md, comparison.json and pictures."""
     from opd_ray.comparison.nodes import Place, plan
     from opd_ray.comparison.protocol import read_protocol
-    from opd_ray.storage.run_folder import read_json, write_json_atomic
+    from opd_ray.storage.run_folder import locked, read_json, write_json_atomic
 
     chosen, sha256 = read_protocol(protocol)
     if quick:
@@ -61,7 +61,7 @@ def compare(
     require_folder(place.out)
     nodes = plan(chosen)
     failed = dict[str, str]()
-    with _stopping_when_full(place):
+    with nullcontext() if tables else locked(place.out, timeout_s=1.0), _stopping_when_full(place):
         write_json_atomic(known, about)
         try:
             if not tables:

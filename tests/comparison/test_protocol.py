@@ -11,7 +11,7 @@ from opd_ray.comparison.nodes import Node, Place, overrides_of, plan, rate_of, r
 from opd_ray.comparison.protocol import Protocol, read_protocol
 from opd_ray.errors import ConfigError, RunFolderError
 from opd_ray.recipes import load
-from opd_ray.storage.run_folder import write_json_atomic
+from opd_ray.storage.run_folder import locked, write_json_atomic
 
 COMMITTED = Path(__file__).parents[2] / "protocol.yaml"
 AFTERWARDS = COMMITTED.parent / "benchmarks" / "full_trials.yaml"
@@ -143,6 +143,21 @@ def test_a_folder_keeps_to_its_protocol(tmp_path: Path) -> None:
     write_json_atomic(out / "protocol.json", {"sha256": "of another", "quick": False})
     with pytest.raises(RunFolderError, match="another protocol"):
         compare(written(tmp_path, small()), out=out)
+
+
+def test_two_comparisons_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    """But tables of what is there so far may be written at any time."""
+    data = small(hypotheses={})
+    data["arms"] = {"base": data["arms"]["base"]}
+    out, protocol = tmp_path / "out", written(tmp_path, data)
+    out.mkdir()
+    with locked(out):
+        with pytest.raises(RunFolderError, match="out is locked by another process for more than 1 s; stop the other"):
+            compare(protocol, out=out)
+        assert [file.name for file in out.iterdir()] == [".lock"]
+        write_json_atomic(out / "protocol.json", {"sha256": read_protocol(protocol)[1], "quick": False})
+        compare(protocol, out=out, tables=True)
+    assert (out / "comparison.md").is_file()
 
 
 @pytest.mark.parametrize("path", [COMMITTED, AFTERWARDS], ids=["protocol", "full_trials"])
