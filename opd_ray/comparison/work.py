@@ -12,6 +12,7 @@ from opd_ray.commands.merge import How, merge
 from opd_ray.commands.record import record
 from opd_ray.commands.train import interruptible, run_training
 from opd_ray.comparison.angles import cosines
+from opd_ray.comparison.code import state_of_code
 from opd_ray.comparison.judge import adapter_of, base_of, judge, snapshot_of, tuned
 from opd_ray.comparison.nodes import Node, Place, key_of, overrides_of, points_of
 from opd_ray.comparison.protocol import Protocol
@@ -36,6 +37,7 @@ def perform(protocol: Protocol, node: Node, place: Place) -> None:
     for parent in (place.work(node.key).parent, place.found(node).parent):
         parent.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
+    state_of_code()  # before anything is made by it
     match node.kind:
         case "train":
             _train(protocol, node, place, started)
@@ -99,11 +101,12 @@ def _rows_recorded(config: Config, folder: Path) -> int:
 
 
 def _book(place: Place, node: Node, started: float, used: Mapping[str, Any], *, done: bool) -> None:
-    """What it took, with what earlier attempts at it took."""
+    """What it took, with what earlier attempts at it took, and the states of the code that made it, in order."""
     file = place.cost(node.key)
-    before = read_json(file)["core_seconds"] if file.is_file() else 0.0
-    seconds = before + time.process_time() - started
-    write_json_atomic(file, {"done": done, "core_seconds": seconds, **used})
+    before = read_json(file) if file.is_file() else {"core_seconds": 0.0, "code": []}
+    seconds = before["core_seconds"] + time.process_time() - started
+    code = [*dict.fromkeys([*before.get("code", ["unknown"]), state_of_code()])]
+    write_json_atomic(file, {"done": done, "core_seconds": seconds, "code": code, **used})
 
 
 def _drawn(config: Config) -> int:
