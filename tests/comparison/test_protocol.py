@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from opd_ray.commands.compare import compare
-from opd_ray.comparison.nodes import Node, Place, overrides_of, plan, rate_of, rounds_of
+from opd_ray.comparison.nodes import Node, Place, overrides_of, plan, points_of, rate_of, rounds_of
 from opd_ray.comparison.protocol import Protocol, read_protocol
 from opd_ray.errors import ConfigError, RunFolderError
 from opd_ray.recipes import load
@@ -106,6 +106,30 @@ def test_the_better_trial_gives_the_rate(tmp_path: Path) -> None:
     }
     assert rounds_of(protocol, node) == 4
     assert rounds_of(protocol, Node("student-lr0.001", "train", "student", 9, (), 1e-3)) == 2
+
+
+@pytest.mark.parametrize(
+    ("rounds", "curve", "points"),
+    [
+        (70, 4, [17, 34, 51, 70]),
+        (20, 4, [5, 10, 15, 20]),
+        (7, 4, [2, 4, 5, 7]),
+        (1, 4, [1]),
+        (3, 4, [1, 2, 3]),
+        (9, 1, [9]),
+    ],
+)
+def test_a_curve_has_as_many_points_as_were_asked_for(rounds: int, curve: int, points: list[int]) -> None:
+    """Each of them at a checkpoint of the run."""
+    data = small()
+    data["arms"]["teacher"] |= {"rounds": rounds, "curve": curve}
+    data["tuning"]["rates"] = [1e-3]
+    protocol = Protocol.model_validate(data)
+    assert points_of(protocol.arms["teacher"]) == points
+    chosen = overrides_of(protocol, Node("teacher-s0", "train", "teacher", 0, (), None), Place(Path("nowhere")))
+    (every,) = (int(one.partition("=")[2]) for one in chosen if one.startswith("checkpoint.every="))
+    assert every == max(1, rounds // curve)
+    assert all(point % every == 0 or point == rounds for point in points)
 
 
 @pytest.mark.parametrize(
