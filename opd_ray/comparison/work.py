@@ -103,7 +103,7 @@ def _rows_recorded(config: Config, folder: Path) -> int:
 def _book(place: Place, node: Node, started: float, used: Mapping[str, Any], *, done: bool) -> None:
     """What it took, with what earlier attempts at it took, and the states of the code that made it, in order."""
     file = place.cost(node.key)
-    before = read_json(file) if file.is_file() else {"core_seconds": 0.0, "code": []}
+    before: dict[str, Any] = read_json(file) if file.is_file() else {"core_seconds": 0.0, "code": []}
     seconds = before["core_seconds"] + time.process_time() - started
     code = [*dict.fromkeys([*before.get("code", ["unknown"]), state_of_code()])]
     write_json_atomic(file, {"done": done, "core_seconds": seconds, "code": code, **used})
