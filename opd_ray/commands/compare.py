@@ -33,7 +33,7 @@ def compare(
         int | None, typer.Option(min=1, help="Arms that are trained at a time, a core each.", show_default="all cores")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="One seed and a few rounds, to see that all of it runs; no findings.")
+        bool, typer.Option("--quick", help="A few rounds of one seed, to see that all of it runs; no findings.")
     ] = False,
     tables: Annotated[bool, typer.Option("--tables", help="Only write the tables of what is there.")] = False,
     json: Json = False,

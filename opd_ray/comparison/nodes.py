@@ -130,9 +130,9 @@ def needs_of(protocol: Protocol, name: str, seed: int) -> list[tuple[str, int]]:
 
 
 def after(protocol: Protocol, seed: int) -> int:
-    """The next of the protocol's seeds, and the first after the last."""
-    seeds = protocol.seeds
-    return seeds[(seeds.index(seed) + 1) % len(seeds)] if seed in seeds else seed
+    """The next of the protocol's seeds, and the first after the last; of all others, itself."""
+    seeds = (*protocol.seeds, *protocol.spare)
+    return seeds[(seeds.index(seed) + 1) % len(seeds)] if seed in protocol.seeds else seed
 
 
 def _trials(protocol: Protocol, name: str, nodes: dict[str, Node]) -> list[str]:

@@ -1,5 +1,6 @@
 """What a protocol may say, and what it comes to."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,28 @@ def test_the_better_trial_gives_the_rate(tmp_path: Path) -> None:
     }
     assert rounds_of(protocol, node) == 4
     assert rounds_of(protocol, Node("student-lr0.001", "train", "student", 9, (), 1e-3)) == 2
+
+
+def test_a_quick_run_tries_rates_and_makes_what_the_next_seed_names() -> None:
+    """Of each recipe the first arm tries two rates for one round; of the second seed nothing is judged."""
+    data = small()
+    data["tuning"]["rates"] = [1e-3, 4e-3, 8e-3]
+    more = {"group": "Main", "says": "another", "recipe": "demo", "rounds": 40}
+    data["arms"] |= {"other": more, "third": more | {"rate_of": "other"}}
+    protocol = pickle.loads(pickle.dumps(Protocol.model_validate(data).shortened()))  # as it comes to a worker
+    nodes = {node.key: node for node in plan(protocol)}
+    trials = {f"{name}-lr{rate}" for name in ("teacher", "student") for rate in ("0.001", "0.004")}
+    assert {key for key, node in nodes.items() if node.rate is not None} == trials | {f"trials/{one}" for one in trials}
+    assert {rounds_of(protocol, nodes[key]) for key in trials} == {1}
+    assert rounds_of(protocol, nodes["other-s0"]) == 4
+    of_student = {key for key in nodes if key.startswith("trials/student")}
+    assert of_student == set(nodes["other-s0"].needs) == set(nodes["third-s0"].needs)
+    assert {"teacher-s0", "teacher-s1"} < set(nodes["student-s0"].needs)
+    assert [key for key in nodes if key.endswith("-s1")] == ["teacher-s1"]
+    of_seed_0 = Node("student-s0", "train", "student", 0, (), rate=1e-3)
+    (teachers,) = (one for one in overrides_of(protocol, of_seed_0, Place(Path("no"))) if one.startswith("teachers="))
+    named = yaml.safe_load(teachers.partition("=")[2])
+    assert [Path(one["lora"]).name for one in named.values()] == ["teacher-s0", "teacher-s1"]
 
 
 @pytest.mark.parametrize(
