@@ -11,6 +11,7 @@
     ├── Stopped                   exit 3: the run stopped and can be resumed
     │   ├── NotFiniteError        NaN or infinity in an answer, a loss or a weight
     │   ├── TooManyFailedError    a reward failed on more pictures than it may
+    │   ├── DiskFullError         there was no room for a file
     │   └── LearnerLostError      a learner rank died or does not answer; the run begins again from its checkpoint
     └── RuntimeFault              exit 1: inside one run the pool may still recover from it
         ├── StaleWeightsError     a draw was asked of weights whose delivery was not proven
@@ -25,6 +26,7 @@ Every error crosses process borders, so each takes one message and stays picklab
 __all__ = [
     "BadInputError",
     "ConfigError",
+    "DiskFullError",
     "InputLostError",
     "LearnerLostError",
     "ModelError",
@@ -92,6 +94,10 @@ class NotFiniteError(Stopped, ArithmeticError):
 
 class TooManyFailedError(Stopped):
     """A reward failed on more pictures than it may."""
+
+
+class DiskFullError(Stopped):
+    """There was no room for a file."""
 
 
 class LearnerLostError(Stopped):

@@ -1,6 +1,8 @@
 """``opd-ray compare PROTOCOL``: train, draw and score every arm of a protocol, and say which hypotheses hold."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from opd_ray.commands.options import Json, require_folder
 from opd_ray.commands.train import interrupt, signals
 from opd_ray.console import console, errors
-from opd_ray.errors import ConfigError, RunFolderError, Stopped, UserError
+from opd_ray.errors import ConfigError, DiskFullError, RunFolderError, Stopped, UserError
 
 if TYPE_CHECKING:
     from opd_ray.comparison.nodes import Node, Place
@@ -31,7 +33,7 @@ def compare(
         int | None, typer.Option(min=1, help="Arms that are trained at a time, a core each.", show_default="all cores")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="One seed and a few rounds, to see that all of it runs; no findings.")
+        bool, typer.Option("--quick", help="A few rounds of one seed, to see that all of it runs; no findings.")
     ] = False,
     tables: Annotated[bool, typer.Option("--tables", help="Only write the tables of what is there.")] = False,
     json: Json = False,
@@ -39,7 +41,7 @@ def compare(
     """Carry a protocol out, and write comparison.md, comparison.json and pictures."""
     from opd_ray.comparison.nodes import Place, plan
     from opd_ray.comparison.protocol import read_protocol
-    from opd_ray.storage.run_folder import read_json, write_json_atomic
+    from opd_ray.storage.run_folder import locked, read_json, write_json_atomic
 
     chosen, sha256 = read_protocol(protocol)
     if quick:
@@ -53,21 +55,22 @@ def compare(
                 f"{place.out} was begun with another protocol{' or without --quick' if quick else ''}; put it back, or "
                 "choose another --out"
             )
-    elif tables or (place.out.exists() and any(place.out.iterdir())):
+    elif tables or (place.out.exists() and any(not file.name.startswith(".") for file in place.out.iterdir())):
         raise RunFolderError(f"{place.out} holds no comparison; choose another --out")
     _check_recipes(chosen, place)
     require_folder(place.out)
-    write_json_atomic(known, about)
     nodes = plan(chosen)
     failed = dict[str, str]()
-    try:
-        if not tables:
-            _copy_prompts(chosen, place)
-            failed = _carry_out(chosen, nodes, place, jobs or os.cpu_count() or 1)
-    except KeyboardInterrupt:
+    with nullcontext() if tables else locked(place.out, timeout_s=1.0), _stopping_when_full(place):
+        write_json_atomic(known, about)
+        try:
+            if not tables:
+                _copy_prompts(chosen, place)
+                failed = _carry_out(chosen, nodes, place, jobs or os.cpu_count() or 1)
+        except KeyboardInterrupt:
+            results = _write(chosen, sha256, place, quick)
+            raise Stopped(f"{results.done} of {results.total} are done; run it again to go on") from None
         results = _write(chosen, sha256, place, quick)
-        raise Stopped(f"{results.done} of {results.total} are done; run it again to go on") from None
-    results = _write(chosen, sha256, place, quick)
     if json:
         console.print_json(data=read_json(place.out / "comparison.json"))
     else:
@@ -77,6 +80,19 @@ def compare(
     if failed:
         key, why = next((key, why) for key, why in failed.items() if not why.startswith("needs "))
         raise UserError(f"{len(failed)} of {len(nodes)} could not be done; first {key}: {why}")
+
+
+@contextmanager
+def _stopping_when_full(place: "Place") -> Iterator[None]:
+    """A full disk stops everything, with what has to be done, whether it was met here or in a worker."""
+    from opd_ray.comparison.workers import in_one_line
+    from opd_ray.storage.run_folder import stopping_when_full
+
+    try:
+        with stopping_when_full(place.out):
+            yield
+    except DiskFullError as error:
+        raise DiskFullError(in_one_line(error)) from None
 
 
 def _check_recipes(protocol: "Protocol", place: "Place") -> None:

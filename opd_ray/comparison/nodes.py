@@ -130,9 +130,9 @@ def needs_of(protocol: Protocol, name: str, seed: int) -> list[tuple[str, int]]:
 
 
 def after(protocol: Protocol, seed: int) -> int:
-    """The next of the protocol's seeds, and the first after the last."""
-    seeds = protocol.seeds
-    return seeds[(seeds.index(seed) + 1) % len(seeds)] if seed in seeds else seed
+    """The next of the protocol's seeds, and the first after the last; of all others, itself."""
+    seeds = (*protocol.seeds, *protocol.spare)
+    return seeds[(seeds.index(seed) + 1) % len(seeds)] if seed in protocol.seeds else seed
 
 
 def _trials(protocol: Protocol, name: str, nodes: dict[str, Node]) -> list[str]:
@@ -166,9 +166,15 @@ def rounds_of(protocol: Protocol, node: Node) -> int:
 
 
 def points_of(arm: Arm) -> list[int]:
-    """Rounds after which a curve has a point, the last among them."""
-    every = max(1, arm.rounds // arm.curve)
-    return sorted({*range(every, arm.rounds + 1, every), arm.rounds})
+    """Rounds after which a curve has a point: of the checkpoints, those nearest to equal parts, and the last."""
+    every, parts = _checkpoints_of(arm), range(1, arm.curve)
+    nearest = {every * max(1, round(arm.rounds * part / arm.curve / every)) for part in parts}
+    return sorted({*(point for point in nearest if point < arm.rounds), arm.rounds})
+
+
+def _checkpoints_of(arm: Arm) -> int:
+    """Rounds from one checkpoint to the next, of an arm with a curve."""
+    return max(1, arm.rounds // arm.curve)
 
 
 def overrides_of(protocol: Protocol, node: Node, place: Place) -> list[str]:
@@ -179,7 +185,7 @@ def overrides_of(protocol: Protocol, node: Node, place: Place) -> list[str]:
         rate = node.rate if node.rate is not None else rate_of(protocol, node.arm, place)
         chosen |= {"optimizer.lr": rate}
         if arm.curve and node.rate is None:
-            chosen |= {"checkpoint.every": points_of(arm)[0], "checkpoint.keep": 1000}
+            chosen |= {"checkpoint.every": _checkpoints_of(arm), "checkpoint.keep": 1000}
     chosen |= {"name": node.key, "seed": node.seed, "rounds": rounds_of(protocol, node)}
     chosen |= {"evaluation.images_per_task": 0, "cluster.runtime": "local"}
     return assignments(_filled(chosen, protocol, node.seed, place))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from opd_ray.config.section import Frozen
 from opd_ray.errors import ConfigError
@@ -176,6 +176,12 @@ class Protocol(Frozen):
     """By name."""
     quick: Quick
     """How --quick shortens it."""
+    _spare: tuple[int, ...] = PrivateAttr(())
+
+    @property
+    def spare(self) -> tuple[int, ...]:
+        """Of a quick run, the seed after its only one: `:next` names what is made with it, and no more is."""
+        return self._spare
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Protocol":
@@ -203,22 +209,36 @@ class Protocol(Frozen):
                 yield from ((arm, f"hypotheses.{name}") for arm in (test.of, *others))
 
     def shortened(self) -> "Protocol":
-        """One seed, no trials, few rounds and pictures."""
+        """One seed, with a second one for what `:next` names; trials of one round; few rounds and pictures."""
         few = self.quick.images_per_task
-
-        def rounds(arm: Arm) -> int:
-            return max(1, round(arm.rounds * self.quick.rounds))
-
-        return self.model_copy(
+        arms = self._shortened_arms()
+        one_round = 1 / max(arm.rounds for arm in arms.values())
+        shown = {"images_per_task": few, "varied": 2, "variants": 2, "curve_images": few}
+        tuning = {"rates": self.tuning.rates[:2], "rounds": one_round}
+        tuning |= {"images_per_task": min(few, self.tuning.images_per_task)}
+        chosen = self.model_copy(
             update={
                 "seeds": self.seeds[:1],
-                "tuning": self.tuning.model_copy(update={"rates": self.tuning.rates[:1]}),
-                "judged": self.judged.model_copy(
-                    update={"images_per_task": few, "varied": 2, "variants": 2, "curve_images": few}
-                ),
-                "arms": {name: arm.model_copy(update={"rounds": rounds(arm)}) for name, arm in self.arms.items()},
+                "tuning": self.tuning.model_copy(update=tuning),
+                "judged": self.judged.model_copy(update=shown),
+                "arms": arms,
             }
         )
+        chosen._spare = self.seeds[1:2]
+        return chosen
+
+    def _shortened_arms(self) -> dict[str, Arm]:
+        """Of few rounds; of each recipe's arms the first one alone has trials, whose rate is that of the others."""
+        arms, first, tried = dict[str, Arm](), dict[str, str](), dict[str, str]()
+        for name, arm in self.arms.items():
+            changes: dict[str, Any] = {"rounds": max(1, round(arm.rounds * self.quick.rounds))}
+            if arm.do == "train":
+                assert arm.recipe is not None
+                owner = arm.rate_of or first.setdefault(arm.recipe, name)
+                tried[name] = tried.get(owner, owner)
+                changes["rate_of"] = tried[name] if tried[name] != name else None
+            arms[name] = arm.model_copy(update=changes)
+        return arms
 
 
 def references(value: Any) -> list[tuple[str, bool]]:

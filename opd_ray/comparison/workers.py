@@ -14,9 +14,10 @@ from pathlib import Path
 
 from opd_ray.comparison.nodes import Node, Place
 from opd_ray.comparison.protocol import Protocol
-from opd_ray.errors import NotFiniteError, Stopped, TooManyFailedError, UserError
+from opd_ray.errors import DiskFullError, OpdRayError, Stopped, UserError
+from opd_ray.storage.run_folder import stopping_when_full
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "in_one_line"]
 
 PATIENCE_S = 120.0
 """How long a worker that is asked to stop may take for the round that it is in."""
@@ -50,6 +51,7 @@ class Workers:
 
         Raises:
             KeyboardInterrupt: asked to stop; every training has written a checkpoint.
+            DiskFullError: so it was for a node, and would be for all others.
         """
         left = [node for node in nodes if node.key not in done]
         try:
@@ -105,6 +107,8 @@ class Workers:
                 worker.process.join(5)
                 why = f"its process died ({worker.process.exitcode}); enough memory? Run the command again to go on"
                 self._workers.remove(worker)
+            if isinstance(why, DiskFullError):
+                raise why
             if why is None:
                 done.add(node.key)
             else:
@@ -126,6 +130,11 @@ class Workers:
         self._workers.clear()
 
 
+def in_one_line(error: OpdRayError) -> str:
+    """What it says, in the words of a comparison, which goes on without being asked to."""
+    return " ".join(str(error).splitlines()).replace("go on with --resume", "run the command again")
+
+
 def _serve(pipe: Connection, protocol: Protocol, place: Place, log: Path) -> None:
     """A worker's life. In a process group of its own, so that Ctrl-C reaches it through the driver alone."""
     os.setpgrp()
@@ -139,17 +148,18 @@ def _serve(pipe: Connection, protocol: Protocol, place: Place, log: Path) -> Non
             node = pipe.recv()
         except (EOFError, OSError):  # the driver is gone, or has nothing more
             return
-        why: str | None = None
+        why: str | DiskFullError | None = None
         try:
-            perform(protocol, node, place)
-        except (NotFiniteError, TooManyFailedError, UserError) as error:
-            why = " ".join(str(error).splitlines())
-        except Stopped:  # as the driver asked
-            return
+            with stopping_when_full(place.out):
+                perform(protocol, node, place)
+        except DiskFullError as error:
+            why = error
+        except (Stopped, UserError) as error:
+            why = in_one_line(error)
         except Exception as error:
             traceback.print_exc()
             why = f"{type(error).__name__}: {error} ({log} has the rest)"
         try:
             pipe.send(why)
-        except OSError:
+        except OSError:  # the driver is gone, or asked for the stop and waits for no answer
             return

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from opd_ray.errors import RunFolderError, Stopped
+from opd_ray.errors import DiskFullError, RunFolderError
 from opd_ray.storage import run_folder
 
 __all__ = ["Checkpoint", "commit", "deserialise", "newest", "save", "serialise"]
@@ -67,7 +67,7 @@ def commit(run_dir: Path, round: int, contents: Mapping[str, bytes], *, attempt:
 
     Raises:
         RunFolderError: a newer attempt has claimed the folder, or it cannot be written.
-        Stopped: the disk is full.
+        DiskFullError: there is no room for it.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, expected at least 1")
@@ -91,7 +91,7 @@ def commit(run_dir: Path, round: int, contents: Mapping[str, bytes], *, attempt:
         _refuse_older(run_dir, attempt)  # a newer attempt removes our temporary folder: say that
         if error.errno in run_folder.FULL:
             shutil.rmtree(temporary, ignore_errors=True)  # the run's last words need room too
-            raise Stopped(_no_room(target, sum(map(len, contents.values())), error)) from None
+            raise DiskFullError(_no_room(target, sum(map(len, contents.values())), error)) from None
         raise RunFolderError(f"{target}: cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -13,7 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from opd_ray.errors import RunFolderError, Stopped
+from opd_ray.errors import DiskFullError, RunFolderError
 
 __all__ = [
     "FULL",
@@ -192,14 +192,14 @@ def stopping_when_full(folder: Path) -> Iterator[None]:
     """A full disk stops what is done here, resumably.
 
     Raises:
-        Stopped: there was no room for a file.
+        DiskFullError: there was no room for a file.
     """
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise Stopped(
+        raise DiskFullError(
             f"{error.filename or folder}: cannot be written ({os.strerror(error.errno)}); the last good checkpoint "
             "stays. Free some room, then go on with --resume"
         ) from None

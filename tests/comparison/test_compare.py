@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from opd_ray.errors import RunFolderError
 from opd_ray.recipes import load
 from opd_ray.storage.run_folder import read_json
 from tests.comparison.test_protocol import small, written
+from tests.conftest import SmallDisk
 
 LORA = {"student.lora": {"rank": 2, "alpha": 4}, "student.guidance": 1.0, "sampling.steps": 2}
 
@@ -139,3 +142,49 @@ def test_an_arm_that_fails_stops_what_needs_it_and_nothing_else(tmp_path: Path) 
     assert "nowhere.txt" in last
     assert "Traceback" not in found.stderr
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"].keys() == {"base"}
+
+
+def alone(name: str, **changes: Any) -> dict[str, Any]:
+    """The base and one arm of `tiny`."""
+    data = tiny() | changes
+    return data | {"arms": {one: data["arms"][one] for one in ("base", name)}, "hypotheses": {}}
+
+
+def test_a_full_disk_in_training_stops_the_comparison_with_its_reason(
+    small_disk: Callable[[Path, int], SmallDisk], tmp_path: Path
+) -> None:
+    """Files of a run, pictures and tables find no room; nothing else is tried, and more room is enough to go on."""
+    out = tmp_path / "out"
+    disk = small_disk(out, 2 * 2**20)
+    data = alone("teacher")
+    data["arms"] = {"teacher": data["arms"]["teacher"], "base": data["arms"]["base"]}
+    protocol = written(tmp_path, data)
+    disk.fill(12 * 4096)
+    found = run(protocol, out)
+    assert found.returncode == 3, found.stderr
+    last = found.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"stopped: {out}/work/teacher-s0"), last
+    assert "cannot be written (No space left on device)" in last
+    assert last.endswith("Free some room, then run the command again")
+    assert "memory" not in found.stderr
+    assert "Traceback" not in found.stderr
+    assert not (out / "judged").exists()
+    disk.enlarge(64 * 2**20)
+    again = run(protocol, out)
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_full_disk_under_the_tables_stops_in_one_line(
+    done: tuple[Path, Path, str], small_disk: Callable[[Path, int], SmallDisk], tmp_path: Path
+) -> None:
+    protocol, finished, _ = done
+    out = tmp_path / "out"
+    disk = small_disk(out, 4 * 2**20)
+    for part in ("protocol.json", "judged", "costs", "pictures"):
+        copy = shutil.copytree if (finished / part).is_dir() else shutil.copy
+        copy(finished / part, out / part)
+    disk.fill(4096)
+    found = run(protocol, out, "--tables")
+    assert found.returncode == 3, found.stderr
+    assert found.stderr.startswith(f"stopped: {out}"), found.stderr
+    assert found.stderr.endswith("Free some room, then run the command again\n")

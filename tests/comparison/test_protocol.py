@@ -1,5 +1,6 @@
 """What a protocol may say, and what it comes to."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,11 @@ import pytest
 import yaml
 
 from opd_ray.commands.compare import compare
-from opd_ray.comparison.nodes import Node, Place, overrides_of, plan, rate_of, rounds_of
+from opd_ray.comparison.nodes import Node, Place, overrides_of, plan, points_of, rate_of, rounds_of
 from opd_ray.comparison.protocol import Protocol, read_protocol
 from opd_ray.errors import ConfigError, RunFolderError
 from opd_ray.recipes import load
-from opd_ray.storage.run_folder import write_json_atomic
+from opd_ray.storage.run_folder import locked, write_json_atomic
 
 COMMITTED = Path(__file__).parents[2] / "protocol.yaml"
 AFTERWARDS = COMMITTED.parent / "benchmarks" / "full_trials.yaml"
@@ -108,6 +109,52 @@ def test_the_better_trial_gives_the_rate(tmp_path: Path) -> None:
     assert rounds_of(protocol, Node("student-lr0.001", "train", "student", 9, (), 1e-3)) == 2
 
 
+def test_a_quick_run_tries_rates_and_makes_what_the_next_seed_names() -> None:
+    """Of each recipe the first arm tries two rates for one round; of the second seed nothing is judged."""
+    data = small()
+    data["tuning"]["rates"] = [1e-3, 4e-3, 8e-3]
+    more = {"group": "Main", "says": "another", "recipe": "demo", "rounds": 40}
+    data["arms"] |= {"other": more, "third": more | {"rate_of": "other"}}
+    protocol = pickle.loads(pickle.dumps(Protocol.model_validate(data).shortened()))  # as it comes to a worker
+    nodes = {node.key: node for node in plan(protocol)}
+    trials = {f"{name}-lr{rate}" for name in ("teacher", "student") for rate in ("0.001", "0.004")}
+    assert {key for key, node in nodes.items() if node.rate is not None} == trials | {f"trials/{one}" for one in trials}
+    assert {rounds_of(protocol, nodes[key]) for key in trials} == {1}
+    assert rounds_of(protocol, nodes["other-s0"]) == 4
+    of_student = {key for key in nodes if key.startswith("trials/student")}
+    assert of_student == set(nodes["other-s0"].needs) == set(nodes["third-s0"].needs)
+    assert {"teacher-s0", "teacher-s1"} < set(nodes["student-s0"].needs)
+    assert [key for key in nodes if key.endswith("-s1")] == ["teacher-s1"]
+    of_seed_0 = Node("student-s0", "train", "student", 0, (), rate=1e-3)
+    (teachers,) = (one for one in overrides_of(protocol, of_seed_0, Place(Path("no"))) if one.startswith("teachers="))
+    named = yaml.safe_load(teachers.partition("=")[2])
+    assert [Path(one["lora"]).name for one in named.values()] == ["teacher-s0", "teacher-s1"]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "curve", "points"),
+    [
+        (70, 4, [17, 34, 51, 70]),
+        (20, 4, [5, 10, 15, 20]),
+        (7, 4, [2, 4, 5, 7]),
+        (1, 4, [1]),
+        (3, 4, [1, 2, 3]),
+        (9, 1, [9]),
+    ],
+)
+def test_a_curve_has_as_many_points_as_were_asked_for(rounds: int, curve: int, points: list[int]) -> None:
+    """Each of them at a checkpoint of the run."""
+    data = small()
+    data["arms"]["teacher"] |= {"rounds": rounds, "curve": curve}
+    data["tuning"]["rates"] = [1e-3]
+    protocol = Protocol.model_validate(data)
+    assert points_of(protocol.arms["teacher"]) == points
+    chosen = overrides_of(protocol, Node("teacher-s0", "train", "teacher", 0, (), None), Place(Path("nowhere")))
+    (every,) = (int(one.partition("=")[2]) for one in chosen if one.startswith("checkpoint.every="))
+    assert every == max(1, rounds // curve)
+    assert all(point % every == 0 or point == rounds for point in points)
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -143,6 +190,21 @@ def test_a_folder_keeps_to_its_protocol(tmp_path: Path) -> None:
     write_json_atomic(out / "protocol.json", {"sha256": "of another", "quick": False})
     with pytest.raises(RunFolderError, match="another protocol"):
         compare(written(tmp_path, small()), out=out)
+
+
+def test_two_comparisons_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    """But tables of what is there so far may be written at any time."""
+    data = small(hypotheses={})
+    data["arms"] = {"base": data["arms"]["base"]}
+    out, protocol = tmp_path / "out", written(tmp_path, data)
+    out.mkdir()
+    with locked(out):
+        with pytest.raises(RunFolderError, match="out is locked by another process for more than 1 s; stop the other"):
+            compare(protocol, out=out)
+        assert [file.name for file in out.iterdir()] == [".lock"]
+        write_json_atomic(out / "protocol.json", {"sha256": read_protocol(protocol)[1], "quick": False})
+        compare(protocol, out=out, tables=True)
+    assert (out / "comparison.md").is_file()
 
 
 @pytest.mark.parametrize("path", [COMMITTED, AFTERWARDS], ids=["protocol", "full_trials"])
