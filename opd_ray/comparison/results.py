@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_ray.comparison.nodes import Place, key_of, needs_of, plan, rate_of, trial_key
+from opd_ray.comparison.nodes import Node, Place, key_of, needs_of, plan, rate_of, trial_key
 from opd_ray.comparison.protocol import AVERAGE, Protocol
 from opd_ray.comparison.verdicts import Scores, Verdict, decide
 from opd_ray.evaluation.gauges import Gauge, mean_of
@@ -75,6 +75,8 @@ class Results:
     """Arm -> learning rate -> average at the prompts of tuning."""
     cosines: dict[str, dict[int, dict[str, dict[str, float]]]]
     """Arm -> seed -> start or end -> pair of tasks -> cosine."""
+    code: tuple[str, ...]
+    """The states of the code that made it; `unknown` where that was not written down yet."""
     done: int
     total: int
     quick: bool
@@ -110,6 +112,7 @@ def gather(protocol: Protocol, sha256: str, place: Place, *, quick: bool = False
         tuple(decide(name, hypothesis, known, protocol.seeds) for name, hypothesis in protocol.hypotheses.items()),
         _trials(protocol, place),
         cosines,
+        _code(nodes, place),
         sum(place.done(node) for node in nodes),
         len(nodes),
         quick,
@@ -172,6 +175,12 @@ def _before(protocol: Protocol, name: str, seed: int) -> set[tuple[str, int]]:
 def _longest(protocol: Protocol, kind: str, name: str, seed: int, place: Place) -> float:
     chains = (_longest(protocol, kind, *need, place) for need in needs_of(protocol, name, seed))
     return _own(protocol, kind, name, seed, place) + max(chains, default=0.0)
+
+
+def _code(nodes: Sequence[Node], place: Place) -> tuple[str, ...]:
+    files = [place.cost(node.key) for node in nodes if node.kind in ("train", "record", "merge")]
+    told = [read_json(file).get("code", ["unknown"]) for file in files if file.is_file()]
+    return tuple(sorted({state for states in told for state in states}))
 
 
 def _trials(protocol: Protocol, place: Place) -> dict[str, dict[str, float]]:

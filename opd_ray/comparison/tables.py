@@ -29,6 +29,8 @@ def _page(results: Results, out: Path, pictures: Mapping[Path, str]) -> Iterator
     seeds = ", ".join(map(str, protocol.seeds))
     yield f"# {protocol.name}\n"
     yield f"Protocol sha256 `{results.sha256}`; seeds {seeds}; {results.done} of {results.total} pieces of work done.\n"
+    if results.code:
+        yield f"Trained and merged by {', '.join(f'`{one}`' for one in results.code)} (version and hash of code).\n"
     if results.quick:
         yield "**A quick run**, of few rounds and pictures: it shows that all of it runs, and finds nothing.\n"
     else:
@@ -183,6 +185,7 @@ def _data(results: Results) -> dict[str, Any]:
     return {
         "protocol_sha256": results.sha256,
         "quick": results.quick,
+        "code": results.code,
         "done": results.done,
         "total": results.total,
         "hypotheses": {verdict.name: verdict.told() for verdict in results.verdicts},
