@@ -76,7 +76,7 @@ def _samples(results: Results, columns: list[str], out: Path) -> list[Sample]:
 def _chart(points: Mapping[str, list[dict[str, float]]], along: str, score: str, file: Path) -> Path:
     """Means over seeds of every arm on its way, as a picture that needs no page around it."""
     lines = [
-        Series(name, number, tuple((point[along], point[score]) for point in own if score in point))
+        Series(name, number, tuple((round(point[along], 3), point[score]) for point in own if score in point))
         for number, (name, own) in enumerate(points.items())
     ]
     label = f"{score} over {along}"
