@@ -5,8 +5,14 @@ import math
 import pytest
 import torch
 
+from opd_ray.algorithms import Facts
 from opd_ray.algorithms.advantages import PromptStatistics, combined, group_advantages, preferences
-from opd_ray.types import Prompt, WorkItem
+from opd_ray.algorithms.flow_grpo import FlowGrpo
+from opd_ray.algorithms.grpo_guard import GrpoGuard
+from opd_ray.algorithms.nft import DiffusionNft
+from opd_ray.config import FlowGrpoConfig, GrpoGuardConfig, NftConfig
+from opd_ray.types import Experience, Prompt, Trajectory, WorkItem
+from tests.algorithms.parts import VERSION
 
 NAN, FAILED = math.nan, math.inf
 PROMPTS = tuple(Prompt(name, name, "a") for name in "ppqq")
@@ -46,3 +52,57 @@ def test_a_group_is_compared_without_it(per_prompt):
     rewards = torch.tensor([1.0, NAN, 3.0])
     advantages, ties = group_advantages(prompts, rewards, per_prompt=per_prompt, eps=0.0)
     assert advantages.tolist() == [-1, 0, 1] and ties.tolist() == [0, 0, 0]
+
+
+SIGMAS = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+def slopes(algorithm, velocity, rows, rewards, group):
+    """A loss of an item with these rows of what is at hand, and its gradient by the student's velocity.
+
+    Of a second update, in which the student is not what drew. Steps and noise are by place: leave out the last rows.
+    """
+    one = WorkItem(0, "a", 0, 0, (PROMPTS[0],) * len(rows), tuple(rows), (0, 1, 2))
+    algorithm.facts = Facts(seed=3, num_steps=4, images_per_prompt=group)
+    algorithm.observe([(one, {"x": torch.tensor(rewards)})])
+    rng = torch.Generator().manual_seed(0)
+    latents, drawn = (torch.randn(3, 5, 2, 2, 2, generator=rng)[rows] for _ in range(2))
+    path = Trajectory(one, VERSION, SIGMAS, latents, {}, {}, velocities=0.01 * drawn[:, :4])
+    forward = next(iter(algorithm.forwards(Experience(one, path), 1)))
+    known = {name: part[rows] for name, part in velocity.items()}
+    student = known.pop("student").requires_grad_()
+    value = algorithm.loss(forward, {**known, "student": student}).value
+    return value, torch.autograd.grad(value, student)[0]
+
+
+def require_as_if_it_were_not_there(algorithm):
+    """Of three images one has no score: the gradient is that of the two others alone, and nothing of it."""
+    rng = torch.Generator().manual_seed(1)
+    velocity = {name: 0.01 * torch.randn(3, 2, 2, 2, generator=rng) for name in ("student", "old", "reference")}
+    value, slope = slopes(algorithm, velocity, [0, 1, 2], [0.0, 2.0, FAILED], 3)
+    alone, expected = slopes(algorithm, velocity, [0, 1], [0.0, 2.0], 2)
+    assert torch.equal(slope[2], torch.zeros(2, 2, 2)) and float(expected.abs().min()) > 0
+    torch.testing.assert_close(slope[:2], expected)
+    torch.testing.assert_close(value, alone)
+
+
+@pytest.mark.parametrize("weighting", ["adaptive", "plain"])
+def test_diffusion_nft_learns_as_if_the_image_were_not_there(weighting):
+    """Also where the student is no longer `old`, to which an advantage of 0 would draw it."""
+    config = NftConfig(name="diffusion_nft", weighting=weighting, kl=0.1)
+    require_as_if_it_were_not_there(DiffusionNft(config))
+
+
+@pytest.mark.parametrize(("kind", "name"), [(FlowGrpo, "flow_grpo"), (GrpoGuard, "grpo_guard")])
+def test_grpo_learns_as_if_the_image_were_not_there(kind, name):
+    """Its KL with the frozen start, too."""
+    config = (FlowGrpoConfig if kind is FlowGrpo else GrpoGuardConfig)(name=name, kl=0.1, clip_range=0.99)
+    require_as_if_it_were_not_there(kind(config))
+
+
+def test_an_item_of_failures_alone_teaches_nothing():
+    velocity = {
+        name: torch.full((3, 2, 2, 2), float(number)) for number, name in enumerate(("student", "old", "reference"))
+    }
+    value, slope = slopes(DiffusionNft(NftConfig(name="diffusion_nft", kl=0.1)), velocity, [0, 1], [FAILED, FAILED], 2)
+    assert value.item() == 0 and not slope.any()
