@@ -139,7 +139,7 @@ class Standing(NamedTuple):
     advantage: Tensor
     """Within the clip; 0 where a reward failed."""
     tied: Tensor
-    """1 where all of the group have the same reward, else 0."""
+    """1 where two or more of the group have a reward, and all of them the same, else 0."""
     scored: Tensor
     """1, or 0 where a reward failed: such an image is not learned from."""
 
@@ -210,7 +210,7 @@ def group_advantages(
         eps: added to the deviation.
 
     Returns:
-        [N] float32 advantages; and [N] float32, 1 where all images of the prompt have the same reward.
+        [N] float32 advantages; and [N] float32, 1 where the prompt has two rewards or more, all the same.
     """
     rewards = rewards.double()
     groups, tasks = dict[tuple[str, str], list[int]](), dict[str, list[int]]()
@@ -225,7 +225,7 @@ def group_advantages(
         own = rewards[rows]
         mean, deviation = _mean_and_deviation(own)
         advantages[rows] = (own - mean) / ((deviation if per_prompt else of_task[task]) + eps)
-        ties[rows] = float((own == own[0]).all())
+        ties[rows] = float(len(rows) > 1 and bool((own == own[0]).all()))
     return advantages.float(), ties.float()
 
 

@@ -65,8 +65,9 @@ class FlowGrpo(Compared):
         told = {
             "ratio": drift,
             "clipped": (ratio.detach().expm1().abs() > clip).float().mean(),
-            "ties": over_scored(forward.inputs["tied"], scored),
         }
+        if bool(scored.any()):
+            told["ties"] = over_scored(forward.inputs["tied"], scored)
         if self.config.kl:
             kl = self._divergence(forward, velocity["student"], velocity["reference"])
             weighted = length * kl if self.kernel in SDES else kl

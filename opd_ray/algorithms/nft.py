@@ -137,7 +137,7 @@ class DiffusionNft(Algorithm):
         if config.kl:
             drift = over_scored((student - velocity["reference"]).square().flatten(1).mean(1), scored)
             value, told = value + config.kl * drift, told | {"drift": drift.detach()}
-        return Loss(value, told)
+        return Loss(value, told if bool(scored.any()) else {})
 
 
 def branch_errors(

@@ -46,6 +46,13 @@ def test_it_is_neither_remembered_nor_an_advantage():
     assert PromptStatistics(8, 2).advantages(prompts, torch.full((3, 1), NAN)).abs().max() == 0
 
 
+def test_a_group_with_one_score_is_no_tie():
+    """Nothing was compared; nor is a failed image part of the share of those that tie."""
+    prompts = [Prompt(name, name, "a") for name in "ppqqq"]
+    _, ties = group_advantages(prompts, torch.tensor([1.0, NAN, 2.0, 2.0, NAN]), per_prompt=False)
+    assert ties.tolist() == [0, 0, 1, 1, 0]
+
+
 @pytest.mark.parametrize("per_prompt", [True, False])
 def test_a_group_is_compared_without_it(per_prompt):
     prompts = [Prompt("p", "p", "a")] * 3
@@ -71,19 +78,21 @@ def slopes(algorithm, velocity, rows, rewards, group):
     forward = next(iter(algorithm.forwards(Experience(one, path), 1)))
     known = {name: part[rows] for name, part in velocity.items()}
     student = known.pop("student").requires_grad_()
-    value = algorithm.loss(forward, {**known, "student": student}).value
-    return value, torch.autograd.grad(value, student)[0]
+    found = algorithm.loss(forward, {**known, "student": student})
+    return found, torch.autograd.grad(found.value, student)[0]
 
 
 def require_as_if_it_were_not_there(algorithm):
     """Of three images one has no score: the gradient is that of the two others alone, and nothing of it."""
     rng = torch.Generator().manual_seed(1)
     velocity = {name: 0.01 * torch.randn(3, 2, 2, 2, generator=rng) for name in ("student", "old", "reference")}
-    value, slope = slopes(algorithm, velocity, [0, 1, 2], [0.0, 2.0, FAILED], 3)
+    found, slope = slopes(algorithm, velocity, [0, 1, 2], [0.0, 2.0, FAILED], 3)
     alone, expected = slopes(algorithm, velocity, [0, 1], [0.0, 2.0], 2)
     assert torch.equal(slope[2], torch.zeros(2, 2, 2)) and float(expected.abs().min()) > 0
     torch.testing.assert_close(slope[:2], expected)
-    torch.testing.assert_close(value, alone)
+    torch.testing.assert_close(found.value, alone.value)
+    tied, _ = slopes(algorithm, velocity, [0, 1, 2], [2.0, 2.0, FAILED], 3)
+    assert found.metrics["ties"] == 0 and tied.metrics["ties"] == 1, "a share of those with a score"
 
 
 @pytest.mark.parametrize("weighting", ["adaptive", "plain"])
@@ -100,9 +109,13 @@ def test_grpo_learns_as_if_the_image_were_not_there(kind, name):
     require_as_if_it_were_not_there(kind(config))
 
 
-def test_an_item_of_failures_alone_teaches_nothing():
+@pytest.mark.parametrize(
+    "algorithm",
+    [DiffusionNft(NftConfig(name="diffusion_nft", kl=0.1)), FlowGrpo(FlowGrpoConfig(name="flow_grpo", kl=0.1))],
+)
+def test_an_item_of_failures_alone_teaches_nothing(algorithm):
     velocity = {
         name: torch.full((3, 2, 2, 2), float(number)) for number, name in enumerate(("student", "old", "reference"))
     }
-    value, slope = slopes(DiffusionNft(NftConfig(name="diffusion_nft", kl=0.1)), velocity, [0, 1], [FAILED, FAILED], 2)
-    assert value.item() == 0 and not slope.any()
+    found, slope = slopes(algorithm, velocity, [0, 1], [FAILED, FAILED], 2)
+    assert found.value.item() == 0 and not slope.any() and "ties" not in found.metrics
