@@ -176,18 +176,21 @@ class Whitened(Compared):
         super().__init__(config)
         self._limit = config.advantage_clip
         self._statistics = PromptStatistics(config.buffer, config.buffer_least)
-        self._advantages: dict[int, Tensor] = {}
+        self._known: dict[int, dict[str, Tensor]] = {}
 
     def whiten(self, values: Sequence[tuple[WorkItem, Tensor]]) -> None:
-        """Remember a round's values, each [B, N] by step or [B, 1], and take their advantages."""
+        """Remember a round's values, each [B, N] by step or [B, 1] (NaN: failed), and take their advantages."""
         prompts: list[Prompt] = [prompt for item, _ in values for prompt in item.prompts]
         whitened = self._statistics.advantages(prompts, torch.cat([one for _, one in values]))
-        parts = whitened.split([len(item.prompts) for item, _ in values])
-        self._advantages = {item.position: part for (item, _), part in zip(values, parts, strict=True)}
+        parts = whitened.clamp(-self._limit, self._limit).split([len(item.prompts) for item, _ in values])
+        self._known = {
+            item.position: {"advantage": part, "scored": (~one.isnan().any(1, keepdim=True)).float()}
+            for (item, one), part in zip(values, parts, strict=True)
+        }
 
     def known(self, item: WorkItem) -> Mapping[str, Tensor]:
-        """The advantages, as far as they go."""
-        return {"advantage": self._advantages[item.position].clamp(-self._limit, self._limit)}
+        """The advantages, as far as they go, and which images have a score."""
+        return self._known[item.position]
 
     def state_dict(self) -> dict[str, Any]:
         """The last values of each prompt."""
