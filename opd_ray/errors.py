@@ -11,6 +11,7 @@
     ├── Stopped                   exit 3: the run stopped and can be resumed
     │   ├── NotFiniteError        NaN or infinity in an answer, a loss or a weight
     │   ├── TooManyFailedError    a reward failed on more pictures than it may
+    │   ├── DriftError            rollout and learner compute differently; nothing of the round was trained
     │   └── LearnerLostError      a learner rank died or does not answer; the run begins again from its checkpoint
     └── RuntimeFault              exit 1: inside one run the pool may still recover from it
         ├── StaleWeightsError     a draw was asked of weights whose delivery was not proven
@@ -25,6 +26,7 @@ Every error crosses process borders, so each takes one message and stays picklab
 __all__ = [
     "BadInputError",
     "ConfigError",
+    "DriftError",
     "InputLostError",
     "LearnerLostError",
     "ModelError",
@@ -92,6 +94,10 @@ class NotFiniteError(Stopped, ArithmeticError):
 
 class TooManyFailedError(Stopped):
     """A reward failed on more pictures than it may."""
+
+
+class DriftError(Stopped):
+    """Rollout and learner compute differently, as a round's first update finds before it changes a weight."""
 
 
 class LearnerLostError(Stopped):

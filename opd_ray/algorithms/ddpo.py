@@ -39,7 +39,7 @@ class Ddpo(Whitened):
     def loss(self, forward: Forward, velocity: Mapping[str, Tensor]) -> Loss:
         """Eq. 6, mean over those of the batch that have a score."""
         ratio, clip = self.log_ratio(forward, velocity["student"], forward.inputs["drawn"]), self.config.clip_range
-        drift = self.require_same_policy(forward, ratio, clip)
+        drift, refused = self.drift(forward, ratio, clip)
         each = clipped_surrogate(ratio, forward.inputs["advantage"], clip)
         clipped = (ratio.detach().expm1().abs() > clip).float().mean()
-        return Loss(over_scored(each, forward.inputs["scored"]), {"ratio": drift, "clipped": clipped})
+        return Loss(over_scored(each, forward.inputs["scored"]), {"ratio": drift, "clipped": clipped}, refused)

@@ -58,7 +58,7 @@ class FlowGrpo(Compared):
         """Eq. 5 at one step of each image, mean over those of the batch that have a score."""
         scored = forward.inputs["scored"]
         ratio, clip = self.log_ratio(forward, velocity["student"], forward.inputs["drawn"]), self.config.clip_range
-        drift = self.require_same_policy(forward, ratio, clip)
+        drift, refused = self.drift(forward, ratio, clip)
         length = torch.as_tensor(forward.t - forward.t_next)  # |dt|, [B] or one number
         each = clipped_surrogate(ratio, forward.inputs["advantage"], clip)
         value = over_scored(each / length if self.evened else each, scored)
@@ -73,7 +73,7 @@ class FlowGrpo(Compared):
             weighted = length * kl if self.kernel in SDES else kl
             value = value + self.config.kl * over_scored(weighted, scored)
             told["kl"] = over_scored(kl.detach(), scored)
-        return Loss(value, told)
+        return Loss(value, told, refused)
 
     def _divergence(self, forward: Forward, student: Tensor, start: Tensor) -> Tensor:
         """The KL [B] of the student's step from the frozen start's, a mean over C, H, W."""

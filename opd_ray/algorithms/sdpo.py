@@ -85,7 +85,7 @@ class Sdpo(Whitened):
     def loss(self, forward: Forward, velocity: Mapping[str, Tensor]) -> Loss:
         """The regression of reward differences at one step of each pair, mean over the pairs that have scores."""
         ratio = self.log_ratio(forward, velocity["student"], forward.inputs["drawn"])
-        drift = self.require_same_policy(forward, ratio, self.config.clip_range)
+        drift, refused = self.drift(forward, ratio, self.config.clip_range)
         each = reward_difference(
             ratio,
             forward.inputs["advantage"],
@@ -93,7 +93,7 @@ class Sdpo(Whitened):
             self.config.clip_range,
         )
         clipped = (ratio.detach().abs() > self.config.clip_range).float().mean()
-        return Loss(over_scored(each, forward.inputs["scored"][::2]), {"ratio": drift, "clipped": clipped})
+        return Loss(over_scored(each, forward.inputs["scored"][::2]), {"ratio": drift, "clipped": clipped}, refused)
 
 
 def clean_predictions(trajectory: Trajectory) -> Tensor:

@@ -16,7 +16,7 @@ from opd_ray.algorithms.advantages import PromptStatistics
 from opd_ray.algorithms.base import Algorithm, Forward, first_steps, part_of
 from opd_ray.config import StepwiseConfig, WhitenedConfig
 from opd_ray.diffusion import KERNELS, Step, log_ratio
-from opd_ray.errors import ConfigError, Stopped
+from opd_ray.errors import ConfigError, DriftError
 from opd_ray.seeds import generator
 from opd_ray.types import Experience, Prompt, WorkItem
 
@@ -130,23 +130,24 @@ class Stepwise(Algorithm):
         mine = kernel(forward.x, velocity, forward.t, forward.t_next, self.noise_level)
         return mine, kernel(forward.x, other, forward.t, forward.t_next, self.noise_level)
 
-    def require_same_policy(self, forward: Forward, ratio: Tensor, clip: float) -> Tensor:
-        """The largest log-ratio of a forward, which has to vanish in a round's first update.
+    def drift(self, forward: Forward, ratio: Tensor, clip: float) -> tuple[Tensor, DriftError | None]:
+        """The largest log-ratio [] of a forward, which has to vanish in a round's first update.
 
         There the learner has the very weights that drew: what it finds is how far its arithmetic is from the rollouts'.
         With staleness that holds of the run's first round alone.
 
-        Raises:
-            Stopped: they differ by more than a part of the clip range: their difference is what would be learned.
+        Returns:
+            And an error where it is more than a part of the clip range: their difference is what would be learned.
         """
         largest = ratio.detach().abs().max()
-        if "first" in forward.inputs and clip and float(largest) > DRIFT * clip:
-            raise Stopped(
-                f"before the first update the learner finds the likelihood of drawn steps changed by "
-                f"{float(largest):.2g}, more than {DRIFT:g} of algorithm.clip_range {clip:g}: rollout and learner "
-                "compute differently. Give both the same precision, device and attention kernels, or raise clip_range"
-            )
-        return largest
+        if "first" not in forward.inputs or not clip or float(largest) <= DRIFT * clip:
+            return largest, None
+        return largest, DriftError(
+            f"before the first update the learner finds the likelihood of drawn steps changed by "
+            f"{float(largest):.2g}, more than {DRIFT:g} of algorithm.clip_range {clip:g}: rollout and learner "
+            "compute differently. Give both the same precision, device and attention kernels, or raise clip_range; "
+            "then go on with --resume --force"
+        )
 
 
 class Compared(Stepwise):

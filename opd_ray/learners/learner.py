@@ -14,7 +14,7 @@ from opd_ray.actors.rollout import probe_velocity
 from opd_ray.algorithms.base import Algorithm, Forward
 from opd_ray.config import EmaConfig, LoraConfig, OptimizerConfig
 from opd_ray.digest import Digest
-from opd_ray.errors import NotFiniteError, OutOfOrderError, RunFolderError
+from opd_ray.errors import DriftError, NotFiniteError, OutOfOrderError, RunFolderError
 from opd_ray.learners.engine import Engine, LossScale, split_key
 from opd_ray.learners.sums import Sums, UpdateReport
 from opd_ray.models.base import Family
@@ -74,6 +74,8 @@ class Learner:
         self._taken = 0
         self._experience: dict[int, Experience] = {}
         self._sums = Sums()
+        self._unobserved: dict[str, Any] = {}
+        """The algorithm's state from before the round's scores."""
 
     def begin(self, items: Sequence[WorkItem]) -> None:
         """A round begins, or begins once more: there is nothing of it yet, and no gradient.
@@ -105,6 +107,7 @@ class Learner:
 
     def observe(self, scores: Sequence[tuple[WorkItem, Mapping[str, Tensor]]]) -> None:
         """Every item's scores, the same on every rank: once a round, when every rank has its items."""
+        self._unobserved = self.algorithm.state_dict()
         self.algorithm.observe(scores)
 
     def update(self, update: int) -> UpdateReport:
@@ -112,6 +115,7 @@ class Learner:
 
         Raises:
             NotFiniteError: on every rank alike, before any weight changed.
+            DriftError: likewise, in a round's first update; the state is that from before the round.
         """
         if self._taken < len(self._own):
             raise ValueError(f"rank {self.engine.rank} has {self._taken} of its {len(self._own)} work items")
@@ -127,7 +131,7 @@ class Learner:
         self._accumulate(own, selected, update, last=True)
         sums = self._sums
         lr = self._set_lr()
-        norm, skipped = self._step(sums.broken)
+        norm, skipped = self._step(sums)
         self.updates += 1
         self._average()
         return sums.report(norm, lr, skipped)
@@ -168,22 +172,32 @@ class Learner:
                 loss = self.algorithm.loss(forward, self._velocities(forward))
                 value = float(loss.value.detach())
                 # An infinite loss may have a finite gradient: NaN travels to the other ranks as well.
-                weight = self.algorithm.item_weight(item, selected) / count if math.isfinite(value) else math.nan
+                usable = math.isfinite(value) and loss.refused is None
+                weight = self.algorithm.item_weight(item, selected) / count if usable else math.nan
                 # Another rank has more: this one's last again, for nothing, so that the other is not left waiting.
                 share = loss.value * (weight if number <= len(work) else 0.0)
                 self.engine.backward(share, self.scale.value)
             if number <= len(work):
                 self._sums.add(item, forward.step, loss, float(share.detach()), count)
 
-    def _step(self, broken: str) -> tuple[float, bool]:
+    def _step(self, sums: Sums) -> tuple[float, bool]:
         """Clip and step; returns the gradient's norm, and whether an overflow in fp16 made this a step of nothing.
 
-        The norm is that of all ranks and a broken loss is asked for on all of them, so that every one decides alike.
+        The norm is that of all ranks, and all of them are asked for a loss that is broken or refused, so that every one
+        decides alike.
         """
         norm = self.engine.step(self.scale.value)
         overflow = not math.isfinite(norm)
-        if overflow and (self.engine.most(len(broken)) or not self.scale.enabled or self.scale.value <= 1):
-            raise NotFiniteError(f"the gradient of update {self.updates} is not finite{broken}; no weight was changed")
+        if overflow and self.engine.most(int(sums.refused is not None)):
+            self.algorithm.load_state_dict(self._unobserved)
+            raise sums.refused or DriftError(
+                "rollout and learner compute differently on another learner rank; give all of them the same precision, "
+                "device and attention kernels, then go on with --resume --force"
+            )
+        if overflow and (self.engine.most(len(sums.broken)) or not self.scale.enabled or self.scale.value <= 1):
+            raise NotFiniteError(
+                f"the gradient of update {self.updates} is not finite{sums.broken}; no weight was changed"
+            )
         self.scale.update(overflow=overflow)
         return (0.0 if overflow else norm), overflow
 
