@@ -289,7 +289,7 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """What was trained, the scores, the result and the report."""
-        ema, updates = self.config.ema, self.rounds * self.algorithm.updates_per_round
+        ema, updates = self.config.ema, self.rounds * self.algorithm.student_updates
         trained = trained_folder(self.config.model, self.config.student)
         if ema is not None and updates < ema.every:
             self.live.note(

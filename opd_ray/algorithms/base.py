@@ -109,6 +109,11 @@ class Algorithm(ABC):
     facts: Facts = Facts()
     """Of the run; ``make_algorithm`` gives them before anything is asked."""
 
+    @property
+    def student_updates(self) -> int:
+        """How many of a round's updates have forwards of the student."""
+        return self.updates_per_round
+
     def check(self, sigmas: Tensor) -> None:  # noqa: B027  (most algorithms have nothing to refuse)
         """Refuse a schedule that this algorithm cannot train on, before anything starts.
 

@@ -69,6 +69,8 @@ class Learner:
         self.scale = LossScale(enabled=family.dtype == torch.float16)
         self.ema = {name: engine.part(p).clone() for name, p in self.student.items()} if training.ema else None
         self.updates = 0
+        self.student_updates = 0
+        """Those of them that had forwards of the student: its average is of its weights after these."""
         self._items: tuple[WorkItem, ...] = ()
         self._own: tuple[WorkItem, ...] = ()
         self._taken = 0
@@ -128,12 +130,14 @@ class Learner:
             own = own[-1:]
         else:
             self._clear()
-        self._accumulate(own, selected, update, last=True)
+        due = self._accumulate(own, selected, update, last=True)
         sums = self._sums
         lr = self._set_lr()
         norm, skipped = self._step(sums)
         self.updates += 1
-        self._average()
+        if "student" in due:
+            self.student_updates += 1
+            self._average()
         return sums.report(norm, lr, skipped)
 
     @property
@@ -147,8 +151,12 @@ class Learner:
 
     def _accumulate(
         self, items: Sequence[WorkItem], selected: Sequence[WorkItem], update: int, *, last: bool = False
-    ) -> None:
-        """Add these items' share of an update over ``selected``; the update's last also reduce the gradients."""
+    ) -> list[str]:
+        """Add these items' share of an update over ``selected``; the update's last also reduce the gradients.
+
+        Returns:
+            The policies that had forwards.
+        """
         forwards = {item: list(self.algorithm.forwards(self._experience[item.position], update)) for item in items}
         due = [name for name in self._policies if any(one.policy == name for one in forwards[items[0]])]
         for policy in due:
@@ -161,6 +169,7 @@ class Learner:
         if self.algorithm.streams:
             for item in items:
                 del self._experience[item.position]  # nobody asks for it again
+        return due
 
     def _descend(
         self, work: Sequence[tuple[WorkItem, Forward, int]], selected: Sequence[WorkItem], *, last: bool
@@ -299,8 +308,9 @@ class Learner:
         """
         tensors = {group: self.collect(self._whole(held)) for group, held in self._groups().items()}
         tensors["optimizer"] = self.collect(self.engine.moments())
-        values = {"updates": self.updates, "algorithm": self.algorithm.state_dict(), "scaler": self.scale.state_dict()}
-        return LearnerState(tensors, values)
+        counts = {"updates": self.updates, "student_updates": self.student_updates}
+        own = {"algorithm": self.algorithm.state_dict(), "scaler": self.scale.state_dict()}
+        return LearnerState(tensors, counts | own)
 
     def load_state(self, state: LearnerState) -> None:
         """Take back what ``state`` gave.
@@ -330,6 +340,8 @@ class Learner:
         self.engine.written()
         self.engine.load_moments(moments)
         self.updates = int(state.values["updates"])
+        rounds = self.updates // self.algorithm.updates_per_round  # checkpoints did not always have the other count
+        self.student_updates = int(state.values.get("student_updates", rounds * self.algorithm.student_updates))
         self.algorithm.load_state_dict(state.values["algorithm"])
         self.scale.load_state_dict(state.values["scaler"])
 
@@ -374,14 +386,15 @@ class Learner:
 
     def _mean(self) -> Mapping[str, Held]:
         """The student's moving average, or its weights until there is one: before that it is the untrained start."""
-        if self.ema is not None and self.training.ema is not None and self.updates >= self.training.ema.every:
+        if self.ema is not None and self.training.ema is not None and self.student_updates >= self.training.ema.every:
             return self._averages(self.ema)
         return self._parts(self.student)
 
     def _average(self) -> None:
-        """EMA once an optimizer step, at its interval; the decay warms up, since the start is the base."""
-        if self.ema is None or self.training.ema is None or self.updates % self.training.ema.every:
+        """EMA once a step of the student, at its interval; the decay warms up, since the start is the base."""
+        done = self.student_updates
+        if self.ema is None or self.training.ema is None or done % self.training.ema.every:
             return
-        decay = min(self.training.ema.decay, (1 + self.updates) / (10 + self.updates))
+        decay = min(self.training.ema.decay, (1 + done) / (10 + done))
         for name, average in self.ema.items():
             average.lerp_(self.engine.part(self.student[name]), 1 - decay)
