@@ -12,6 +12,9 @@
     │   ├── NotFiniteError        NaN or infinity in an answer, a loss or a weight
     │   ├── TooManyFailedError    a reward failed on more pictures than it may
     │   ├── DiskFullError         there was no room for a file
+
+
+    │   ├── DriftError            rollout and learner compute differently; nothing of the round was trained
     │   └── LearnerLostError      a learner rank died or does not answer; the run begins again from its checkpoint
     └── RuntimeFault              exit 1: inside one run the pool may still recover from it
         ├── StaleWeightsError     a draw was asked of weights whose delivery was not proven
@@ -27,6 +30,7 @@ __all__ = [
     "BadInputError",
     "ConfigError",
     "DiskFullError",
+    "DriftError",
     "InputLostError",
     "LearnerLostError",
     "ModelError",
@@ -98,6 +102,10 @@ class TooManyFailedError(Stopped):
 
 class DiskFullError(Stopped):
     """There was no room for a file."""
+
+
+class DriftError(Stopped):
+    """Rollout and learner compute differently, as a round's first update finds before it changes a weight."""
 
 
 class LearnerLostError(Stopped):

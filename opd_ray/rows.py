@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +14,7 @@ from opd_ray.runtime.readers import PairsRead
 from opd_ray.runtime.usage import Usage
 from opd_ray.scoring import Picture
 
-__all__ = ["TimeBooks", "learned", "scored_pictures", "scores_of", "told_of_pairs"]
+__all__ = ["TimeBooks", "learned", "scored_pictures", "scores_of", "ties_alone", "told_of", "told_of_pairs"]
 
 SHOWN = 3
 """Broken pairs that are named at the end."""
@@ -121,6 +121,34 @@ def _pairs(batch: Round) -> dict[str, Any]:
     faults = [fault for read in found for fault in read.faults]
     counts = {"pairs": {"read": sum(read.pairs for read in found), "broken": len(faults)}} if found else {}
     return counts | ({"broken_pairs": faults} if faults else {})
+
+
+def ties_alone(row: Mapping[str, Any]) -> bool:
+    """Whether a round compared images, and all of them were as good as each other."""
+    ties = [share for steps in row.get("ties", {}).values() for share in steps.values()]
+    return bool(ties) and min(ties) == 1
+
+
+def told_of(row: Mapping[str, Any], teacher_of_task: Mapping[str, str], *, tied_before: bool) -> Iterator[str]:
+    """What of a round's row a person should know at once.
+
+    Args:
+        row: of any round.
+        teacher_of_task: names of teachers that are not their task's.
+        tied_before: whether an earlier round had ties alone, which is told once.
+    """
+    number = row["round"]
+    if row["skipped_steps"]:
+        yield f"round {number + 1}: the fp16 gradient overflowed; the step was skipped, the loss scale halved"
+    if ties_alone(row) and not tied_before:
+        yield (
+            f"round {number + 1}: the images of every prompt have equal rewards (ties 1 in metrics.jsonl): "
+            "nothing to learn"
+        )
+    for task, steps in row.get("gap", {}).items() if number == 0 else ():
+        if steps and not any(steps.values()):
+            name = teacher_of_task.get(task, task)
+            yield f"teacher {name} answers {task} exactly as the student does: it teaches nothing yet"
 
 
 def told_of_pairs(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -11,7 +11,15 @@ from typing import Any
 
 from opd_ray.algorithms import Algorithm
 from opd_ray.config import Config
-from opd_ray.errors import LearnerLostError, NotFiniteError, PlacementError, RunFolderError, Stopped, TooManyFailedError
+from opd_ray.errors import (
+    DriftError,
+    LearnerLostError,
+    NotFiniteError,
+    PlacementError,
+    RunFolderError,
+    Stopped,
+    TooManyFailedError,
+)
 from opd_ray.evaluation import Evaluation
 from opd_ray.experience import ExperienceSource, Round
 from opd_ray.learners import UpdateReport
@@ -23,7 +31,7 @@ from opd_ray.report.card import write_card
 from opd_ray.report.html import write_report
 from opd_ray.report.live import Live
 from opd_ray.report.run_folder import Round as RoundRow
-from opd_ray.rows import TimeBooks, learned, scored_pictures, scores_of, told_of_pairs
+from opd_ray.rows import TimeBooks, learned, scored_pictures, scores_of, ties_alone, told_of, told_of_pairs
 from opd_ray.runtime.dispatch import Dispatcher
 from opd_ray.runtime.group import Collected, LearnerGroup
 from opd_ray.runtime.handle import Weights
@@ -97,9 +105,14 @@ class Run:
 
         Raises:
             Stopped: it was lost again and again without a finished round in between.
+            DriftError: a round is not to be trained on; a checkpoint from before it was written.
         """
         try:
             yield
+        except DriftError:
+            self.dispatcher.abandon()
+            self.save()
+            raise
         except LearnerLostError as error:
             self._recover(error)
 
@@ -244,27 +257,13 @@ class Run:
 
     def _remark(self, batch: Round, row: dict[str, Any]) -> None:
         """What of a round a person should know at once."""
-        number = batch.number
         if self._failed:
             row["failed"] = self._failed
         if same := self.watch.same(scores_of(batch)):
             row["remarks"] = same
-        if row["skipped_steps"]:
-            self.live.note(
-                f"round {number + 1}: the fp16 gradient overflowed; the step was skipped, the loss scale halved"
-            )
-        ties = [share for steps in row.get("ties", {}).values() for share in steps.values()]
-        if ties and min(ties) == 1 and not self._told_ties:
-            self._told_ties = True
-            self.live.note(
-                f"round {number + 1}: the images of every prompt have equal rewards (ties 1 in metrics.jsonl): "
-                "nothing to learn"
-            )
-        if number == 0:
-            for task, steps in row.get("gap", {}).items():
-                if steps and not any(steps.values()):
-                    name = self.config.teacher_of_task.get(task, task)
-                    self.live.note(f"teacher {name} answers {task} exactly as the student does: it teaches nothing yet")
+        for line in told_of(row, self.config.teacher_of_task, tied_before=self._told_ties):
+            self.live.note(line)
+        self._told_ties |= ties_alone(row)
 
     def _book(self) -> None:
         """Add what the workers did since the last time to the run's totals."""
@@ -290,7 +289,7 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """What was trained, the scores, the result and the report."""
-        ema, updates = self.config.ema, self.rounds * self.algorithm.updates_per_round
+        ema, updates = self.config.ema, self.rounds * self.algorithm.student_updates
         trained = trained_folder(self.config.model, self.config.student)
         if ema is not None and updates < ema.every:
             self.live.note(

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from opd_ray.config import GroupsConfig
 from opd_ray.errors import ConfigError, RewardError
 from opd_ray.types import Prompt, WorkItem
 
-__all__ = ["Groups", "PromptStatistics", "combined", "group_advantages", "preferences"]
+__all__ = ["Groups", "PromptStatistics", "Standing", "combined", "group_advantages", "over_scored", "preferences"]
 
 Scores = Mapping[str, Tensor]
 
@@ -133,12 +133,36 @@ class PromptStatistics:
         self._seen = {name: deque(rows, maxlen=self._length) for name, rows in state.items()}
 
 
+class Standing(NamedTuple):
+    """How the images of a work item stand within their groups, each [B] float32."""
+
+    advantage: Tensor
+    """Within the clip; 0 where a reward failed."""
+    tied: Tensor
+    """1 where two or more of the group have a reward, and all of them the same, else 0."""
+    scored: Tensor
+    """1, or 0 where a reward failed: such an image is not learned from."""
+
+
+def over_scored(each: Tensor, scored: Tensor) -> Tensor:
+    """The mean of a batch's rows, as if those on which a reward failed were not in it.
+
+    Args:
+        each: [B].
+        scored: of ``Standing``.
+
+    Returns:
+        [], which is exactly 0, and so is its gradient, where a reward failed on every row.
+    """
+    return (each * scored).sum() / scored.sum().clamp(min=1)
+
+
 class Groups:
     """A round's rewards, compared within the images of each prompt."""
 
     def __init__(self, config: GroupsConfig, weights: Mapping[str, float]) -> None:
         self._config, self._weights = config, weights
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._known: dict[int, Standing] = {}
 
     def check(self, algorithm: str, size: int) -> None:
         """Refuse groups of one image, whose reward is its own mean.
@@ -157,17 +181,18 @@ class Groups:
         prompts = [prompt for item, _ in scores for prompt in item.prompts]
         settings = self._config
         rewards = torch.cat([combined(item, self._of_task(item, found), self._weights) for item, found in scores])
-        found = group_advantages(prompts, rewards, per_prompt=settings.advantage_std == "prompt")
-        sizes, clip = [len(item.prompts) for item, _ in scores], settings.advantage_clip
-        parts = zip(found[0].clamp(-clip, clip).split(sizes), found[1].split(sizes), strict=True)
-        self._known = {item.position: part for (item, _), part in zip(scores, parts, strict=True)}
+        advantages, ties = group_advantages(prompts, rewards, per_prompt=settings.advantage_std == "prompt")
+        clip = settings.advantage_clip
+        whole = torch.stack([advantages.clamp(-clip, clip), ties, (~rewards.isnan()).float()])
+        parts = whole.split([len(item.prompts) for item, _ in scores], dim=1)
+        self._known = {item.position: Standing(*part) for (item, _), part in zip(scores, parts, strict=True)}
 
     def _of_task(self, item: WorkItem, scores: Scores) -> Scores:
         chosen = self._config.task_rewards.get(item.task)
         return scores if chosen is None else {name: scores[name] for name in chosen}
 
-    def known(self, item: WorkItem) -> tuple[Tensor, Tensor]:
-        """The advantage [B] of each image, within the clip; and [B] 1 where its group ties, else 0."""
+    def known(self, item: WorkItem) -> Standing:
+        """How its images stand."""
         return self._known[item.position]
 
 
@@ -185,7 +210,7 @@ def group_advantages(
         eps: added to the deviation.
 
     Returns:
-        [N] float32 advantages; and [N] float32, 1 where all images of the prompt have the same reward.
+        [N] float32 advantages; and [N] float32, 1 where the prompt has two rewards or more, all the same.
     """
     rewards = rewards.double()
     groups, tasks = dict[tuple[str, str], list[int]](), dict[str, list[int]]()
@@ -200,7 +225,7 @@ def group_advantages(
         own = rewards[rows]
         mean, deviation = _mean_and_deviation(own)
         advantages[rows] = (own - mean) / ((deviation if per_prompt else of_task[task]) + eps)
-        ties[rows] = float((own == own[0]).all())
+        ties[rows] = float(len(rows) > 1 and bool((own == own[0]).all()))
     return advantages.float(), ties.float()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opd_ray.config import LoraConfig
 from opd_ray.diffusion import KERNELS, Step, choose_steps, trained_steps
-from opd_ray.errors import ConfigError
+from opd_ray.errors import ConfigError, DriftError
 from opd_ray.seeds import fold
 from opd_ray.types import Conditioning, Experience, Trajectory, WorkItem
 
@@ -49,6 +49,8 @@ class Loss:
 
     value: Tensor  # []
     metrics: Mapping[str, Tensor] = field(default_factory=dict)  # each []
+    refused: DriftError | None = None
+    """Why nothing may be learned from this round, in its first update alone: every rank then stops before a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,11 @@ class Algorithm(ABC):
     task_weights: Mapping[str, float] = {}
     facts: Facts = Facts()
     """Of the run; ``make_algorithm`` gives them before anything is asked."""
+
+    @property
+    def student_updates(self) -> int:
+        """How many of a round's updates have forwards of the student."""
+        return self.updates_per_round
 
     def check(self, sigmas: Tensor) -> None:  # noqa: B027  (most algorithms have nothing to refuse)
         """Refuse a schedule that this algorithm cannot train on, before anything starts.
@@ -202,7 +209,7 @@ class Algorithm(ABC):
         return weights[item.task] / sum(weights.values()) / of_task
 
     def state_dict(self) -> dict[str, Any]:
-        """Own state as JSON values; it goes into the checkpoint."""
+        """Own state as JSON values, which later rounds leave as they are; it goes into the checkpoint."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027

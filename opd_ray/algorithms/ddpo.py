@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from opd_ray.algorithms.advantages import combined
+from opd_ray.algorithms.advantages import combined, over_scored
 from opd_ray.algorithms.base import Forward, Loss
 from opd_ray.algorithms.stepwise import Whitened
 from opd_ray.config import DdpoConfig
@@ -37,9 +37,9 @@ class Ddpo(Whitened):
         self.whiten([(item, combined(item, found, weights)[:, None]) for item, found in scores])
 
     def loss(self, forward: Forward, velocity: Mapping[str, Tensor]) -> Loss:
-        """Eq. 6, mean over the batch."""
+        """Eq. 6, mean over those of the batch that have a score."""
         ratio, clip = self.log_ratio(forward, velocity["student"], forward.inputs["drawn"]), self.config.clip_range
-        drift = self.require_same_policy(forward, ratio, clip)
-        value = clipped_surrogate(ratio, forward.inputs["advantage"], clip).mean()
+        drift, refused = self.drift(forward, ratio, clip)
+        each = clipped_surrogate(ratio, forward.inputs["advantage"], clip)
         clipped = (ratio.detach().expm1().abs() > clip).float().mean()
-        return Loss(value, {"ratio": drift, "clipped": clipped})
+        return Loss(over_scored(each, forward.inputs["scored"]), {"ratio": drift, "clipped": clipped}, refused)

@@ -65,6 +65,11 @@ class Matching(Algorithm):
         self.updates_per_round = config.fake_updates
         self.streams = config.fake_updates == 1
 
+    @property
+    def student_updates(self) -> int:
+        """The last of a round's: those before it train `fake` alone."""
+        return 1
+
     def times(self, sigmas: Tensor, step: int) -> tuple[float, float]:
         """To which times the clean predictions of a step are noised: above the first, up to the second."""
         raise NotImplementedError

@@ -12,7 +12,8 @@ and one to bad images:
     plain      e(u) = |u - v|^2
 
 so that the best student is v_old plus 2 / beta times the way to better images (Eq. 6). Squares are means over C, H, W.
-The factor a / beta is the published code's.
+The factor a / beta is the published code's. Images that tie have r = 1/2, which draws the student to `old`. One on
+which a reward failed is in no mean: a work item's loss is that of its other images.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from opd_ray.algorithms.advantages import Groups
+from opd_ray.algorithms.advantages import Groups, over_scored
 from opd_ray.algorithms.base import Algorithm, Forward, Loss, first_steps, part_of
 from opd_ray.algorithms.noised_pairs import drawn_images
 from opd_ray.config import NftConfig
@@ -87,9 +88,9 @@ class DiffusionNft(Algorithm):
         path, item = experience.trajectory, experience.item
         assert path is not None
         x0, device = drawn_images(path), path.latents.device
-        advantage, tied = self.groups.known(item)
-        good = 0.5 + 0.5 * (advantage / self.config.advantage_clip)  # the advantage is within the clip
-        known = {"good": good.to(device), "tied": tied.to(device)}
+        standing = self.groups.known(item)
+        good = 0.5 + 0.5 * (standing.advantage / self.config.advantage_clip)  # the advantage is within the clip
+        known = {"good": good.to(device), "tied": standing.tied.to(device), "scored": standing.scored.to(device)}
         orders = self._orders(item)
         for place in range(orders.shape[1]):
             seeds = [
@@ -113,8 +114,13 @@ class DiffusionNft(Algorithm):
         return torch.stack(found)
 
     def loss(self, forward: Forward, velocity: Mapping[str, Tensor]) -> Loss:
-        """Eq. 5 at one time of each image, mean over the batch."""
-        student, config, good = velocity["student"], self.config, forward.inputs["good"]
+        """Eq. 5 at one time of each image, mean over those of the batch that have a score."""
+        student, config, good, scored = (
+            velocity["student"],
+            self.config,
+            forward.inputs["good"],
+            forward.inputs["scored"],
+        )
         positive, negative = branch_errors(
             student,
             velocity["old"],
@@ -122,16 +128,16 @@ class DiffusionNft(Algorithm):
             config.beta,
             times=over_samples(forward.t, forward.x) if config.weighting == "adaptive" else None,
         )
-        value = config.advantage_clip / config.beta * (good * positive + (1 - good) * negative).mean()
+        value = config.advantage_clip / config.beta * over_scored(good * positive + (1 - good) * negative, scored)
         told = {
-            "error_good": positive.detach().mean(),
-            "error_bad": negative.detach().mean(),
-            "ties": forward.inputs["tied"].mean(),
+            "error_good": over_scored(positive.detach(), scored),
+            "error_bad": over_scored(negative.detach(), scored),
+            "ties": over_scored(forward.inputs["tied"], scored),
         }
         if config.kl:
-            drift = (student - velocity["reference"]).square().mean()
+            drift = over_scored((student - velocity["reference"]).square().flatten(1).mean(1), scored)
             value, told = value + config.kl * drift, told | {"drift": drift.detach()}
-        return Loss(value, told)
+        return Loss(value, told if bool(scored.any()) else {})
 
 
 def branch_errors(

@@ -74,7 +74,7 @@ class OpdPpo(Stepwise):
         drawn, teacher = forward.inputs["drawn"], forward.inputs["teacher"].detach()
         numbers = student[0].numel()
         ratio = self.log_ratio(forward, student, drawn) * (numbers if self.config.likelihood == "sum" else 1)
-        drift = self.require_same_policy(forward, ratio, clip)
+        drift, refused = self.drift(forward, ratio, clip)
         mine, theirs = self.both(forward, student, teacher)
         kl = gaussian_kl(mine.mean, theirs.mean, mine.std, reduction="mean")
         match self.config.form:
@@ -90,4 +90,4 @@ class OpdPpo(Stepwise):
             "ratio": drift,
             "clipped": (ratio.detach().expm1().abs() > clip).float().mean(),
         }
-        return Loss(clipped_surrogate(ratio, -cost, clip).mean(), told)
+        return Loss(clipped_surrogate(ratio, -cost, clip).mean(), told, refused)

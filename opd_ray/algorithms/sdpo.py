@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from opd_ray.algorithms.advantages import combined
+from opd_ray.algorithms.advantages import combined, over_scored
 from opd_ray.algorithms.base import Forward, Loss
 from opd_ray.algorithms.stepwise import Whitened
 from opd_ray.config import SdpoConfig
@@ -83,17 +83,17 @@ class Sdpo(Whitened):
         self.whiten(returns)
 
     def loss(self, forward: Forward, velocity: Mapping[str, Tensor]) -> Loss:
-        """The regression of reward differences at one step of each pair, mean over the pairs."""
+        """The regression of reward differences at one step of each pair, mean over the pairs that have scores."""
         ratio = self.log_ratio(forward, velocity["student"], forward.inputs["drawn"])
-        drift = self.require_same_policy(forward, ratio, self.config.clip_range)
-        value = reward_difference(
+        drift, refused = self.drift(forward, ratio, self.config.clip_range)
+        each = reward_difference(
             ratio,
             forward.inputs["advantage"],
             self.config.step_decay ** forward.inputs["step"][::2] / self.config.log_scale,
             self.config.clip_range,
-        ).mean()
+        )
         clipped = (ratio.detach().abs() > self.config.clip_range).float().mean()
-        return Loss(value, {"ratio": drift, "clipped": clipped})
+        return Loss(over_scored(each, forward.inputs["scored"][::2]), {"ratio": drift, "clipped": clipped}, refused)
 
 
 def clean_predictions(trajectory: Trajectory) -> Tensor:

@@ -16,7 +16,7 @@ from opd_ray.algorithms.advantages import PromptStatistics
 from opd_ray.algorithms.base import Algorithm, Forward, first_steps, part_of
 from opd_ray.config import StepwiseConfig, WhitenedConfig
 from opd_ray.diffusion import KERNELS, Step, log_ratio
-from opd_ray.errors import ConfigError, Stopped
+from opd_ray.errors import ConfigError, DriftError
 from opd_ray.seeds import generator
 from opd_ray.types import Experience, Prompt, WorkItem
 
@@ -130,23 +130,24 @@ class Stepwise(Algorithm):
         mine = kernel(forward.x, velocity, forward.t, forward.t_next, self.noise_level)
         return mine, kernel(forward.x, other, forward.t, forward.t_next, self.noise_level)
 
-    def require_same_policy(self, forward: Forward, ratio: Tensor, clip: float) -> Tensor:
-        """The largest log-ratio of a forward, which has to vanish in a round's first update.
+    def drift(self, forward: Forward, ratio: Tensor, clip: float) -> tuple[Tensor, DriftError | None]:
+        """The largest log-ratio [] of a forward, which has to vanish in a round's first update.
 
         There the learner has the very weights that drew: what it finds is how far its arithmetic is from the rollouts'.
         With staleness that holds of the run's first round alone.
 
-        Raises:
-            Stopped: they differ by more than a part of the clip range: their difference is what would be learned.
+        Returns:
+            And an error where it is more than a part of the clip range: their difference is what would be learned.
         """
         largest = ratio.detach().abs().max()
-        if "first" in forward.inputs and clip and float(largest) > DRIFT * clip:
-            raise Stopped(
-                f"before the first update the learner finds the likelihood of drawn steps changed by "
-                f"{float(largest):.2g}, more than {DRIFT:g} of algorithm.clip_range {clip:g}: rollout and learner "
-                "compute differently. Give both the same precision, device and attention kernels, or raise clip_range"
-            )
-        return largest
+        if "first" not in forward.inputs or not clip or float(largest) <= DRIFT * clip:
+            return largest, None
+        return largest, DriftError(
+            f"before the first update the learner finds the likelihood of drawn steps changed by "
+            f"{float(largest):.2g}, more than {DRIFT:g} of algorithm.clip_range {clip:g}: rollout and learner "
+            "compute differently. Give both the same precision, device and attention kernels, or raise clip_range; "
+            "then go on with --resume --force"
+        )
 
 
 class Compared(Stepwise):
@@ -176,18 +177,21 @@ class Whitened(Compared):
         super().__init__(config)
         self._limit = config.advantage_clip
         self._statistics = PromptStatistics(config.buffer, config.buffer_least)
-        self._advantages: dict[int, Tensor] = {}
+        self._known: dict[int, dict[str, Tensor]] = {}
 
     def whiten(self, values: Sequence[tuple[WorkItem, Tensor]]) -> None:
-        """Remember a round's values, each [B, N] by step or [B, 1], and take their advantages."""
+        """Remember a round's values, each [B, N] by step or [B, 1] (NaN: failed), and take their advantages."""
         prompts: list[Prompt] = [prompt for item, _ in values for prompt in item.prompts]
         whitened = self._statistics.advantages(prompts, torch.cat([one for _, one in values]))
-        parts = whitened.split([len(item.prompts) for item, _ in values])
-        self._advantages = {item.position: part for (item, _), part in zip(values, parts, strict=True)}
+        parts = whitened.clamp(-self._limit, self._limit).split([len(item.prompts) for item, _ in values])
+        self._known = {
+            item.position: {"advantage": part, "scored": (~one.isnan().any(1, keepdim=True)).float()}
+            for (item, one), part in zip(values, parts, strict=True)
+        }
 
     def known(self, item: WorkItem) -> Mapping[str, Tensor]:
-        """The advantages, as far as they go."""
-        return {"advantage": self._advantages[item.position].clamp(-self._limit, self._limit)}
+        """The advantages, as far as they go, and which images have a score."""
+        return self._known[item.position]
 
     def state_dict(self) -> dict[str, Any]:
         """The last values of each prompt."""

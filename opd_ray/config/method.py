@@ -239,7 +239,7 @@ class EmaConfig(Frozen):
     decay: float = Field(0.9, gt=0, lt=1)
     """average <- decay * average + (1 - decay) * weights. Less at first: at most (1 + n) / (10 + n) at step n."""
     every: int = Field(8, ge=1)
-    """Optimizer steps between two averages."""
+    """The student's optimizer steps between two averages."""
 
 
 class BatchConfig(Frozen):

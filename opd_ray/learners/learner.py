@@ -14,7 +14,7 @@ from opd_ray.actors.rollout import probe_velocity
 from opd_ray.algorithms.base import Algorithm, Forward
 from opd_ray.config import EmaConfig, LoraConfig, OptimizerConfig
 from opd_ray.digest import Digest
-from opd_ray.errors import NotFiniteError, OutOfOrderError, RunFolderError
+from opd_ray.errors import DriftError, NotFiniteError, OutOfOrderError, RunFolderError
 from opd_ray.learners.engine import Engine, LossScale, split_key
 from opd_ray.learners.sums import Sums, UpdateReport
 from opd_ray.models.base import Family
@@ -69,11 +69,15 @@ class Learner:
         self.scale = LossScale(enabled=family.dtype == torch.float16)
         self.ema = {name: engine.part(p).clone() for name, p in self.student.items()} if training.ema else None
         self.updates = 0
+        self.student_updates = 0
+        """Those of them that had forwards of the student: its average is of its weights after these."""
         self._items: tuple[WorkItem, ...] = ()
         self._own: tuple[WorkItem, ...] = ()
         self._taken = 0
         self._experience: dict[int, Experience] = {}
         self._sums = Sums()
+        self._unobserved: dict[str, Any] = {}
+        """The algorithm's state from before the round's scores."""
 
     def begin(self, items: Sequence[WorkItem]) -> None:
         """A round begins, or begins once more: there is nothing of it yet, and no gradient.
@@ -105,6 +109,7 @@ class Learner:
 
     def observe(self, scores: Sequence[tuple[WorkItem, Mapping[str, Tensor]]]) -> None:
         """Every item's scores, the same on every rank: once a round, when every rank has its items."""
+        self._unobserved = self.algorithm.state_dict()
         self.algorithm.observe(scores)
 
     def update(self, update: int) -> UpdateReport:
@@ -112,6 +117,7 @@ class Learner:
 
         Raises:
             NotFiniteError: on every rank alike, before any weight changed.
+            DriftError: likewise, in a round's first update; the state is that from before the round.
         """
         if self._taken < len(self._own):
             raise ValueError(f"rank {self.engine.rank} has {self._taken} of its {len(self._own)} work items")
@@ -124,12 +130,14 @@ class Learner:
             own = own[-1:]
         else:
             self._clear()
-        self._accumulate(own, selected, update, last=True)
+        due = self._accumulate(own, selected, update, last=True)
         sums = self._sums
         lr = self._set_lr()
-        norm, skipped = self._step(sums.broken)
+        norm, skipped = self._step(sums)
         self.updates += 1
-        self._average()
+        if "student" in due:
+            self.student_updates += 1
+            self._average()
         return sums.report(norm, lr, skipped)
 
     @property
@@ -143,8 +151,12 @@ class Learner:
 
     def _accumulate(
         self, items: Sequence[WorkItem], selected: Sequence[WorkItem], update: int, *, last: bool = False
-    ) -> None:
-        """Add these items' share of an update over ``selected``; the update's last also reduce the gradients."""
+    ) -> list[str]:
+        """Add these items' share of an update over ``selected``; the update's last also reduce the gradients.
+
+        Returns:
+            The policies that had forwards.
+        """
         forwards = {item: list(self.algorithm.forwards(self._experience[item.position], update)) for item in items}
         due = [name for name in self._policies if any(one.policy == name for one in forwards[items[0]])]
         for policy in due:
@@ -157,6 +169,7 @@ class Learner:
         if self.algorithm.streams:
             for item in items:
                 del self._experience[item.position]  # nobody asks for it again
+        return due
 
     def _descend(
         self, work: Sequence[tuple[WorkItem, Forward, int]], selected: Sequence[WorkItem], *, last: bool
@@ -168,22 +181,32 @@ class Learner:
                 loss = self.algorithm.loss(forward, self._velocities(forward))
                 value = float(loss.value.detach())
                 # An infinite loss may have a finite gradient: NaN travels to the other ranks as well.
-                weight = self.algorithm.item_weight(item, selected) / count if math.isfinite(value) else math.nan
+                usable = math.isfinite(value) and loss.refused is None
+                weight = self.algorithm.item_weight(item, selected) / count if usable else math.nan
                 # Another rank has more: this one's last again, for nothing, so that the other is not left waiting.
                 share = loss.value * (weight if number <= len(work) else 0.0)
                 self.engine.backward(share, self.scale.value)
             if number <= len(work):
                 self._sums.add(item, forward.step, loss, float(share.detach()), count)
 
-    def _step(self, broken: str) -> tuple[float, bool]:
+    def _step(self, sums: Sums) -> tuple[float, bool]:
         """Clip and step; returns the gradient's norm, and whether an overflow in fp16 made this a step of nothing.
 
-        The norm is that of all ranks and a broken loss is asked for on all of them, so that every one decides alike.
+        The norm is that of all ranks, and all of them are asked for a loss that is broken or refused, so that every one
+        decides alike.
         """
         norm = self.engine.step(self.scale.value)
         overflow = not math.isfinite(norm)
-        if overflow and (self.engine.most(len(broken)) or not self.scale.enabled or self.scale.value <= 1):
-            raise NotFiniteError(f"the gradient of update {self.updates} is not finite{broken}; no weight was changed")
+        if overflow and self.engine.most(int(sums.refused is not None)):
+            self.algorithm.load_state_dict(self._unobserved)
+            raise sums.refused or DriftError(
+                "rollout and learner compute differently on another learner rank; give all of them the same precision, "
+                "device and attention kernels, then go on with --resume --force"
+            )
+        if overflow and (self.engine.most(len(sums.broken)) or not self.scale.enabled or self.scale.value <= 1):
+            raise NotFiniteError(
+                f"the gradient of update {self.updates} is not finite{sums.broken}; no weight was changed"
+            )
         self.scale.update(overflow=overflow)
         return (0.0 if overflow else norm), overflow
 
@@ -285,8 +308,9 @@ class Learner:
         """
         tensors = {group: self.collect(self._whole(held)) for group, held in self._groups().items()}
         tensors["optimizer"] = self.collect(self.engine.moments())
-        values = {"updates": self.updates, "algorithm": self.algorithm.state_dict(), "scaler": self.scale.state_dict()}
-        return LearnerState(tensors, values)
+        counts = {"updates": self.updates, "student_updates": self.student_updates}
+        own = {"algorithm": self.algorithm.state_dict(), "scaler": self.scale.state_dict()}
+        return LearnerState(tensors, counts | own)
 
     def load_state(self, state: LearnerState) -> None:
         """Take back what ``state`` gave.
@@ -316,6 +340,8 @@ class Learner:
         self.engine.written()
         self.engine.load_moments(moments)
         self.updates = int(state.values["updates"])
+        rounds = self.updates // self.algorithm.updates_per_round  # checkpoints did not always have the other count
+        self.student_updates = int(state.values.get("student_updates", rounds * self.algorithm.student_updates))
         self.algorithm.load_state_dict(state.values["algorithm"])
         self.scale.load_state_dict(state.values["scaler"])
 
@@ -360,14 +386,15 @@ class Learner:
 
     def _mean(self) -> Mapping[str, Held]:
         """The student's moving average, or its weights until there is one: before that it is the untrained start."""
-        if self.ema is not None and self.training.ema is not None and self.updates >= self.training.ema.every:
+        if self.ema is not None and self.training.ema is not None and self.student_updates >= self.training.ema.every:
             return self._averages(self.ema)
         return self._parts(self.student)
 
     def _average(self) -> None:
-        """EMA once an optimizer step, at its interval; the decay warms up, since the start is the base."""
-        if self.ema is None or self.training.ema is None or self.updates % self.training.ema.every:
+        """EMA once a step of the student, at its interval; the decay warms up, since the start is the base."""
+        done = self.student_updates
+        if self.ema is None or self.training.ema is None or done % self.training.ema.every:
             return
-        decay = min(self.training.ema.decay, (1 + self.updates) / (10 + self.updates))
+        decay = min(self.training.ema.decay, (1 + done) / (10 + done))
         for name, average in self.ema.items():
             average.lerp_(self.engine.part(self.student[name]), 1 - decay)

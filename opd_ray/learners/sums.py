@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from opd_ray.algorithms.base import Loss
+from opd_ray.errors import DriftError
 from opd_ray.types import WorkItem
 
 __all__ = ["Sums", "UpdateReport"]
@@ -35,12 +36,15 @@ class Sums:
     steps: dict[str, dict[int, dict[str, tuple[float, int]]]] = field(default_factory=dict)
     broken: str = ""
     """Where the loss was not finite for the first time."""
+    refused: DriftError | None = None
+    """The first one of the losses'."""
 
     def add(self, item: WorkItem, step: int, loss: Loss, share: float, count: int) -> None:
         """One of an item's ``count`` forwards; ``share`` is its part of the update's loss."""
         value = float(loss.value.detach())
         if not math.isfinite(value) and not self.broken:
             self.broken = f"; first in {item} step {step}, prompt {item.prompts[0].text!r}"
+        self.refused = self.refused or loss.refused
         self.loss += share
         self.tasks[item.task] = self.tasks.get(item.task, 0.0) + value / count
         self.items.setdefault(item.task, set()).add(item.position)

@@ -13,7 +13,7 @@ __all__ = ["curves", "figure", "series_of"]
 MEASURES = {
     "implicit_accuracy": ("Pairs whose better image is preferred", "share, at the noises of the update"),
     "accuracy": ("Pairs whose better image is preferred", "share, among those that are no tie"),
-    "ties": ("Prompts whose images are equally good", "share; they weigh nothing"),
+    "ties": ("Prompts whose images are equally good", "share; nothing tells which is better"),
     "ratio": ("Log-ratio to what the likelihood is compared with", "the largest of a forward, mean over steps"),
     "clipped": ("Rows beyond the clip range", "share, mean over steps"),
 }

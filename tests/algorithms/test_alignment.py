@@ -198,7 +198,7 @@ class TestStatistics:
         shares = interpolation(noise(range(4), (9, 2, 2, 2)))
         work = WorkItem(0, "a", 0, 0, tuple(named("p", "p", "q", "q")), (0, 1, 0, 1), (0,))
         algorithm.observe([(work, {"look": torch.full((4, 3), reward), "shares": shares.flatten(1)})])
-        assert algorithm._advantages[0].abs().max() < 1e-6
+        assert algorithm.known(work)["advantage"].abs().max() < 1e-6
 
     def test_values_of_a_run_with_other_steps_are_forgotten(self):
         one = PromptStatistics(4, 1)

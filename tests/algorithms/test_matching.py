@@ -5,8 +5,9 @@ import torch
 
 from opd_ray.algorithms import Facts, Forward
 from opd_ray.algorithms.dmd import Dmd, Tdm, direction
-from opd_ray.config import DmdConfig, OptimizerConfig, TdmConfig
+from opd_ray.config import DmdConfig, EmaConfig, OptimizerConfig, TdmConfig
 from opd_ray.errors import ConfigError
+from opd_ray.learners import LearnerState
 from opd_ray.types import Experience, TeacherAnswer, Trajectory
 from tests.algorithms.parts import VERSION, fill, flat, item, learner, load, random_experience, stage
 
@@ -216,6 +217,32 @@ class TestLearner:
         steps = {key: float(value) for key, value in one.engine.moments() if key.endswith(":step")}
         assert {value for key, value in steps.items() if key.startswith("fake/")} == {2}
         assert {value for key, value in steps.items() if not key.startswith("fake/")} == {1}
+
+    def test_the_average_is_of_the_students_own_steps(self, tiny, family):
+        """Three updates a round, of which the last one trains it: the decays of two steps are 2/11 and 3/12."""
+        ema = EmaConfig(decay=0.9, every=1)
+
+        def made():
+            return learner(tiny, dmd(fake_updates=3), optimizer=self.plain, ema=ema)
+
+        one, saved = made(), None
+        expected = flat(one.student).clone()
+        for number, decay in enumerate((2 / 11, 3 / 12)):
+            if saved is not None:
+                one = made()
+                one.load_state(saved)
+            stage(one, [self.experience(family, number)])
+            for update in range(3):
+                one.update(update)
+            one.finish_round(number)
+            expected = decay * expected + (1 - decay) * flat(one.student)
+            torch.testing.assert_close(flat(one.ema), expected, rtol=1e-5, atol=1e-7)
+            saved = one.state()
+            assert (saved.values["updates"], saved.values["student_updates"]) == (3 * number + 3, number + 1)
+        older = {name: value for name, value in saved.values.items() if name != "student_updates"}
+        one = made()
+        one.load_state(LearnerState(saved.tensors, older))
+        assert one.student_updates == 2, "two rounds"
 
     def test_each_norm_is_clipped_by_itself(self, tiny, family):
         """The norm that is told is that of both."""

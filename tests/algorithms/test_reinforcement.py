@@ -181,7 +181,12 @@ class TestNegativeAwareness:
     def test_a_whole_loss_by_hand(self):
         """One image, good with 0.75, the numbers above: 5 / 0.5 (0.75 * 1.625 + 0.25 * 3.625) + 0.1 mean((1, 1)^2)."""
         algorithm = DiffusionNft(NftConfig(name="diffusion_nft", beta=0.5, kl=0.1, weighting="plain"))
-        inputs = {"target": pixel(2, 0), "good": torch.tensor([0.75]).double(), "tied": torch.zeros(1)}
+        inputs = {
+            "target": pixel(2, 0),
+            "good": torch.tensor([0.75]).double(),
+            "tied": torch.zeros(1),
+            "scored": torch.ones(1),
+        }
         forward = Forward(pixel(0, 0), torch.tensor([0.5]), torch.tensor([0.0]), 0, {}, {}, inputs)
         found = algorithm.loss(forward, {"student": pixel(1, 1), "old": pixel(0, 1), "reference": pixel(0, 0)})
         assert found.value.item() == pytest.approx(10 * (0.75 * 1.625 + 0.25 * 3.625) + 0.1, abs=1e-10)
@@ -240,9 +245,9 @@ class TestPolicyGradients:
 
     def forward(self, **inputs):
         """One image at x = (0, 0), t from 0.5 to 0.25, drawn with velocity 0."""
-        known = {"drawn": pixel(0, 0), "advantage": torch.tensor([2.0]), "tied": torch.tensor([0.0])}
+        of_group = {"advantage": torch.tensor([2.0]), "tied": torch.tensor([0.0]), "scored": torch.tensor([1.0])}
         t, t_next = (torch.tensor([one]).double() for one in self.sigmas)
-        return Forward(pixel(0, 0), t, t_next, 0, {}, {}, known | inputs)
+        return Forward(pixel(0, 0), t, t_next, 0, {}, {}, {"drawn": pixel(0, 0)} | of_group | inputs)
 
     @pytest.mark.parametrize(("kind", "name"), [(FlowGrpo, "flow_grpo"), (GrpoGuard, "grpo_guard")])
     def test_a_whole_loss_by_hand(self, kind, name):

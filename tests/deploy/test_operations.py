@@ -22,7 +22,7 @@ TREES = {
     for path in sorted(PACKAGE.rglob("*.py"))
     if "world" not in path.parts
 }
-SAYING = {"note", "_note", "Stopped", "NotFiniteError", "TooManyFailedError", "LearnerLostError"}
+SAYING = {"note", "_note", "Stopped", "NotFiniteError", "TooManyFailedError", "DriftError", "LearnerLostError"}
 PASSED_ON = {
     ("build.py", "text"): ["preflight.py:overlaps", "facts.py:other_versions"],
     ("commands/stages.py", "text"): ["runtime/session.py:clean"],
@@ -31,6 +31,7 @@ PASSED_ON = {
     ("build.py", "str(startup)"): ["startup.py:__str__"],
     ("run.py", "text"): ["rows.py:told_of_pairs"],
     ("run.py", "line"): [
+        "rows.py:told_of",
         "storage/control.py:serve",
         "runtime/scaling.py:tick",
         "runtime/scaling.py:restore",

@@ -10,7 +10,7 @@ from opd_ray.algorithms.ddpo import Ddpo
 from opd_ray.algorithms.sdpo import Sdpo
 from opd_ray.algorithms.stepwise import Stepwise
 from opd_ray.config import DdpoConfig, SdpoConfig
-from opd_ray.errors import ConfigError, Stopped
+from opd_ray.errors import ConfigError, DriftError
 from opd_ray.storage import checkpoint
 from opd_ray.types import Prompt, WorkItem
 from tests.runtime.runs import Killer, go, metric, same
@@ -55,7 +55,32 @@ def test_a_learner_that_computes_otherwise_than_the_rollouts_stops_the_run(confi
 
     monkeypatch.setattr(Stepwise, "log_ratio", other)
     done = go(config(name, batch=GROUPS), tmp_path / "run")
-    assert isinstance(done.error, Stopped) and "rollout and learner compute differently" in str(done.error)
+    assert isinstance(done.error, DriftError) and "rollout and learner compute differently" in str(done.error)
+
+
+@pytest.mark.parametrize("name", ["ddpo", "flow_grpo"])
+def test_the_rounds_before_it_are_kept_and_a_resumed_run_begins_with_the_one_that_it_stopped(
+    config, tmp_path, monkeypatch, name
+):
+    """Though no checkpoint was due, and though what a prompt's rewards were is known before the learner finds it."""
+    three = config(name, rounds=3, batch=GROUPS, checkpoint={"every": 3})
+    whole = go(three, tmp_path / "whole")
+
+    def watch(run, live):
+        def other(self, forward, velocity, drawn, original=Stepwise.log_ratio):
+            return original(self, forward, velocity + 0.01, drawn)
+
+        live.after_round = lambda: monkeypatch.setattr(Stepwise, "log_ratio", other)  # of the second round on
+
+    stopped = go(three, tmp_path / "parts", watch=watch)
+    monkeypatch.undo()
+    assert isinstance(stopped.error, DriftError) and "--resume --force" in str(stopped.error)
+    assert [row["round"] for row in stopped.rows] == [0]
+    assert checkpoint.newest(tmp_path / "parts")[0].round == 1
+    done = go(three, tmp_path / "parts", resume=True)
+    assert "going on after round 1 of 3" in done.notes and same(done, whole)
+    one, other = (checkpoint.newest(tmp_path / run)[0] for run in ("whole", "parts"))
+    assert one.state["learner"] == other.state["learner"]
 
 
 @pytest.mark.parametrize(
