@@ -12,8 +12,6 @@
     │   ├── NotFiniteError        NaN or infinity in an answer, a loss or a weight
     │   ├── TooManyFailedError    a reward failed on more pictures than it may
     │   ├── DiskFullError         there was no room for a file
-
-
     │   ├── DriftError            rollout and learner compute differently; nothing of the round was trained
     │   └── LearnerLostError      a learner rank died or does not answer; the run begins again from its checkpoint
     └── RuntimeFault              exit 1: inside one run the pool may still recover from it
