@@ -51,6 +51,7 @@ def test_it_trains_stops_and_goes_on_bit_for_bit(tiny, recorded, tmp_path):
         == saved[1].state["learner"]
         == {
             "updates": 4 * 3,  # rounds x updates
+            "student_updates": 4 * 3,
             "scaler": {},
             "algorithm": {"count": 4 * 2},  # rounds x items
         }

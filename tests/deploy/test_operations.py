@@ -22,7 +22,16 @@ TREES = {
     for path in sorted(PACKAGE.rglob("*.py"))
     if "world" not in path.parts
 }
-SAYING = {"note", "_note", "Stopped", "NotFiniteError", "TooManyFailedError", "DriftError", "LearnerLostError"}
+SAYING = {
+    "note",
+    "_note",
+    "Stopped",
+    "NotFiniteError",
+    "TooManyFailedError",
+    "DriftError",
+    "DiskFullError",
+    "LearnerLostError",
+}
 PASSED_ON = {
     ("build.py", "text"): ["preflight.py:overlaps", "facts.py:other_versions"],
     ("commands/stages.py", "text"): ["runtime/session.py:clean"],
@@ -46,6 +55,7 @@ PASSED_ON = {
         "planning/advice.py:_nothing",
         "report/advice.py:store_advice",
     ],
+    ("commands/compare.py", "in_one_line(error)"): ["storage/checkpoint.py:_no_room"],
     ("runtime/dispatch.py", "text"): ["runtime/telling.py:lost_worker", "runtime/telling.py:_phase"],
     ("runtime/pool.py", "''.join(why)"): ["runtime/jobs.py:exhausted"],
 }
