@@ -4,7 +4,7 @@ A stage is an ordinary run in a folder of its own, ``runs/<job>/<specialist>`` o
 its folder says how far it is, so one that has ended is used again by whoever asks for the same training.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +107,8 @@ def standing(stage: Stage, *, resume: bool, force: bool = False) -> Standing:
     Args:
         stage: one of a job.
         resume: one that was begun may go on.
-        force: also where it was trained otherwise until now, as far as the weights still fit.
+        force: also where it was trained otherwise until now, as far as the weights still fit. A specialist that has
+            come to its end, and would teach what it learned then, has to be the one that is asked for in any case.
 
     Raises:
         RunFolderError: the folder holds another training, more of it than is asked for, or one that was begun, and
@@ -117,25 +118,35 @@ def standing(stage: Stage, *, resume: bool, force: bool = False) -> Standing:
     run: dict[str, Any] = read_json(folder / "run.json") if (folder / "run.json").is_file() else {"abandoned": True}
     if run.get("abandoned"):
         return "new"
-    free, asked = FORCED if force else (), identity(stage.config)
-    before, now = ({key: one for key, one in side.items() if key not in free} for side in (run["identity"], asked))
-    if other := differences(before, now):
+    result = read_json(folder / "result.json") if (folder / "result.json").is_file() else {}
+    ended = result.get("status") == "done" and result["rounds"] == rounds
+    if ended and stage.config.name != STUDENT:
+        if other := _differences(stage, run["identity"]):
+            raise RunFolderError(
+                f"{stage.name}: {folder} has come to its end, trained otherwise: {'; '.join(other)}. Give the job "
+                "another name, or set it as it was"
+            )
+    elif other := _differences(stage, run["identity"], FORCED if force else ()):
         raise RunFolderError(
             f"{stage.name}: {folder} was trained otherwise: {'; '.join(other)}. Give the job another name, set it as "
             "it was, or add --resume --force where the weights still fit"
         )
-    result = read_json(folder / "result.json") if (folder / "result.json").is_file() else {}
     if result.get("status") == "done" and result["rounds"] > rounds:
         raise RunFolderError(
             f"{stage.name}: {folder} has {result['rounds']} rounds, and {rounds} are asked for; ask for as many, or "
             "give the job another name"
         )
     trained = folder / trained_folder(stage.config.model, stage.config.student)
-    if result.get("status") == "done" and result["rounds"] == rounds and trained.is_dir():
+    if ended and trained.is_dir():
         return "done"
     if not resume:
         raise RunFolderError(f"{stage.name}: {folder} was begun already; go on with --resume, or choose another name")
     return "begun"
+
+
+def _differences(stage: Stage, before: Mapping[str, Any], free: Sequence[str] = ()) -> list[str]:
+    sides = (before, identity(stage.config))
+    return differences(*({key: one for key, one in side.items() if key not in free} for side in sides))
 
 
 def check_room(backend: Backend, together: Sequence[Stage]) -> None:
