@@ -1,14 +1,18 @@
 """What is said of a job's stages by their configurations and folders alone: nothing is trained."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from opd_ray.errors import RunFolderError
-from opd_ray.preflight import identity
+from opd_ray.errors import PromptError, RunFolderError
+from opd_ray.preflight import drawn_prompts, identity
+from opd_ray.prompts import PromptStream
 from opd_ray.recipes import load
 from opd_ray.stages import Stage, stages, standing
+from opd_ray.storage.checkpoint import Checkpoint, save
 
 
 def job(folder, *changes) -> dict[str, Stage]:
@@ -23,6 +27,9 @@ def trained(stage: Stage, rounds: int | None = None) -> Stage:
     (stage.folder / "run.json").write_text(json.dumps({"attempt": 0, "identity": identity(stage.config)}))
     result = {"status": "done" if rounds is None else "stopped", "rounds": rounds or stage.config.rounds}
     (stage.folder / "result.json").write_text(json.dumps(result))
+    driver = {"prompts": PromptStream(drawn_prompts(stage.config), stage.config.seed).digests()}
+    kept = Checkpoint(result["rounds"], {"student": {"weight": torch.ones(1)}}, {"driver": driver})
+    save(stage.folder, kept, attempt=0, keep=1)
     return stage
 
 
@@ -51,6 +58,37 @@ class TestStanding:
         (other.folder / "lora").rmdir()
         with pytest.raises(RunFolderError, match=said):
             standing(other, resume=True, force=force)
+
+    @pytest.mark.parametrize("force", [False, True])
+    def test_a_specialist_that_ended_with_other_prompts_is_refused_wherever_they_lie(self, tmp_path, force):
+        here, there = tmp_path / "here.txt", tmp_path / "there.txt"
+        here.write_text("a red cat\ntwo dogs\n")
+        compose = trained(job(tmp_path, f"prompts={{train: {{compose: {here}}}}}")["compose"])
+        shutil.copy(here, there)
+        moved = job(tmp_path, f"prompts={{train: {{compose: {there}}}}}")["compose"]
+        for stage in (compose, moved):
+            assert standing(stage, resume=True, force=force) == "done"
+        there.write_text("a red cat\nthree dogs\n")
+        assert standing(compose, resume=True, force=force) == "done"
+        here.write_text("two dogs\na red cat\n")  # another order is another training
+        for stage in (compose, moved):
+            with pytest.raises(
+                RunFolderError, match=r"compose: .* trained otherwise: prompts of compose are others now"
+            ):
+                standing(stage, resume=True, force=force)
+        here.unlink()
+        with pytest.raises(PromptError, match=r"specialist compose: .*here.txt"):
+            standing(compose, resume=True, force=force)
+
+    def test_a_specialist_whose_checkpoints_are_gone_is_refused(self, tmp_path):
+        compose = trained(job(tmp_path)["compose"])
+        (damaged,) = compose.folder.glob("checkpoints/*/student.safetensors")
+        damaged.write_bytes(b"")
+        with pytest.raises(RunFolderError, match=r"compose: .*no checkpoint says .* prompts it learned \(.* damaged"):
+            standing(compose, resume=True, force=True)
+        shutil.rmtree(compose.folder / "checkpoints")
+        with pytest.raises(RunFolderError, match=r"compose: .*no checkpoint says from which prompts it learned. Give"):
+            standing(compose, resume=True, force=True)
 
     def test_one_that_was_begun_otherwise_goes_on_with_force(self, tmp_path):
         trained(job(tmp_path)["compose"], rounds=4)

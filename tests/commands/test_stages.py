@@ -149,7 +149,9 @@ def test_a_finished_specialist_is_used_again_and_never_trained_again(cli, job, w
     assert {name: (tmp_path / "small" / name / "lora").stat().st_mtime_ns for name in "ab"} == before
     assert [told(tmp_path / "small" / name, "run.json")["attempt"] for name in "ab"] == [0, 0]
     assert "come to its end already" in run().error
+    (tmp_path / "other.txt").write_text("red cat b\nthree dogs b\n")
     for change, said in {
+        f"prompts.train={{b: {tmp_path}/other.txt}}": "has come to its end, trained otherwise: prompts of b are others",
         "rounds=2": "has 4 rounds, and 2 are asked for",
         "optimizer.lr=0.5": "has come to its end, trained otherwise: optimizer.lr was 0.01, now 0.5. Give the job",
     }.items():
