@@ -7,12 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from opd_ray.actors.recorded import recordings
+from opd_ray.algorithms import make_algorithm
 from opd_ray.errors import PromptError, RunFolderError
+from opd_ray.experience import ExperienceSource, PairSource, RecordedSource
+from opd_ray.pairs.index import index_pairs
 from opd_ray.preflight import drawn_prompts, identity
 from opd_ray.prompts import PromptStream
 from opd_ray.recipes import load
 from opd_ray.stages import Stage, stages, standing
 from opd_ray.storage.checkpoint import Checkpoint, save
+
+PAIR = json.dumps({"prompt": "a red cat", "winner": "w.jpg", "loser": "l.jpg"})
 
 
 def job(folder, *changes) -> dict[str, Stage]:
@@ -21,14 +27,15 @@ def job(folder, *changes) -> dict[str, Stage]:
     return {stage.config.name: stage for stage in (*first, student)}
 
 
-def trained(stage: Stage, rounds: int | None = None) -> Stage:
-    """Its folder, as a run leaves it: at its end, or after so many rounds."""
+def trained(stage: Stage, rounds: int | None = None, source: ExperienceSource | None = None) -> Stage:
+    """Its folder, as a run leaves it: at its end, or after so many rounds. Without a source it drew its prompts."""
     (stage.folder / "lora").mkdir(parents=True)
     (stage.folder / "run.json").write_text(json.dumps({"attempt": 0, "identity": identity(stage.config)}))
     result = {"status": "done" if rounds is None else "stopped", "rounds": rounds or stage.config.rounds}
     (stage.folder / "result.json").write_text(json.dumps(result))
-    driver = {"prompts": PromptStream(drawn_prompts(stage.config), stage.config.seed).digests()}
-    kept = Checkpoint(result["rounds"], {"student": {"weight": torch.ones(1)}}, {"driver": driver})
+    prompts = source.prompts() if source else PromptStream(drawn_prompts(stage.config), stage.config.seed).digests()
+    state = {"driver": {"prompts": prompts}}
+    kept = Checkpoint(result["rounds"], {"student": {"weight": torch.ones(1)}}, state)
     save(stage.folder, kept, attempt=0, keep=1)
     return stage
 
@@ -79,6 +86,26 @@ class TestStanding:
         here.unlink()
         with pytest.raises(PromptError, match=r"specialist compose: .*here.txt"):
             standing(compose, resume=True, force=force)
+
+    def test_recordings_and_pairs_count_as_prompts_do(self, tmp_path):
+        folder, file = tmp_path / "recorded" / "look", tmp_path / "pairs.jsonl"
+        folder.mkdir(parents=True)
+        (folder / "0.safetensors").touch()
+        file.write_text(f"{PAIR}\n{PAIR}\n")
+        read = load("world_sft", ["name=read", f"recorded={folder.parent}"])
+        paired = load("pso_style", ["name=paired", f"pairs.files=[{file}]"])
+        assert read.recorded and paired.pairs
+        sources = (
+            RecordedSource(read, make_algorithm(read), recordings(read.recorded), None, None),
+            PairSource(paired, make_algorithm(paired), index_pairs(paired.pairs), None, None),
+        )
+        ended = [trained(Stage(each.config, tmp_path / each.config.name), source=each) for each in sources]
+        assert [standing(stage, resume=False) for stage in ended] == ["done", "done"]
+        (folder / "1.safetensors").touch()
+        file.write_text(f"{PAIR}\n{PAIR}\n{PAIR}\n")
+        for stage in ended:
+            with pytest.raises(RunFolderError, match=r"trained otherwise: prompts of \w+ are others now"):
+                standing(stage, resume=False)
 
     def test_a_specialist_whose_checkpoints_are_gone_is_refused(self, tmp_path):
         compose = trained(job(tmp_path)["compose"])
