@@ -9,13 +9,15 @@ import torch
 
 from opd_ray.actors.recorded import recordings
 from opd_ray.algorithms import make_algorithm
-from opd_ray.errors import PromptError, RunFolderError
+from opd_ray.errors import PlacementError, PromptError, RunFolderError
 from opd_ray.experience import ExperienceSource, PairSource, RecordedSource
+from opd_ray.metrics import MetricsLog
 from opd_ray.pairs.index import index_pairs
 from opd_ray.preflight import drawn_prompts, identity
 from opd_ray.prompts import PromptStream
 from opd_ray.recipes import load
-from opd_ray.stages import Stage, stages, standing
+from opd_ray.runtime.local import LocalBackend
+from opd_ray.stages import Stage, check_room, costs, stages, standing
 from opd_ray.storage.checkpoint import Checkpoint, save
 
 PAIR = json.dumps({"prompt": "a red cat", "winner": "w.jpg", "loser": "l.jpg"})
@@ -133,3 +135,42 @@ class TestStanding:
         with pytest.raises(RunFolderError, match=r"student: .* trained otherwise: teachers.compose.lora was .*here"):
             standing(moved["student"], resume=True)
         assert standing(moved["student"], resume=True, force=True) == stands
+
+
+def test_what_a_stage_took_counts_each_thread_of_a_worker(tmp_path):
+    changes = ["cluster.rollout.threads=2", "cluster.learner.threads=3"]
+    stages = job(tmp_path, *changes)
+    row = {"loss": {"compose": 0.1, "total": 0.1}, "seconds": {"round": 4.0}}
+    busy = {"rollout": 5.0, "learner": 1.0, "clerk": 0.5}  # the last one is in no configuration, and has one thread
+    MetricsLog(trained(stages["compose"]).folder / "metrics.jsonl").append(row | {"busy": busy})
+    first, student = [stages["compose"]], stages["student"]
+    images = stages["compose"].config.batch.images_per_task
+    took = {"rounds": 1, "images": images, "seconds": 4.0, "core_seconds": 2 * 5.0 + 3 * 1.0 + 0.5}
+    assert costs(first, student)["compose"] == took
+
+
+def test_stages_at_the_same_time_share_an_object_store(tmp_path):
+    compose = job(tmp_path)["compose"]
+    compose.write(3)
+    written = load(str(compose.recipe))
+    assert written.cluster.plasma_fraction == pytest.approx(compose.config.cluster.plasma_fraction / 3)
+    cluster = written.cluster.model_copy(update={"plasma_fraction": compose.config.cluster.plasma_fraction})
+    assert written.model_copy(update={"cluster": cluster}) == compose.config, "and nothing else differs"
+
+
+class Full(LocalBackend):
+    """Has no room, and says how much was asked for."""
+
+    def shortage(self, specs, *, free=False):
+        return f"no room for {len(specs)}"
+
+
+def test_stages_without_room_are_refused_unless_nodes_may_come(tmp_path):
+    stages = job(tmp_path)
+    both = [stages["compose"], stages["text"]]
+    said = f"specialist compose and specialist text at the same time: no room for {2 * 3}"
+    with pytest.raises(PlacementError, match=said):
+        check_room(Full(), both)
+    check_room(LocalBackend(), both)
+    stages = job(tmp_path, "cluster.nodes_may_come=true")  # of one of them is enough
+    check_room(Full(), [stages["compose"], stages["text"]])
