@@ -23,7 +23,7 @@ from opd_ray.scoring import Judges, merged
 from opd_ray.storage.packing import TrajectoryRecord
 from opd_ray.types import Prompt, WeightVersion, WorkItem
 
-__all__ = ["ExperienceSource", "PairSource", "RecordedSource", "RolloutSource", "Round"]
+__all__ = ["ExperienceSource", "PairSource", "RecordedSource", "RolloutSource", "Round", "recorded_stream"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +217,13 @@ def _value(job: Job) -> Any:
     return job.result.value
 
 
+def recorded_stream(recordings: Mapping[str, Sequence[str]], seed: int) -> PromptStream:
+    """The order in which recordings are read: by task, and each of them a prompt by its name."""
+    return PromptStream(
+        {task: tuple(Prompt(name, name, task) for name in names) for task, names in recordings.items()}, seed
+    )
+
+
 class RecordedSource:
     """Read recordings, each a work item, in a seeded order that visits all of them once an epoch."""
 
@@ -229,10 +236,7 @@ class RecordedSource:
         reader: Pool,
     ) -> None:
         self.config, self.algorithm, self.dispatcher, self.reader = config, algorithm, dispatcher, reader
-        self.stream = PromptStream(
-            {task: tuple(Prompt(name, name, task) for name in names) for task, names in recordings.items()},
-            config.seed,
-        )
+        self.stream = recorded_stream(recordings, config.seed)
         self.items_per_task = config.batch.images_per_task // config.batch.item_size
 
     def collect(self, round: int, weights: Weights) -> Round:

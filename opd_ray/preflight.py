@@ -24,7 +24,7 @@ from opd_ray.recording import check_recording
 from opd_ray.rewards.base import check_rewards
 from opd_ray.types import Prompt
 
-__all__ = ["FORCED", "Prompts", "anchored", "identity", "locate", "overlaps", "preflight"]
+__all__ = ["FORCED", "Prompts", "anchored", "drawn_prompts", "identity", "locate", "overlaps", "preflight"]
 
 Prompts = dict[str, tuple[Prompt, ...]]
 
@@ -60,7 +60,8 @@ def preflight(
     if config.specialists and not awaiting:
         raise ConfigError(f"{config.name} has specialists to train first: `opd-ray train` it, all stages in one job")
     check_logging(config)
-    train, held_out = _prompts(config, note)
+    train = drawn_prompts(config, note)
+    held_out = _prompts(config, config.prompts.eval if config.prompts else None, "prompts.eval", note)
     if train:
         config.check_tasks(tuple(train))
     if config.recorded is not None:
@@ -95,16 +96,20 @@ def preflight(
     return train, held_out
 
 
-def _prompts(config: Config, note: Callable[[str], None]) -> tuple[Prompts, Prompts]:
-    """Those that are drawn to learn from, and held-out ones; none where the configuration has none."""
+def drawn_prompts(config: Config, note: Callable[[str], None] = lambda text: None) -> Prompts:
+    """Those that are drawn to learn from; none where the configuration has none.
+
+    Raises:
+        PromptError: a file is missing or malformed.
+    """
+    return _prompts(config, config.drawn, "prompts.train", note)
+
+
+def _prompts(config: Config, spec: str | dict[str, str] | None, what: str, note: Callable[[str], None]) -> Prompts:
     chosen = config.prompts
-    if chosen is None:
-        return {}, {}
-    train, held_out = (
-        read_prompts(_located(spec), what, on_bad=chosen.on_bad, deduplicate=chosen.deduplicate, note=note)
-        for spec, what in ((config.drawn or {}, "prompts.train"), (chosen.eval or {}, "prompts.eval"))
-    )
-    return train, held_out
+    if chosen is None or spec is None:
+        return {}
+    return read_prompts(_located(spec), what, on_bad=chosen.on_bad, deduplicate=chosen.deduplicate, note=note)
 
 
 def check_whole(config: Config, algorithm: Algorithm) -> None:

@@ -4,7 +4,7 @@ A stage is an ordinary run in a folder of its own, ``runs/<job>/<specialist>`` o
 its folder says how far it is, so one that has ended is used again by whoever asks for the same training.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +12,20 @@ from typing import Any, Literal
 
 import yaml
 
+from opd_ray.actors.recorded import recordings
 from opd_ray.algorithms import make_algorithm
 from opd_ray.config import STUDENT, Config, Placement, RolePlacement
 from opd_ray.errors import PlacementError, RunFolderError, Stopped, UserError
+from opd_ray.experience import recorded_stream
 from opd_ray.metrics import rows
 from opd_ray.models.base import trained_folder
+from opd_ray.pairs.index import index_pairs
 from opd_ray.planning.rates import reward_role, teacher_placements
-from opd_ray.preflight import FORCED, identity, preflight
+from opd_ray.preflight import FORCED, drawn_prompts, identity, preflight
+from opd_ray.prompts import PromptStream
 from opd_ray.recipes import specialist
 from opd_ray.runtime.handle import Backend, WorkerSpec
+from opd_ray.storage.checkpoint import newest
 from opd_ray.storage.run_folder import differences, read_json, write_atomic
 
 __all__ = ["Stage", "check", "check_room", "costs", "named", "stages", "standing", "workers"]
@@ -107,7 +112,8 @@ def standing(stage: Stage, *, resume: bool, force: bool = False) -> Standing:
     Args:
         stage: one of a job.
         resume: one that was begun may go on.
-        force: also where it was trained otherwise until now, as far as the weights still fit.
+        force: also where it was trained otherwise until now, as far as the weights still fit. A specialist that has
+            come to its end, and would teach what it learned then, has to be the one that is asked for in any case.
 
     Raises:
         RunFolderError: the folder holds another training, more of it than is asked for, or one that was begun, and
@@ -117,25 +123,63 @@ def standing(stage: Stage, *, resume: bool, force: bool = False) -> Standing:
     run: dict[str, Any] = read_json(folder / "run.json") if (folder / "run.json").is_file() else {"abandoned": True}
     if run.get("abandoned"):
         return "new"
-    free, asked = FORCED if force else (), identity(stage.config)
-    before, now = ({key: one for key, one in side.items() if key not in free} for side in (run["identity"], asked))
-    if other := differences(before, now):
+    result = read_json(folder / "result.json") if (folder / "result.json").is_file() else {}
+    ended = result.get("status") == "done" and result["rounds"] == rounds
+    if ended and stage.config.name != STUDENT:
+        with named(stage):
+            _require_same(stage, run["identity"])
+    elif other := _differences(stage, run["identity"], FORCED if force else ()):
         raise RunFolderError(
             f"{stage.name}: {folder} was trained otherwise: {'; '.join(other)}. Give the job another name, set it as "
             "it was, or add --resume --force where the weights still fit"
         )
-    result = read_json(folder / "result.json") if (folder / "result.json").is_file() else {}
     if result.get("status") == "done" and result["rounds"] > rounds:
         raise RunFolderError(
             f"{stage.name}: {folder} has {result['rounds']} rounds, and {rounds} are asked for; ask for as many, or "
             "give the job another name"
         )
     trained = folder / trained_folder(stage.config.model, stage.config.student)
-    if result.get("status") == "done" and result["rounds"] == rounds and trained.is_dir():
+    if ended and trained.is_dir():
         return "done"
     if not resume:
         raise RunFolderError(f"{stage.name}: {folder} was begun already; go on with --resume, or choose another name")
     return "begun"
+
+
+def _require_same(stage: Stage, before: Mapping[str, Any]) -> None:
+    """A specialist at its end learned from what it would learn from now, wherever its prompts lie.
+
+    Raises:
+        UserError: it did not, or nothing says so any more.
+    """
+    kept, damaged = newest(stage.folder)
+    if kept is None:
+        raise RunFolderError(
+            f"{stage.folder} has come to its end, and no checkpoint says from which prompts it learned"
+            f"{''.join(f' ({one})' for one in damaged)}. Give the job another name, or the teacher its LoRA by the path"
+        )
+    was, now = kept.state["driver"]["prompts"], _learned_from(stage.config)
+    changed = [task for task in sorted(was.keys() | now.keys()) if was.get(task) != now.get(task)]
+    other = _differences(stage, before, ("prompts",)) + [f"prompts of {task} are others now" for task in changed]
+    if other:
+        raise RunFolderError(
+            f"{stage.folder} has come to its end, trained otherwise: {'; '.join(other)}. Give the job another name, or "
+            "set it as it was"
+        )
+
+
+def _learned_from(config: Config) -> dict[str, str]:
+    """Task -> hash of all that there is to take, as ``ExperienceSource.prompts`` tells a checkpoint."""
+    if config.recorded is not None:
+        return recorded_stream(recordings(config.recorded), config.seed).digests()
+    if config.pairs is not None:
+        return {config.pairs.task: index_pairs(config.pairs).digest()}
+    return PromptStream(drawn_prompts(config), config.seed).digests()
+
+
+def _differences(stage: Stage, before: Mapping[str, Any], free: Sequence[str]) -> list[str]:
+    sides = (before, identity(stage.config))
+    return differences(*({key: one for key, one in side.items() if key not in free} for side in sides))
 
 
 def check_room(backend: Backend, together: Sequence[Stage]) -> None:

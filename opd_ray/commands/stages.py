@@ -115,6 +115,8 @@ class Drivers:
         self._drivers: list[Driver] = []
         self._asked: float | None = None
         """When somebody asked all of them to stop."""
+        self._signal: int = signal.SIGINT
+        """By which signal."""
 
     def run(self, together: "Sequence[Stage]") -> None:
         """From the start of the first to the end of the last.
@@ -129,7 +131,7 @@ class Drivers:
             for stage in together:
                 if self._asked is None:
                     stage.write(len(together))
-                    self._drivers.append(Driver(stage, self._flags, self._backend.address))
+                    self._begin(stage)
             while any(driver.code is None for driver in self._drivers):
                 self._backend.wait((), POLL_S)
                 if failed is None and (failed := self._failed()) is not None:
@@ -143,6 +145,12 @@ class Drivers:
             told = ", ".join(f"{stage.name} {stage.progress()}" for stage in together)
             raise Stopped(f"{told}; --resume goes on from there")
 
+    def _begin(self, stage: "Stage") -> None:
+        driver = Driver(stage, self._flags, self._backend.address)
+        self._drivers.append(driver)
+        if self._asked is not None and not driver.asked:  # while it was made: neither `heard` nor Ray knew of it
+            driver.ask(self._signal)
+
     def _failed(self) -> "Driver | None":
         """Who ended early; where all were asked to stop, who has another reason to."""
         ended = [driver for driver in self._drivers if driver.code]
@@ -153,17 +161,19 @@ class Drivers:
         if others:
             _note(f"{failed.stage.name} has ended early; the others stop after their round, with a checkpoint")
         for driver in others:
-            driver.process.send_signal(signal.SIGINT)
+            driver.ask(signal.SIGINT)
 
     def heard(self, number: int, frame: FrameType | None) -> None:
         """Pass a signal on, each request once: they are in no process group to which it was sent."""
         now = time.monotonic()
         if number == signal.SIGTERM and self._asked is not None and now - self._asked < ONE_REQUEST_S:
             return
-        self._asked = now
+        self._asked, self._signal = now, number
         for driver in self._drivers:
-            if driver.code is None and JOB not in os.environ:  # `ray job stop` sends it to every process below
-                driver.process.send_signal(number)
+            if JOB in os.environ:  # `ray job stop` sends it to every process below
+                driver.asked = True
+            else:
+                driver.ask(number)
 
 
 class Driver:
@@ -182,6 +192,8 @@ class Driver:
             errors="replace",
             process_group=0,
         )
+        self.asked = False
+        """To stop, by a signal."""
         self._reader = threading.Thread(target=self._tell, daemon=True)
         self._reader.start()
 
@@ -196,6 +208,12 @@ class Driver:
             for line in lines:
                 self._last = line.strip() or self._last
                 errors.print(f"{self.stage.config.name} | {line.rstrip()}", soft_wrap=True)
+
+    def ask(self, number: int) -> None:
+        """Pass a signal on."""
+        self.asked = True
+        if self.code is None:
+            self.process.send_signal(number)
 
     def end(self) -> None:
         """Nothing of it stays; where it still runs, something went wrong here."""

@@ -149,12 +149,22 @@ def test_a_finished_specialist_is_used_again_and_never_trained_again(cli, job, w
     assert {name: (tmp_path / "small" / name / "lora").stat().st_mtime_ns for name in "ab"} == before
     assert [told(tmp_path / "small" / name, "run.json")["attempt"] for name in "ab"] == [0, 0]
     assert "come to its end already" in run().error
+    (tmp_path / "other.txt").write_text("red cat b\nthree dogs b\n")
     for change, said in {
+        f"prompts.train={{b: {tmp_path}/other.txt}}": "has come to its end, trained otherwise: prompts of b are others",
         "rounds=2": "has 4 rounds, and 2 are asked for",
-        "optimizer.lr=0.5": "was trained otherwise: optimizer.lr was 0.01, now 0.5",
+        "optimizer.lr=0.5": "has come to its end, trained otherwise: optimizer.lr was 0.01, now 0.5. Give the job",
     }.items():
-        refused = run("--resume", "-o", f"specialists.b.set.{change}").error
+        refused = run("--resume", "--force", "-o", f"specialists.b.set.{change}").error
         assert refused.startswith(f"specialist b: {tmp_path}/small/b ") and said in refused
+
+
+def test_a_job_that_was_moved_goes_on_with_force(cli, job, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "small")
+    run = lambda *args: cli("train", job(), "--out", tmp_path, "--resume", *args)  # noqa: E731
+    assert f'trained otherwise: teachers.a.lora was "{whole[0]}/a", now "{tmp_path}/small/a"' in run().error
+    done = run("--force")
+    assert done.code == 0 and same(tmp_path / "small", whole), done.err
 
 
 def test_a_signal_in_the_first_stage_stops_the_job_and_resume_goes_on(cli, job, whole, monkeypatch, tmp_path):
