@@ -105,7 +105,7 @@ def line_of(start: str) -> int:
 def test_a_name_that_is_gone_fails_the_build(tmp_path) -> None:
     for name in ("mkdocs.yml", "README.md", "CHANGELOG.md", "protocol.yaml"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("docs", "scripts", "configs", "deploy", "examples"):
+    for name in ("docs", "scripts", "configs", "deploy", "examples", "benchmarks"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "opd_ray", tmp_path / "opd_ray", ignore=shutil.ignore_patterns("shipped", "__pycache__"))
     page = tmp_path / "docs" / "paper.md"
