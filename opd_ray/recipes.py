@@ -10,7 +10,18 @@ import yaml
 from opd_ray.config import ClusterConfig, Config, Precision, PrecisionConfig, parse
 from opd_ray.errors import ConfigError
 
-__all__ = ["assignments", "cluster_file", "find", "load", "override", "read", "recipes", "schema", "specialist"]
+__all__ = [
+    "assignments",
+    "cluster_file",
+    "find",
+    "load",
+    "override",
+    "read",
+    "recipes",
+    "schema",
+    "specialist",
+    "yaml_of",
+]
 
 
 def _places(kind: str) -> list[Path]:
@@ -45,14 +56,26 @@ def find(name: str, kind: str = "configs") -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    data = yaml_of(text, path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
     return data
+
+
+def yaml_of(text: str, path: Path) -> Any:
+    """The data of a file's text.
+
+    Raises:
+        ConfigError: the file, and where in it the text is no YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        told = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
+        raise ConfigError(f"{path}: not YAML: {told}") from None
 
 
 def assignments(values: Mapping[str, Any]) -> list[str]:

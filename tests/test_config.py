@@ -304,7 +304,7 @@ def test_the_last_override_wins(recipe):
         ("cluster=nowhere", "no cluster file 'nowhere'; known: "),
         ("cluster=nowhere.yaml", "nowhere.yaml: no such file"),
         ("cluster=3", "no cluster file '3'; known: "),
-        ("model=3", "mine.yaml: model: Input should be a valid dictionary or instance of ModelConfig, got 3"),
+        ("model=3", "mine.yaml: model: expected a mapping of its keys, got 3"),
     ],
 )
 def test_a_bad_override_is_refused_in_one_line(recipe, override, message):

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from opd_ray.commands.options import Json, require_folder
 from opd_ray.commands.train import interrupt, signals
 from opd_ray.console import console, errors
-from opd_ray.errors import ConfigError, DiskFullError, RunFolderError, Stopped, UserError
+from opd_ray.errors import DiskFullError, RunFolderError, Stopped, UserError
 
 if TYPE_CHECKING:
     from opd_ray.comparison.nodes import Node, Place
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["compare"]
 
 ABOUT = "protocol.json"
+TEXT = "protocol.yaml"
+"""Of a comparison's folder: the protocol that it was begun with."""
 
 
 def compare(
@@ -41,28 +43,28 @@ def compare(
     """Carry a protocol out, and write comparison.md, comparison.json and pictures."""
     from opd_ray.comparison.nodes import Place, plan
     from opd_ray.comparison.protocol import read_protocol
-    from opd_ray.storage.run_folder import locked, read_json, write_json_atomic
+    from opd_ray.storage.run_folder import locked, read_json, write_atomic, write_json_atomic
 
-    chosen, sha256 = read_protocol(protocol)
-    if quick:
-        chosen = chosen.shortened()
+    written, sha256 = read_protocol(protocol)
+    chosen = written.shortened() if quick else written
     place = Place((out or Path("runs") / (f"{chosen.name}_quick" if quick else chosen.name)).resolve())
     about = {"sha256": sha256, "quick": quick}
     known = place.out / ABOUT
     if known.is_file():
-        if read_json(known) != about:
-            raise RunFolderError(
-                f"{place.out} was begun with another protocol{' or without --quick' if quick else ''}; put it back, or "
-                "choose another --out"
-            )
+        _check_same(place, about)
     elif tables or (place.out.exists() and any(not file.name.startswith(".") for file in place.out.iterdir())):
         raise RunFolderError(f"{place.out} holds no comparison; choose another --out")
-    _check_recipes(chosen, place)
+    if not tables:
+        from opd_ray.comparison.checks import check  # imports torch
+
+        check(written, place, protocol)
     require_folder(place.out)
     nodes = plan(chosen)
     failed = dict[str, str]()
     with nullcontext() if tables else locked(place.out, timeout_s=1.0), _stopping_when_full(place):
-        write_json_atomic(known, about)
+        if not known.is_file():
+            write_atomic(place.out / TEXT, protocol.read_bytes())
+            write_json_atomic(known, about)
         try:
             if not tables:
                 _copy_prompts(chosen, place)
@@ -95,19 +97,27 @@ def _stopping_when_full(place: "Place") -> Iterator[None]:
         raise DiskFullError(in_one_line(error)) from None
 
 
-def _check_recipes(protocol: "Protocol", place: "Place") -> None:
-    """Every arm's recipe with what the protocol sets in it, before anything is trained."""
-    from opd_ray.comparison.nodes import Node, key_of, overrides_of
-    from opd_ray.recipes import load
+def _check_same(place: "Place", about: dict[str, Any]) -> None:
+    """Refuse to go on in a folder with another protocol than it was begun with.
 
-    rate = protocol.tuning.rates[0]
-    for name, arm in protocol.arms.items():
-        if arm.recipe is not None:
-            node = Node(key_of(protocol, name, protocol.seeds[0]), "train", name, protocol.seeds[0], (), rate)
-            try:
-                load(arm.recipe, overrides_of(protocol, node, place))
-            except ConfigError as error:
-                raise ConfigError(f"arms.{name}: {error}") from None
+    Raises:
+        RunFolderError: says where the one that it was begun with is.
+    """
+    from opd_ray.storage.run_folder import read_json
+
+    known = read_json(place.out / ABOUT)
+    if known == about:
+        return
+    if known.get("sha256") == about["sha256"]:
+        begun = "with" if known.get("quick") else "without"
+        raise RunFolderError(f"{place.out} was begun {begun} --quick; go on so, or choose another --out")
+    kept = place.out / TEXT
+    if kept.is_file():
+        raise RunFolderError(
+            f"{place.out} was begun with another protocol, which is in {kept}; go on with that one, or choose another "
+            "--out"
+        )
+    raise RunFolderError(f"{place.out} was begun with another protocol; put it back, or choose another --out")
 
 
 def _copy_prompts(protocol: "Protocol", place: "Place") -> None:

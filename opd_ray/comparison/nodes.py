@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from opd_ray.comparison.protocol import PROMPTS, REFERENCE, Arm, Protocol
+from opd_ray.comparison.arms import PROMPTS, REFERENCE, Arm
+from opd_ray.comparison.protocol import Protocol
 from opd_ray.recipes import assignments
 from opd_ray.storage.run_folder import read_json
 

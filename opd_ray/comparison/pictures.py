@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from opd_ray.comparison.hypotheses import AVERAGE
 from opd_ray.comparison.nodes import key_of
-from opd_ray.comparison.protocol import AVERAGE, prompts_of
+from opd_ray.comparison.protocol import prompts_of
 from opd_ray.comparison.results import Results, Row
 from opd_ray.report.charts import HEIGHT, WIDTH, Series, line_chart
 from opd_ray.report.grid import write_sheet

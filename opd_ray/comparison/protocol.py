@@ -4,26 +4,25 @@ It is committed before the first run. The sha256 of its file stands over every t
 """
 
 import hashlib
-import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
-import yaml
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from opd_ray.config.section import Frozen
+from opd_ray.comparison.arms import PROMPTS, Arm, braces, check_name, check_set
+from opd_ray.comparison.hypotheses import AVERAGE, Hypothesis
+from opd_ray.config.section import Frozen, problems
 from opd_ray.errors import ConfigError
 from opd_ray.prompts import read_prompts
+from opd_ray.recipes import yaml_of
 from opd_ray.types import Prompt
 
-__all__ = ["Arm", "Hypothesis", "Judged", "Protocol", "Test", "Tuning", "prompts_of", "read_protocol", "references"]
+__all__ = ["Judged", "Protocol", "Tuning", "prompts_of", "read_protocol"]
 
-PROMPTS = "{prompts}"
-REFERENCE = re.compile(r"\{(?!prompts\})([a-z0-9_]+)(:next)?\}")
-NAME = re.compile(r"[a-z0-9_]+")
-AVERAGE, MIXED = "average", "mixed"
+
+JUDGED = {"train", "merge", "base", "router"}
+"""Arms that have scores."""
 
 
 class Tuning(Frozen):
@@ -31,14 +30,21 @@ class Tuning(Frozen):
 
     seed: int = Field(ge=0)
     """Of the trials, and of what they need; none of the reported ones."""
-    rates: tuple[float, ...] = Field(min_length=1)
-    """Learning rates, one trial each."""
+    rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
+    """Learning rates, one trial each; of a single one there are no trials."""
     rounds: float = Field(gt=0, le=1)
     """Share of the arm's rounds that a trial has."""
     prompts: dict[str, str]
     """Task -> file of the prompts that trials are judged on."""
     images_per_task: int = Field(ge=2)
     """So many, the last of the file."""
+
+    @field_validator("rates")
+    @classmethod
+    def _distinct(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if len({f"{rate:g}" for rate in rates}) < len(rates):  # as their folders are named
+            raise ValueError(f"{', '.join(f'{rate:g}' for rate in rates)} has a rate twice; give each once")
+        return rates
 
 
 class Judged(Frozen):
@@ -58,7 +64,7 @@ class Judged(Frozen):
     """Task -> rewards; of several, a picture's score is the smallest that applies: all skills at once."""
     images_per_task: int = Field(ge=2)
     """The first prompts of each file, one picture each."""
-    averaged: tuple[str, ...]
+    averaged: tuple[str, ...] = Field(min_length=1)
     """Tasks whose mean is the average."""
     truth: str | None = None
     """package.module:attribute, prompts' texts -> true pictures [B, 3, H, W], for the distance of fidelity."""
@@ -69,81 +75,28 @@ class Judged(Frozen):
     curve_images: int = Field(64, ge=2)
     """Pictures of each task at a point of a curve."""
 
-
-class Arm(Frozen):
-    """One row of a table, and how it is made."""
-
-    says: str
-    """What it is, for a reader."""
-    group: str
-    """The table in which it stands."""
-    do: Literal["train", "record", "merge", "base", "router", "cosines"] = "train"
-    """Train a recipe; record what its teachers draw; merge LoRAs; nothing; choose another arm by task; measure angles
-    between the gradients of an arm's tasks."""
-    recipe: str | None = None
-    """Of train and record."""
-    rounds: int = Field(1, ge=1)
-    """Of train and record."""
-    set: dict[str, Any] = {}
-    """Keys of the recipe, dotted, and their values. {arm} in a value stands for the folder of that arm with the same
-    seed, {arm:next} for that with the next seed of the protocol, {prompts} for the folder of `copies`."""
-    rate_of: str | None = None
-    """The arm whose learning rate this one takes; by trials of its own where not given."""
-    curve: int = Field(0, ge=0)
-    """Points at which it is judged on the way."""
-    merge: dict[str, Any] = {}
-    """Of merge: method, scale, density."""
-    of: tuple[str, ...] = ()
-    """Arms that are merged; or the arm whose gradients are compared."""
-    by_task: dict[str, str] = {}
-    """Of router: task -> arm."""
-
     @model_validator(mode="after")
-    def _complete(self) -> "Arm":
-        if (self.do in {"train", "record"}) != (self.recipe is not None):
-            raise ValueError(f"do: {self.do} {'needs' if self.recipe is None else 'takes no'} recipe")
-        if (self.do in {"merge", "cosines"}) != bool(self.of):
-            raise ValueError(f"do: {self.do} {'needs' if not self.of else 'takes no'} of")
-        if (self.do == "router") != bool(self.by_task):
-            raise ValueError(f"do: {self.do} {'needs' if not self.by_task else 'takes no'} by_task")
+    def _of_its_tasks(self) -> "Judged":
+        tasks = ", ".join(self.prompts) or "none"
+        for task in self.prompts:
+            check_task(task, "prompts")
+            if task == AVERAGE:
+                raise ValueError(f"prompts.{task}: {AVERAGE} is the mean of tasks; name the task otherwise")
+            if not self.rewards.get(task):
+                raise ValueError(f"rewards.{task}: missing; give the rewards that score prompts.{task}")
+        for task in self.rewards.keys() - self.prompts.keys():
+            raise ValueError(f"rewards.{task}: no judged task {task!r}; known: {tasks} (judged.prompts)")
+        for task in self.averaged:
+            if task not in self.prompts:
+                raise ValueError(f"averaged: no judged task {task!r}; known: {tasks} (judged.prompts)")
+        if len({*self.averaged}) < len(self.averaged):
+            raise ValueError(f"averaged: {', '.join(self.averaged)} has a task twice; give each once")
+        if self.varied > self.images_per_task:
+            raise ValueError(
+                f"varied {self.varied} is more than images_per_task {self.images_per_task}, of whose prompts they are; "
+                "lower it"
+            )
         return self
-
-    @property
-    def needs(self) -> tuple[tuple[str, bool], ...]:
-        """Arms that have to be there, and whether with the next seed."""
-        named = [(name, False) for name in (*self.of, *self.by_task.values())]
-        return tuple(dict.fromkeys([*named, *references(self.set)]))
-
-
-class Test(Frozen):
-    """One thing that has to be so for a hypothesis to hold."""
-
-    kind: Literal["difference", "ratio", "uneven"]
-    """difference: of - to, in a score. ratio: of / to, of each task. uneven: the share of the specialists' gain that
-    ``of`` has in its easiest task, less its mean share in the others."""
-    of: str
-    """An arm."""
-    to: tuple[str, ...] = ()
-    """Arms, each of which has to be beaten."""
-    score: str = AVERAGE
-    """Of difference: a task, or average."""
-    specialists: dict[str, str] = {}
-    """Of ratio and uneven: task -> arm."""
-    easiest: str | None = None
-    """Of uneven: a task."""
-    base: str | None = None
-    """Of uneven: the arm without training."""
-    at_least: float
-    """Holds where the interval lies at or above it, fails where it lies below."""
-
-
-class Hypothesis(Frozen):
-    """What is expected: it holds where all tests do, and fails where one fails."""
-
-    says: str
-    """In words."""
-    tests: tuple[Test, ...] = Field(min_length=1)
-    """What it is decided by."""
 
 
 class Quick(Frozen):
@@ -158,9 +111,9 @@ class Quick(Frozen):
 class Protocol(Frozen):
     """One comparison."""
 
-    name: str = Field(pattern=NAME.pattern)
+    name: str
     """The folder is runs/<name>."""
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
     """Each arm is trained with each."""
     tuning: Tuning
     """How learning rates are chosen."""
@@ -183,30 +136,76 @@ class Protocol(Frozen):
         """Of a quick run, the seed after its only one: `:next` names what is made with it, and no more is."""
         return self._spare
 
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        return check_name(name)
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len({*seeds}) < len(seeds):
+            raise ValueError(f"{', '.join(map(str, seeds))} has a seed twice; give each once")
+        return seeds
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Protocol":
         if self.tuning.seed in self.seeds:
             raise ValueError(f"tuning.seed {self.tuning.seed} is one of the reported seeds; choose another")
-        earlier = list[str]()
+        for task in self.judged.averaged:
+            if task not in self.tuning.prompts:
+                raise ValueError(f"tuning.prompts has no {task}, which judged.averaged has; give its training prompts")
+        for task in self.copies:
+            check_task(task, "copies")
+        check_set(self.set, {}, "set")
+        earlier = dict[str, Arm]()
         for name, arm in self.arms.items():
-            if not NAME.fullmatch(name):
-                raise ValueError(f"arms.{name}: expected {NAME.pattern}")
-            named = [need for need, _ in arm.needs]
-            for need in [*named, *([arm.rate_of] if arm.rate_of else [])]:
-                if need not in earlier:
-                    known = ", ".join(earlier) or "none"
-                    raise ValueError(f"arms.{name}: {need} does not stand before it; before it are {known}")
-            earlier.append(name)
-        for key, where in self._named():
-            if key not in self.arms:
-                raise ValueError(f"{where}: no arm {key!r}; known: {', '.join(self.arms)}")
+            self._check_arm(name, arm, earlier)
+            earlier[name] = arm
+        for name, hypothesis in self.hypotheses.items():
+            for number, test in enumerate(hypothesis.tests):
+                where = f"hypotheses.{name}.tests.{number}"
+                for other in test.arms:
+                    self._check_judged(other, where)
+                for task in test.tasks:
+                    if task not in {*self.judged.prompts, AVERAGE}:
+                        known = ", ".join([*self.judged.prompts, *([AVERAGE] if test.kind == "difference" else [])])
+                        raise ValueError(f"{where}: no judged task {task!r}; known: {known}")
         return self
 
-    def _named(self) -> Iterator[tuple[str, str]]:
-        for name, hypothesis in self.hypotheses.items():
-            for test in hypothesis.tests:
-                others = (*test.to, *test.specialists.values(), *([test.base] if test.base else []))
-                yield from ((arm, f"hypotheses.{name}") for arm in (test.of, *others))
+    def _check_arm(self, name: str, arm: Arm, earlier: dict[str, Arm]) -> None:
+        """Whether what it names stands before it, and is what it can be made of."""
+        check_name(name, "arms: ")
+        if f"{{{name}}}" == PROMPTS:
+            raise ValueError(f"arms.{name}: {PROMPTS} is the folder of copies; name the arm otherwise")
+        check_set(arm.set, earlier if arm.do in {"train", "record"} else {}, f"arms.{name}.set")
+        if any(found == PROMPTS for found in braces(arm.set)) and not self.copies:
+            raise ValueError(f"arms.{name}.set: {PROMPTS} is the folder of copies, and there are none; give copies")
+        for need in [*arm.of, *arm.by_task.values(), *([arm.rate_of] if arm.rate_of else [])]:
+            if need not in earlier:
+                raise ValueError(f"arms.{name}: {need} does not stand before it; before it are {_listed(earlier)}")
+        allowed = {"merge": {"train", "merge"}, "cosines": {"train"}, "router": JUDGED}.get(arm.do, set[str]())
+        for need in [*arm.of, *arm.by_task.values()]:
+            if earlier[need].do not in allowed:
+                raise ValueError(
+                    f"arms.{name}: {need} is do: {earlier[need].do}; {arm.do} takes arms that are "
+                    f"{' or '.join(sorted(allowed))}"
+                )
+        if arm.rate_of and earlier[arm.rate_of].do != "train":
+            raise ValueError(f"arms.{name}.rate_of: {arm.rate_of} is do: {earlier[arm.rate_of].do}, which has no rate")
+        if arm.do == "router" and arm.by_task.keys() != self.judged.prompts.keys():
+            raise ValueError(
+                f"arms.{name}.by_task has {', '.join(arm.by_task)}; give an arm for each judged task and no other: "
+                f"{', '.join(self.judged.prompts)}"
+            )
+
+    def _check_judged(self, name: str, where: str) -> None:
+        judged = {name: arm for name, arm in self.arms.items() if arm.do in JUDGED}
+        if name not in judged:
+            what = (
+                f"{name} is do: {self.arms[name].do}, which has no score" if name in self.arms else f"no arm {name!r}"
+            )
+            raise ValueError(f"{where}: {what}; known: {_listed(judged)}")
 
     def shortened(self) -> "Protocol":
         """One seed, with a second one for what `:next` names; trials of one round; few rounds and pictures."""
@@ -241,12 +240,18 @@ class Protocol(Frozen):
         return arms
 
 
-def references(value: Any) -> list[tuple[str, bool]]:
-    """The arms that a value names, and whether with the next seed."""
-    if isinstance(value, str):
-        return [(name, bool(following)) for name, following in REFERENCE.findall(value)]
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [found for one in inside for found in references(one)]
+def check_task(name: str, where: str) -> None:
+    """Refuse a task that names no file.
+
+    Raises:
+        ValueError: what it is called.
+    """
+    if not name or name.startswith(".") or "/" in name or "\\" in name:
+        raise ValueError(f"{where}: task {name!r} names files; call it without / and a first dot")
+
+
+def _listed(arms: dict[str, Arm]) -> str:
+    return ", ".join(arms) or "none"
 
 
 @cache
@@ -265,14 +270,16 @@ def read_protocol(path: Path) -> tuple[Protocol, str]:
     """
     try:
         content = path.read_bytes()
-        data = yaml.safe_load(content)
+        text = content.decode()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a protocol") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    data = yaml_of(text, path)
+    if not isinstance(data, dict):
+        allowed = ", ".join(Protocol.model_fields)
+        raise ConfigError(f"{path}: expected a mapping with {allowed}; found {type(data).__name__}")
     try:
         return Protocol.model_validate(data), hashlib.sha256(content).hexdigest()
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{path}: {where}{': ' if where else ''}{first['msg']}") from None
+        raise ConfigError(f"{path}: {problems(error)}") from None

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from opd_ray.comparison.hypotheses import AVERAGE
 from opd_ray.comparison.nodes import Node, Place, key_of, needs_of, plan, rate_of, trial_key
-from opd_ray.comparison.protocol import AVERAGE, Protocol
+from opd_ray.comparison.protocol import Protocol
 from opd_ray.comparison.verdicts import Scores, Verdict, decide
 from opd_ray.evaluation.gauges import Gauge, mean_of
 from opd_ray.storage.run_folder import read_json

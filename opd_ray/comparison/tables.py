@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from opd_ray.comparison.protocol import AVERAGE
+from opd_ray.comparison.hypotheses import AVERAGE
 from opd_ray.comparison.results import COSTS, Results, Row
 from opd_ray.comparison.verdicts import Finding
 from opd_ray.evaluation.gauges import over_seeds
+from opd_ray.evaluation.tables import plain
 from opd_ray.storage.run_folder import write_atomic, write_json_atomic
 
 __all__ = ["write_tables"]
@@ -36,7 +37,7 @@ def _page(results: Results, out: Path, pictures: Mapping[Path, str]) -> Iterator
     else:
         yield from _verdicts(results)
     for group in dict.fromkeys(row.group for row in results.rows):
-        yield f"\n## {group}\n"
+        yield f"\n## {plain(group)}\n"
         yield from _table([row for row in results.rows if row.group == group], results)
         yield from _costs([row for row in results.rows if row.group == group])
     yield from _notes(results)
@@ -51,9 +52,9 @@ def _verdicts(results: Results) -> Iterator[str]:
     yield from _head(["hypothesis", "verdict", "measured", "value (95 % interval)", "each seed", "holds from"])
     for verdict in results.verdicts:
         for number, finding in enumerate(verdict.findings):
-            first = f"**{verdict.name}** {verdict.says} | **{verdict.verdict}**" if number == 0 else " | "
+            first = f"**{plain(verdict.name)}** {plain(verdict.says)} | **{verdict.verdict}**" if number == 0 else " | "
             own = finding.verdict if len(verdict.findings) > 1 else ""
-            said = f"{finding.says}{': ' if own else ''}{own}"
+            said = f"{plain(finding.says)}{': ' if own else ''}{own}"
             yield f"| {first} | {said} | {_interval(finding)} | {_listed(finding.by_seed)} | {finding.at_least:g} |"
 
 
@@ -69,9 +70,9 @@ def _listed(values: Sequence[float]) -> str:
 
 def _table(rows: Sequence[Row], results: Results) -> Iterator[str]:
     tasks = [*results.protocol.judged.prompts, AVERAGE]
-    yield from _head(["model", *tasks, "fidelity", "diversity"])
+    yield from _head(["model", *map(plain, tasks), "fidelity", "diversity"])
     for row in rows:
-        cells = [f"**{row.name}** {row.says}", *(_spread(row.scores[task]) for task in tasks)]
+        cells = [f"**{row.name}** {plain(row.says)}", *(_spread(row.scores[task]) for task in tasks)]
         yield _line([*cells, _gauge(row, "fidelity"), _gauge(row, "diversity")])
 
 

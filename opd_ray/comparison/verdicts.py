@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from opd_ray.comparison.protocol import AVERAGE, Hypothesis, Test
+from opd_ray.comparison.hypotheses import AVERAGE, Hypothesis, Test
 
 __all__ = ["Finding", "Scores", "Verdict", "decide"]
 
@@ -124,7 +124,9 @@ class Verdict:
 
     @property
     def verdict(self) -> str:
-        """That all findings hold, or that one fails; nothing where seeds are missing."""
+        """That all findings hold, or that one fails; nothing where seeds are missing, or nothing was found."""
+        if not self.findings:
+            return "undecided"
         if any(finding.seeds < finding.of_seeds for finding in self.findings):
             return "unfinished"
         all_of = [finding.verdict for finding in self.findings]

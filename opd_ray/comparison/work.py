@@ -49,7 +49,7 @@ def perform(protocol: Protocol, node: Node, place: Place) -> None:
             if not (folder / "merge.json").is_file():
                 if folder.exists():  # what a merge that was stopped has left
                     shutil.rmtree(folder)
-                merge(loras, folder, **{**arm.merge, "method": How(arm.merge.get("method", "mean"))}, json=True)
+                merge(loras, folder, **arm.merge.model_dump() | {"method": How(arm.merge.method)}, json=True)
             _book(place, node, started, {"images": 0, "forwards": {}}, done=True)
         case "judge":
             write_json_atomic(place.found(node), _judged(protocol, node, place))

@@ -27,7 +27,7 @@ from opd_ray.config.method import (
     StudentConfig,
     TeacherConfig,
 )
-from opd_ray.config.section import Frozen
+from opd_ray.config.section import Frozen, problems
 from opd_ray.config.stages import SPECIALISTS, STUDENT, SpecialistConfig
 from opd_ray.errors import ConfigError
 
@@ -338,16 +338,4 @@ def parse(data: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{where}: " + "; ".join(_problem(item) for item in error.errors())) from None
-
-
-def _problem(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"] if part not in {*ALGORITHMS, "plugin"})
-    message = str(item["msg"]).removeprefix("Value error, ")
-    if item["type"] == "missing":
-        return f"{where} is missing"
-    value = item["input"]
-    if item["type"] == "unknown_algorithm" and isinstance(value, dict):
-        value = value["name"]
-    seen = "" if item["type"] == "value_error" else f", got {value!r}"
-    return f"{where}: {message}{seen}" if where else message
+        raise ConfigError(f"{where}: {problems(error, {*ALGORITHMS, 'plugin'})}") from None

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from opd_ray.report.wording import MISSING, alike, count, span
 
-__all__ = ["markdown"]
+__all__ = ["markdown", "plain"]
 
 SHOWN = 4
 """Prompts of each task whose pictures are shown side by side."""
@@ -41,12 +41,12 @@ class _Link(str):
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Every cell but a link is shown as it is: prompts, tasks and errors come from files that others wrote."""
-    cells = ([cell if isinstance(cell, _Link) else _plain(str(cell)) for cell in row] for row in [head, *rows])
+    cells = ([cell if isinstance(cell, _Link) else plain(str(cell)) for cell in row] for row in [head, *rows])
     first, *others = (f"| {' | '.join(line)} |" for line in cells)
     return "\n".join([first, f"|{' --- |' * len(head)}", *others])
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text as Markdown that shows it, in one line; an underscore within a word means nothing there."""
     return re.sub(r"[\\`*\[\]~|$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))
 

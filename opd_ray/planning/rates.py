@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from opd_ray import metrics
 from opd_ray.algorithms import make_algorithm
 from opd_ray.config import Config, RolePlacement
-from opd_ray.config.section import Frozen
+from opd_ray.config.section import Frozen, problems
 from opd_ray.errors import ConfigError, RunFolderError
 from opd_ray.recipes import read as read_config
 
@@ -192,7 +192,7 @@ class Rates(Frozen):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise ConfigError(f"{path}: " + "; ".join(map(_problem, error.errors()))) from None
+            raise ConfigError(f"{path}: {problems(error)}") from None
 
     @classmethod
     def from_run(cls, folder: Path) -> "Rates":
@@ -287,12 +287,3 @@ def _answers(row: Mapping[str, Any], role: str, expected: int) -> float:
 
 def _median(values: Iterable[float]) -> float:
     return statistics.median(values)
-
-
-def _problem(item: Any) -> str:
-    where = ".".join(map(str, item["loc"]))
-    message = str(item["msg"]).removeprefix("Value error, ")
-    if item["type"] == "missing":
-        return f"{where} is missing"
-    seen = "" if item["type"] == "value_error" else f", got {item['input']!r}"
-    return f"{where}: {message}{seen}" if where else message

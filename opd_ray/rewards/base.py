@@ -91,15 +91,25 @@ class Scorer:
         Raises:
             RewardError: it answered with another shape, or not with numbers.
         """
+        return self._scored(images, prompts, metadata)
+
+    def _scored(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], at: str = ""
+    ) -> Tensor:
+        """As ``__call__``; ``at`` says in errors of which pictures."""
         told = {"metadata": list(metadata) or [{} for _ in prompts]} if self._wants_metadata else {}
         answer = self._reward(images.clone(), list(prompts), **told)  # what it writes into them is its own business
         try:
             score = torch.as_tensor(answer, dtype=torch.float32).cpu()
         except (TypeError, ValueError, RuntimeError):
-            raise RewardError(f"reward {self.name} answered {answer!r}, expected [{len(prompts)}] numbers") from None
+            raise RewardError(
+                f"reward {self.name} answered {answer!r}{at}; expected a number for each picture (shape "
+                f"[{len(prompts)}]); mend it, or take it out"
+            ) from None
         if score.shape != (len(prompts),):
             raise RewardError(
-                f"reward {self.name} answered {list(score.shape)}, expected [{len(prompts)}], a number a picture"
+                f"reward {self.name} answered shape {list(score.shape)}{at}; expected a number for each picture (shape "
+                f"[{len(prompts)}]); mend it, or take it out"
             )
         if score.isinf().any():
             raise RewardError(f"reward {self.name} answered infinity; NaN is for pictures that it does not apply to")
@@ -126,7 +136,7 @@ class Scorer:
         for number, probe in enumerate(probes, start=1):
             (better, of_better), (worse, of_worse) = probe.better, probe.worse
             scores = [
-                float(self(image[None], [prompt], [probe.metadata])[0])
+                float(self._scored(image[None], [prompt], [probe.metadata], " on its probe picture")[0])
                 for image, prompt in ((better, of_better), (worse, of_worse))
             ]
             if not scores[0] > scores[1]:
@@ -144,7 +154,7 @@ class Scorer:
         image, failed = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)), None
         for prompt in known:
             try:
-                if not self(image, [prompt.text], [prompt.metadata]).isnan().all():
+                if not self._scored(image, [prompt.text], [prompt.metadata], " on its probe picture").isnan().all():
                     return FINITE
             except RewardError:
                 raise

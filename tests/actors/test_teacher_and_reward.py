@@ -96,11 +96,14 @@ def test_rewards_are_functions_or_objects_each_with_its_arguments():
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (torch.ones(2, 1), r"reward mine answered \[2, 1\], expected \[2\], a number a picture"),
-        (torch.ones(3), r"reward mine answered \[3\]"),
-        (1.0, r"reward mine answered \[\]"),
-        (["a", "b"], r"reward mine answered \['a', 'b'\], expected \[2\] numbers"),
-        (None, r"reward mine answered None, expected"),
+        (
+            torch.ones(2, 1),
+            r"mine answered shape \[2, 1\]; expected a number for each picture \(shape \[2\]\); mend",
+        ),
+        (torch.ones(3), r"reward mine answered shape \[3\]"),
+        (1.0, r"reward mine answered shape \[\]"),
+        (["a", "b"], r"reward mine answered \['a', 'b'\]; expected a number for each picture"),
+        (None, r"reward mine answered None; expected a number for each picture"),
         ([1.0, float("inf")], "reward mine answered infinity; NaN is for"),
     ],
 )

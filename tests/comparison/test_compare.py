@@ -127,19 +127,28 @@ def test_the_last_point_of_a_curve_is_the_model_itself(done: tuple[Path, Path, s
 def test_another_protocol_does_not_go_on_in_its_folder(done: tuple[Path, Path, str], tmp_path: Path) -> None:
     data = tiny()
     data["arms"]["student"]["rounds"] = 2
-    with pytest.raises(RunFolderError, match="another protocol"):
+    kept = done[1] / "protocol.yaml"
+    with pytest.raises(RunFolderError, match=f"another protocol, which is in {kept}; go on with that one"):
         compare(written(tmp_path, data), out=done[1])
+    assert kept.read_bytes() == done[0].read_bytes()
+    with pytest.raises(RunFolderError, match="was begun without --quick; go on so"):
+        compare(kept, out=done[1], quick=True)
 
 
-def test_an_arm_that_fails_stops_what_needs_it_and_nothing_else(tmp_path: Path) -> None:
+def test_an_arm_that_fails_stops_what_needs_it_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = tiny()
-    data["arms"]["teacher"]["set"] = data["arms"]["teacher"]["set"] | {"prompts": {"train": {"look": "nowhere.txt"}}}
+    (tmp_path / "broken.py").write_text("def reward(images, prompts):\n    raise ValueError('out of order')\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    broken = {"rewards": {"broken:reward": {"probe": "finite"}}}
+    data["arms"]["teacher"]["set"] = data["arms"]["teacher"]["set"] | broken
     data["arms"] = {name: data["arms"][name] for name in ("base", "teacher", "student")}
     found = run(written(tmp_path, data), tmp_path / "out")
     assert found.returncode == 2
     last = found.stderr.strip().splitlines()[-1]
     assert last.startswith("error: 4 of 5 could not be done; first teacher-s0: ")
-    assert "nowhere.txt" in last
+    assert "out of order" in last
     assert "Traceback" not in found.stderr
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"].keys() == {"base"}
 

@@ -145,9 +145,11 @@ def test_a_quick_run_tries_rates_and_makes_what_the_next_seed_names() -> None:
 def test_a_curve_has_as_many_points_as_were_asked_for(rounds: int, curve: int, points: list[int]) -> None:
     """Each of them at a checkpoint of the run."""
     data = small()
-    data["arms"]["teacher"] |= {"rounds": rounds, "curve": curve}
+    data["arms"]["teacher"] |= {"rounds": max(rounds, curve), "curve": curve}
     data["tuning"]["rates"] = [1e-3]
     protocol = Protocol.model_validate(data)
+    shorter = protocol.arms["teacher"].model_copy(update={"rounds": rounds})  # as --quick makes it
+    protocol = protocol.model_copy(update={"arms": protocol.arms | {"teacher": shorter}})
     assert points_of(protocol.arms["teacher"]) == points
     chosen = overrides_of(protocol, Node("teacher-s0", "train", "teacher", 0, (), None), Place(Path("nowhere")))
     (every,) = (int(one.partition("=")[2]) for one in chosen if one.startswith("checkpoint.every="))
@@ -161,10 +163,13 @@ def test_a_curve_has_as_many_points_as_were_asked_for(rounds: int, curve: int, p
         ({"extra": 1}, "unknown key 'extra'"),
         ({"seeds": [0, 9]}, "tuning.seed 9 is one of the reported seeds"),
         ({"arms": {"a": {"group": "g", "says": "s", "recipe": "demo", "rate_of": "b"}}}, "b does not stand before it"),
-        ({"arms": {"a": {"group": "g", "says": "s", "recipe": "demo", "set": {"x": "{b}"}}}}, "b does not stand"),
+        ({"arms": {"a": {"group": "g", "says": "s", "recipe": "demo", "set": {"x": "{b}"}}}}, "{b} names no arm"),
         ({"arms": {"a": {"group": "g", "says": "s"}}}, "do: train needs recipe"),
         ({"arms": {"a": {"group": "g", "says": "s", "do": "merge"}}}, "do: merge needs of"),
-        ({"arms": {"base": {"group": "g", "says": "s", "do": "base"}}}, "hypotheses.H1: no arm 'student'; known: base"),
+        (
+            {"arms": {"base": {"group": "g", "says": "s", "do": "base"}}},
+            "hypotheses.H1.tests.0: no arm 'student'; known: base",
+        ),
     ],
 )
 def test_a_wrong_protocol_is_refused_in_one_line(tmp_path: Path, changes: dict[str, Any], told: str) -> None:

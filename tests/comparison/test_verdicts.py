@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from opd_ray.comparison.protocol import Hypothesis
+from opd_ray.comparison.hypotheses import Hypothesis
 from opd_ray.comparison.verdicts import Scores, Verdict, decide
 
 PROMPTS = 400

@@ -14,7 +14,12 @@ import yaml
 from opd_ray import recipes
 from opd_ray.algorithms import ALGORITHMS
 from opd_ray.cli import app
-from opd_ray.comparison.protocol import Arm, Protocol
+from opd_ray.comparison.arms import Arm, Merging
+from opd_ray.comparison.checks import check
+from opd_ray.comparison.hypotheses import Hypothesis
+from opd_ray.comparison.hypotheses import Test as OneTest
+from opd_ray.comparison.nodes import Place
+from opd_ray.comparison.protocol import Judged, Protocol, Quick, Tuning, read_protocol
 from opd_ray.config import Config
 from opd_ray.config.section import Frozen
 from opd_ray.planning.rates import Rates
@@ -142,6 +147,19 @@ def test_the_recipe_fragments_of_the_pages_name_keys_that_exist() -> None:
             assert set(data) <= known, (name, block)
             for arm in data.get("arms", {}).values():
                 Arm.model_validate(arm)
+
+
+def test_the_whole_protocol_of_the_page_can_be_carried_out(tmp_path) -> None:
+    """And the page has a word on every key."""
+    page = PAGES["protocols.md"]
+    (whole,) = (block for block in blocks(page, "yaml") if "hypotheses:" in block)
+    path = tmp_path / "protocol.yaml"
+    path.write_text(whole)
+    protocol, _ = read_protocol(path)
+    check(protocol, Place(tmp_path / "out"), path)
+    for section in (Protocol, Tuning, Judged, Arm, Merging, Hypothesis, OneTest, Quick):
+        unsaid = [key for key in section.model_fields if not re.search(rf"\b{key}\b", page)]
+        assert not unsaid, section.__name__
 
 
 def test_the_comparison_says_when_it_was_read_and_where() -> None:

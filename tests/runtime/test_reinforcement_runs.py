@@ -110,7 +110,10 @@ def test_rewards_that_are_all_equal_teach_nothing_and_are_told(config, reports, 
     ("reward", "message"),
     [
         ("never", r"scoring:never: it answers NaN, which means that it does not apply, for each of 1. prompts"),
-        ("total", r"reward tests.commands.scoring:total answered \[\], expected \[1\]"),
+        (
+            "total",
+            r"scoring:total answered shape \[\] on its probe picture; expected a number for each picture",
+        ),
         ("broken", r"scoring:broken: its probe raised ConnectionError: the judge is away"),
     ],
 )
