@@ -115,12 +115,8 @@ class DiffusionNft(Algorithm):
 
     def loss(self, forward: Forward, velocity: Mapping[str, Tensor]) -> Loss:
         """Eq. 5 at one time of each image, mean over those of the batch that have a score."""
-        student, config, good, scored = (
-            velocity["student"],
-            self.config,
-            forward.inputs["good"],
-            forward.inputs["scored"],
-        )
+        student, config = velocity["student"], self.config
+        good, scored = forward.inputs["good"], forward.inputs["scored"]
         positive, negative = branch_errors(
             student,
             velocity["old"],

@@ -121,13 +121,12 @@ def _check_same(place: "Place", about: dict[str, Any]) -> None:
 
 
 def _copy_prompts(protocol: "Protocol", place: "Place") -> None:
-    from opd_ray.preflight import locate
-    from opd_ray.prompts import read_prompts
+    from opd_ray.comparison.protocol import prompts_in
     from opd_ray.storage.run_folder import write_atomic
 
     for task, path in protocol.copies.items():
         place.prompts.mkdir(exist_ok=True)
-        (prompts,) = read_prompts(locate(path), f"copies.{task}").values()
+        (prompts,) = prompts_in(path, None, "stop").values()
         write_atomic(place.prompts / f"{task}.txt", "".join(f"{prompt.text}\n" for prompt in prompts).encode())
 
 

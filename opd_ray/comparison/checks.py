@@ -1,19 +1,16 @@
 """What of a protocol can be refused before its first run, as far as files, models and plugins say."""
 
-from functools import cache
 from pathlib import Path
-from typing import Literal
 
 from opd_ray.algorithms import make_algorithm
 from opd_ray.comparison.nodes import Node, Place, key_of, overrides_of
-from opd_ray.comparison.protocol import Protocol
+from opd_ray.comparison.protocol import PREFIX, OnBad, Protocol, prompts_in
 from opd_ray.config import Config
 from opd_ray.errors import ConfigError, UserError
 from opd_ray.evaluation.models import find_model
 from opd_ray.models.base import sigmas_of
 from opd_ray.plugins import load as load_plugin
-from opd_ray.preflight import Prompts, check_whole, locate
-from opd_ray.prompts import read_prompts
+from opd_ray.preflight import Prompts, check_whole
 from opd_ray.recipes import load
 from opd_ray.rewards.base import FINITE, PROBE, check_rewards
 
@@ -105,15 +102,8 @@ def _check_run(config: Config, protocol: Protocol, place: Place) -> None:
     check_whole(config, algorithm)
 
 
-@cache
-def _read(path: str, task: str | None, on_bad: Literal["stop", "skip"]) -> Prompts:
-    """Each file once, however many arms draw on it."""
-    found = locate(path)
-    return read_prompts(found if task is None else {task: found}, "prompts", on_bad=on_bad)
-
-
-def _prompts(path: str, task: str | None, on_bad: Literal["stop", "skip"], where: str) -> Prompts:
+def _prompts(path: str, task: str | None, on_bad: OnBad, where: str) -> Prompts:
     try:
-        return _read(path, task, on_bad)
+        return prompts_in(path, task, on_bad)
     except UserError as error:
-        raise ConfigError(f"{where}: {str(error).removeprefix('prompts: ')}") from None
+        raise ConfigError(f"{where}: {str(error).removeprefix(f'{PREFIX}: ')}") from None

@@ -97,7 +97,8 @@ def judge(judged: Judged, family: Family, shown: Path | None = None, *, full: bo
         judged: which prompts, how many, and how they are drawn and scored.
         family: with the adapter in use.
         shown: folder of a few pictures to look at.
-        full: as a row of a table; otherwise as a point of a curve, which has fewer pictures and no diversity.
+        full: as a row of a table; otherwise as a point of a curve, which has fewer pictures, and scores and fidelity
+            alone.
 
     Returns:
         scores, one number a picture; fidelity and diversity, gauges as JSON; all by task. ``pooled`` is the fidelity
@@ -121,8 +122,9 @@ def judge(judged: Judged, family: Family, shown: Path | None = None, *, full: bo
             task: told(kernel_distance(features[task], own, paired=True, seed=number), drawn=full)
             for number, (task, own) in enumerate(true.items())
         }
+    if true and full:
         together = torch.cat([*features.values()]), torch.cat([*true.values()])
-        found["pooled"] = told(kernel_distance(*together, paired=True), drawn=full)
+        found["pooled"] = told(kernel_distance(*together, paired=True), drawn=True)
     if full:
         found["diversity"] = {
             task: told(varied(judged, family, own, seed=number), drawn=True)

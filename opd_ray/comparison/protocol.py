@@ -6,7 +6,7 @@ It is committed before the first run. The sha256 of its file stands over every t
 import hashlib
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
@@ -18,9 +18,11 @@ from opd_ray.prompts import read_prompts
 from opd_ray.recipes import yaml_of
 from opd_ray.types import Prompt
 
-__all__ = ["Judged", "Protocol", "Tuning", "prompts_of", "read_protocol"]
+__all__ = ["PREFIX", "Judged", "OnBad", "Protocol", "Tuning", "prompts_in", "prompts_of", "read_protocol"]
 
-
+OnBad = Literal["stop", "skip"]
+PREFIX = "a protocol's prompts"
+"""What messages about a prompt file begin with."""
 JUDGED = {"train", "merge", "base", "router"}
 """Arms that have scores."""
 
@@ -255,11 +257,20 @@ def _listed(arms: dict[str, Arm]) -> str:
 
 
 @cache
-def prompts_of(path: str, task: str) -> tuple[Prompt, ...]:
-    """All prompts of a file, or of `world/<task>/<split>`; read once a process."""
+def prompts_in(path: str, task: str | None, on_bad: OnBad) -> dict[str, tuple[Prompt, ...]]:
+    """All prompts of a file, or of `world/<task>/<split>`, by task, which the file says itself where none is given.
+
+    Each file is read once a process.
+    """
     from opd_ray.preflight import locate  # imports torch, which a protocol does not need
 
-    return read_prompts({task: locate(path)}, "a protocol's prompts")[task]
+    found = locate(path)
+    return read_prompts(found if task is None else {task: found}, PREFIX, on_bad=on_bad)
+
+
+def prompts_of(path: str, task: str) -> tuple[Prompt, ...]:
+    """All of a file whose task is known."""
+    return prompts_in(path, task, "stop")[task]
 
 
 def read_protocol(path: Path) -> tuple[Protocol, str]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from opd_ray.comparison.hypotheses import AVERAGE
-from opd_ray.comparison.nodes import Node, Place, key_of, needs_of, plan, rate_of, trial_key
+from opd_ray.comparison.nodes import Place, key_of, needs_of, plan, rate_of, trial_key
 from opd_ray.comparison.protocol import Protocol
 from opd_ray.comparison.verdicts import Scores, Verdict, decide
 from opd_ray.evaluation.gauges import Gauge, mean_of
@@ -31,6 +31,9 @@ class Cost:
 COSTS = ("images", "forwards", "core_seconds")
 """Drawn to learn from; by all roles, one a picture; processor time."""
 GAUGES = ("fidelity", "diversity", "pooled")
+
+Booked = Mapping[str, Mapping[str, Any]]
+"""Key of what was trained, recorded or merged -> what it took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,21 +109,23 @@ def gather(protocol: Protocol, sha256: str, place: Place, *, quick: bool = False
     by_score = {arm: {seed: one["scores"] for seed, one in seeds.items()} for arm, seeds in found.items()}
     known = Scores(by_score, protocol.judged.averaged)
     nodes = plan(protocol)
+    files = {node.key: place.cost(node.key) for node in nodes if node.kind in {"train", "record", "merge"}}
+    booked = {key: read_json(file) for key, file in files.items() if file.is_file()}
     return Results(
         protocol,
         sha256,
-        tuple(_row(protocol, name, seeds, place) for name, seeds in found.items()),
+        tuple(_row(protocol, name, seeds, booked, place) for name, seeds in found.items()),
         tuple(decide(name, hypothesis, known, protocol.seeds) for name, hypothesis in protocol.hypotheses.items()),
         _trials(protocol, place),
         cosines,
-        _code(nodes, place),
+        tuple(sorted({state for one in booked.values() for state in one.get("code", ["unknown"])})),
         sum(place.done(node) for node in nodes),
         len(nodes),
         quick,
     )
 
 
-def _row(protocol: Protocol, name: str, found: Mapping[int, dict[str, Any]], place: Place) -> Row:
+def _row(protocol: Protocol, name: str, found: Mapping[int, dict[str, Any]], booked: Booked, place: Place) -> Row:
     arm, judged = protocol.arms[name], [*found.values()]
     means: dict[str, tuple[float, ...]] = {
         task: tuple(float(np.nanmean(one["scores"][task])) for one in judged) for task in judged[0]["scores"]
@@ -134,7 +139,7 @@ def _row(protocol: Protocol, name: str, found: Mapping[int, dict[str, Any]], pla
         tuple(found),
         means,
         {kind: _gauges([one[kind] for one in judged]) for kind in GAUGES if all(kind in one for one in judged)},
-        {kind: tuple(cost(protocol, kind, name, seed, place) for seed in found) for kind in COSTS},
+        {kind: tuple(cost(protocol, booked, kind, name, seed) for seed in found) for kind in COSTS},
         rate_of(protocol, name, place) if arm.do == "train" else None,
         tuple(one["curve"] for one in judged if one.get("curve")),
     )
@@ -152,19 +157,19 @@ def _gauge(told: Mapping[str, Any]) -> Gauge:
     return Gauge(told["value"], tuple(told["drawn"]))
 
 
-def cost(protocol: Protocol, kind: str, name: str, seed: int, place: Place) -> Cost:
+def cost(protocol: Protocol, booked: Booked, kind: str, name: str, seed: int) -> Cost:
     """What an arm took, and what it needed."""
-    every = {(name, seed), *_before(protocol, name, seed)}
+    every = sorted({(name, seed), *_before(protocol, name, seed)})  # in one order: sums of floats depend on it
     return Cost(
-        _own(protocol, kind, name, seed, place),
-        _longest(protocol, kind, name, seed, place),
-        sum(_own(protocol, kind, *one, place) for one in every),
+        _own(protocol, booked, kind, name, seed),
+        _longest(protocol, booked, kind, name, seed),
+        sum(_own(protocol, booked, kind, *one) for one in every),
     )
 
 
-def _own(protocol: Protocol, kind: str, name: str, seed: int, place: Place) -> float:
-    file = place.cost(key_of(protocol, name, seed))
-    told = read_json(file)[kind] if file.is_file() else 0
+def _own(protocol: Protocol, booked: Booked, kind: str, name: str, seed: int) -> float:
+    key = key_of(protocol, name, seed)
+    told = booked[key][kind] if key in booked else 0
     return float(sum(told.values()) if isinstance(told, dict) else told)
 
 
@@ -173,15 +178,9 @@ def _before(protocol: Protocol, name: str, seed: int) -> set[tuple[str, int]]:
     return {*direct, *(one for need in direct for one in _before(protocol, *need))}
 
 
-def _longest(protocol: Protocol, kind: str, name: str, seed: int, place: Place) -> float:
-    chains = (_longest(protocol, kind, *need, place) for need in needs_of(protocol, name, seed))
-    return _own(protocol, kind, name, seed, place) + max(chains, default=0.0)
-
-
-def _code(nodes: Sequence[Node], place: Place) -> tuple[str, ...]:
-    files = [place.cost(node.key) for node in nodes if node.kind in ("train", "record", "merge")]
-    told = [read_json(file).get("code", ["unknown"]) for file in files if file.is_file()]
-    return tuple(sorted({state for states in told for state in states}))
+def _longest(protocol: Protocol, booked: Booked, kind: str, name: str, seed: int) -> float:
+    chains = (_longest(protocol, booked, kind, *need) for need in needs_of(protocol, name, seed))
+    return _own(protocol, booked, kind, name, seed) + max(chains, default=0.0)
 
 
 def _trials(protocol: Protocol, place: Place) -> dict[str, dict[str, float]]:

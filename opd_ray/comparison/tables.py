@@ -52,10 +52,10 @@ def _verdicts(results: Results) -> Iterator[str]:
     yield from _head(["hypothesis", "verdict", "measured", "value (95 % interval)", "each seed", "holds from"])
     for verdict in results.verdicts:
         for number, finding in enumerate(verdict.findings):
-            first = f"**{plain(verdict.name)}** {plain(verdict.says)} | **{verdict.verdict}**" if number == 0 else " | "
-            own = finding.verdict if len(verdict.findings) > 1 else ""
-            said = f"{plain(finding.says)}{': ' if own else ''}{own}"
-            yield f"| {first} | {said} | {_interval(finding)} | {_listed(finding.by_seed)} | {finding.at_least:g} |"
+            first = [f"**{plain(verdict.name)}** {plain(verdict.says)}", f"**{verdict.verdict}**"]
+            own = f": {finding.verdict}" if len(verdict.findings) > 1 else ""
+            numbers = _interval(finding), _listed(finding.by_seed), f"{finding.at_least:g}"
+            yield _line([*(first if number == 0 else ["", ""]), f"{plain(finding.says)}{own}", *numbers])
 
 
 def _interval(finding: Finding) -> str:
