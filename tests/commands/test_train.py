@@ -82,8 +82,10 @@ def test_a_broken_reward_shows_before_the_first_round(cli, recipe, tmp_path):
     path = recipe(rewards={reward: {"probe": "finite"}}, evaluation=keys)
     done = cli("train", path, "--out", tmp_path)
     assert done.code == 2 and "Traceback" not in done.err
-    line = done.err.splitlines()[-1]
-    assert line == f"error: reward {reward} answered [], expected [1], a number a picture"
+    assert done.err.splitlines()[-1] == (
+        f"error: reward {reward} answered shape [] on its probe picture; "
+        "expected a number for each picture (shape [1]); mend it, or take it out"
+    )
     assert not (tmp_path / "small" / "metrics.jsonl").exists()
     done = cli("train", recipe(), "--out", tmp_path)
     assert done.code == 0 and "rewards are not used" not in done.err, "its name is free"

@@ -212,7 +212,7 @@ def test_a_fresh_worker_proves_the_average_as_well_as_the_raw_weights(tiny, make
     with torch.no_grad():
         for parameter in host.learner.student.values():
             parameter.add_(0.1)
-    host.learner.updates = 8  # as many as the average waits for
+    host.learner.student_updates = 8  # as many as the average waits for
     flat, done = host.publish(VERSION, True, 0)
     assert done.value.sha256 != digest(host.learner.student)
     assert rollout(tiny).bind(done.value, flat).value.sha256 == done.value.sha256
