@@ -173,7 +173,11 @@ def specialist(job: Config, name: str) -> Config:
         ConfigError: the recipe is not there, cannot run so, or leaves no LoRA for the job's student.
     """
     chosen = job.specialists[name]
-    where, path = f"specialists.{name}", find(chosen.recipe)
+    where = f"specialists.{name}"
+    try:
+        path = find(chosen.recipe)
+    except ConfigError as error:
+        raise ConfigError(f"{where}.recipe: {error}") from None
     data = _read(path) | {"name": name, "seed": job.seed, "cluster": None}
     for key, value in chosen.set.items():
         if not key.startswith("cluster."):

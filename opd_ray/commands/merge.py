@@ -40,14 +40,14 @@ def merge(
     json: Json = False,
 ) -> None:
     """Write a LoRA that diffusers, PEFT and this package load; sample or evaluate it as BASE+OUT."""
-    from opd_ray.models.lora import WEIGHTS
-    from opd_ray.models.merging import merge_loras, part_of
-    from opd_ray.storage.run_folder import write_json_atomic
-
     if not math.isfinite(scale) or scale == 0:
         raise ConfigError(f"--scale {scale:g}: expected a number other than 0")
     if not 0 < density <= 1:
         raise ConfigError(f"--density {density:g}: expected a share above 0, at most 1")
+    from opd_ray.models.lora import WEIGHTS
+    from opd_ray.models.merging import merge_loras, part_of
+    from opd_ray.storage.run_folder import write_json_atomic
+
     if (out / WEIGHTS).exists():
         raise RunFolderError(f"--out: {out} holds a LoRA already; choose another place")
     files = [_read(path) for path in loras]

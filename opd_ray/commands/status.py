@@ -53,12 +53,24 @@ def status(
     else:
         for one in stages or [run]:
             console.print(Standing.read(one).show(console), soft_wrap=True)
+        for text in _to_come(run):
+            console.print(text)
+
+
+def _all_stages(folder: Path) -> list[Path]:
+    """The runs of a job of several stages; none where it is no such job's folder."""
+    names = read_json(folder / STAGES)["stages"] if (folder / STAGES).is_file() else ()
+    return [folder / name for name in names]
 
 
 def _stages(folder: Path) -> list[Path]:
-    """The runs that a job of several stages has begun; none where it is no such job's folder."""
-    names = read_json(folder / STAGES)["stages"] if (folder / STAGES).is_file() else ()
-    return [folder / name for name in names if (folder / name / "run.json").is_file()]
+    """Those that it has begun."""
+    return [stage for stage in _all_stages(folder) if (stage / "run.json").is_file()]
+
+
+def _to_come(folder: Path) -> list[Text]:
+    """A line on each that it has not."""
+    return [Text(f"{stage.name}: not begun") for stage in _all_stages(folder) if not (stage / "run.json").is_file()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +120,8 @@ class Standing:
                 parts.append(f"{duration((rounds - done) * self.pace_s)} left")
         yield Text(", ".join(parts), style="bold")
         if not self.running:
-            yield Text(f"ended {duration(self.age_s)} ago", style="dim")
+            advice = "" if self.beat["status"] == "done" else "; go on with opd-ray train ... --resume"
+            yield Text(f"ended {duration(self.age_s)} ago{advice}", style="dim")
             return
         if self.age_s > HEARTBEAT_S:
             advice = "the driver is gone or hangs; go on with opd-ray train ... --resume"
@@ -229,7 +242,7 @@ def _watch(run: Path) -> None:
     with live or contextlib.nullcontext():
         while True:
             found = [_look(one) for one in _stages(run) or [run]]
-            shown = Group(*(text for _, text in found))
+            shown = Group(*(text for _, text in found), *_to_come(run))
             if live is not None:
                 live.update(shown, refresh=True)
             else:

@@ -20,7 +20,7 @@ class SpecialistConfig(Frozen):
 
     recipe: str = Field(min_length=1)
     """What trains it: a recipe's name, or the path of a YAML file, as seen from this one or from where you start it.
-    Seed and cluster are this run's in place of its own."""
+    Seed and cluster are this run's in place of its own, where `set` does not say otherwise."""
     set: dict[str, Any] = {}
     """Keys of that recipe and their values here, with dots as in `-o`: {rounds: 20, cluster.rollout.workers: 1}. A
     section that is named is replaced as a whole."""

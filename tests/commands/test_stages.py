@@ -191,7 +191,7 @@ def test_a_signal_in_the_first_stage_stops_the_job_and_resume_goes_on(cli, job, 
 
 
 REFUSED = [
-    ({"specialists.a.recipe": "gone"}, "no recipe 'gone'; known: "),
+    ({"specialists.a.recipe": "gone"}, "specialists.a.recipe: no recipe 'gone'; known: "),
     ({"specialists.a.recipe": "job.yaml"}, "specialists.a: its recipe has specialists of its own"),
     ({"specialists.a.set.name": "x"}, "specialists.a.set: name is the same for all stages; take it out"),
     ({"specialists.a.set.rounds.many": 1}, "specialists.a.set.rounds.many: rounds is a value, not a section"),

@@ -13,7 +13,7 @@ from opd_ray.commands.scale import parse_targets
 from opd_ray.commands.status import Standing
 from opd_ray.errors import ConfigError
 from opd_ray.storage import control
-from opd_ray.storage.run_folder import claim, write_json_atomic
+from opd_ray.storage.run_folder import STAGES, claim, write_json_atomic
 
 ROLES = [
     {"role": "rollout", "wanted": 2, "starting": 1, "healthy": 1, "suspect": 0, "stale": 0, "draining": 0, "queue": 3}
@@ -95,6 +95,15 @@ def test_a_finished_run_has_no_workers(cli, run):
         "ended 2 h 00 min ago",
     ]
     assert cli("status", run, "--watch").code == 0, "there is nothing to wait for"
+
+
+def test_a_stopped_job_names_what_has_not_begun_and_how_to_go_on(cli, run):
+    job = run.parent
+    write_json_atomic(job / STAGES, {"stages": [run.name, "text", "student"]})
+    beat(run, status="stopped", time=time.time() - 7200.5)
+    told = ["ended 2 h 00 min ago; go on with opd-ray train ... --resume", "text: not begun", "student: not begun"]
+    assert cli("status", job).out.splitlines()[1:] == told
+    assert cli("status", job, "--watch").out.splitlines()[1:] == told, "there is nothing to wait for"
 
 
 def test_json_is_the_heartbeat_and_what_follows_from_it(cli, run):
