@@ -7,9 +7,7 @@ import gc
 import json
 import os
 import sys
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
 from opd_ray.algorithms import Facts
 from opd_ray.algorithms.dmd import Dmd
@@ -35,13 +32,14 @@ from opd_ray.config import (
     OptimizerConfig,
 )
 from opd_ray.diffusion import KERNELS, sample
+from opd_ray.errors import DriftError
 from opd_ray.learners import Engine, Learner, LearnerState, fsdp2, make_engine
 from opd_ray.learners.deepspeed import DeepSpeedEngine
 from opd_ray.learners.fsdp2 import FsdpEngine
 from opd_ray.storage import checkpoint, run_folder
 from opd_ray.types import Experience, WorkItem
 from tests.algorithms.parts import fill, item, learner, load, random_experience
-from tests.learners.live import Live
+from tests.learners.live import alive, replaced, spread_by
 
 BACKENDS = {
     "ddp": {"backend": "ddp"},
@@ -140,26 +138,30 @@ def updated(one: Learner, number: int) -> dict:
     return {"loss": report.loss, "norm": report.grad_norm, "skipped": report.skipped, "gradients": seen}
 
 
-def compare(one: Learner) -> list[dict]:
-    """The two updates of a round on the student's own drawings; a prompt's images are with both ranks."""
+def compare(one: Learner, off: float = 0.0) -> list[dict]:
+    """The two updates of a round on the student's own drawings; a prompt's images are with both ranks.
+
+    ``off`` is by how much the second rank's drawings were made of other velocities.
+    """
     one.algorithm.facts = Facts(num_steps=4, images_per_prompt=2)
     work = [item(task=t, index=i, position=4 * n + i, steps=(0,)) for n, t in enumerate("ab") for i in range(4)]
     one.begin(work)
     for part in work:
         if one.owner(part) == one.engine.rank:
-            one.take(drawing(one, part))
+            one.take(drawing(one, part, off * one.engine.rank))
     one.observe([(part, {"x": torch.tensor([float(part.position), -(part.position % 3.0)])}) for part in work])
     return [updated(one, number) for number in range(2)]
 
 
 @torch.no_grad()
-def drawing(one: Learner, work: WorkItem) -> Experience:
-    """The first step as the student makes it, from a random state; a teacher's velocities at random."""
+def drawing(one: Learner, work: WorkItem, off: float) -> Experience:
+    """The first step as the student makes it, or nearly, from a random state; a teacher's velocities at random."""
     known = random_experience(one.family, work, seed=work.position)
     path, algorithm = known.trajectory, one.algorithm
     now, then = path.sigmas[:2].tolist()
     x, velocities = path.latents[:, 0], torch.zeros_like(path.latents[:, 1:])
     velocities[:, 0] = one.family.velocity(x, now, path.cond, path.uncond, one.training.guidance)
+    velocities[:, 0] += off
     step = KERNELS[algorithm.kernel](x, velocities[:, 0], now, then, algorithm.noise_level)
     path.latents[:, 1] = sample(step, path.latents[:, 1])  # which is random
     return replace(known, trajectory=replace(path, velocities=velocities))
@@ -206,17 +208,6 @@ def of_all(name: str) -> tuple[str, dict[str, Any]]:
     return name.removeprefix(FULL), {"lora": None} if name.startswith(FULL) else {}
 
 
-@contextmanager
-def replaced(owner: Any, name: str, new: Any) -> Iterator[Any]:
-    """Another attribute meanwhile; gives what was there."""
-    real = getattr(owner, name)
-    setattr(owner, name, new)
-    try:
-        yield real
-    finally:
-        setattr(owner, name, real)
-
-
 class Rank:
     """What one rank sees, into files of the folder."""
 
@@ -261,6 +252,16 @@ class Rank:
     def compare(self, name: str) -> None:
         """A round of an algorithm that compares with the policy that drew."""
         self.write(name, compare(make(self.tiny, self.engine("ddp"), name)))
+
+    def drift(self, name: str) -> None:
+        """Such a round in which one of both ranks got drawings that the student would not make."""
+        one = make(self.tiny, self.engine("ddp"), name)
+        before, told = one.hashes(), ""
+        try:
+            compare(one, off=10.0)
+        except DriftError as error:
+            told = str(error)
+        self.note(f"drift-{name}", {"told": told, "unchanged": one.hashes() == before})
 
     def go_on(self, source: str, target: str) -> None:
         """The last rounds, from what another backend saved."""
@@ -322,52 +323,6 @@ class Rank:
         return found
 
 
-@contextmanager
-def spread_by(engine: Engine, network: torch.nn.Module) -> Iterator[list[tuple[int, int]]]:
-    """For each step in which an engine spreads weights: bytes that go to the device, and bytes left whole anywhere.
-
-    torch moves what a module has and is not sharded yet; DeepSpeed one parameter, which it empties then, and in
-    ``initialize`` whatever is not empty.
-    """
-    weights, steps = [weakref.ref(parameter) for parameter in network.parameters()], list[tuple[int, int]]()
-
-    def whole() -> int:
-        return sum(p.nbytes for p in (ref() for ref in weights) if p is not None and not isinstance(p, DTensor))
-
-    def shard(module: torch.nn.Module, **options: Any) -> Any:
-        moved = sum(p.nbytes for p in module.parameters() if not isinstance(p, DTensor))
-        found = real(module, **options)
-        steps.append((moved, whole()))
-        return found
-
-    def initialize(*args: Any, **options: Any) -> Any:
-        steps.append((whole(), whole()))
-        return real(*args, **options)
-
-    owner, name, new = (
-        (engine._deepspeed, "initialize", initialize)
-        if isinstance(engine, DeepSpeedEngine)
-        else (fsdp2, "fully_shard", shard)
-    )
-    with replaced(owner, name, new) as real:
-        yield steps
-
-
-def alive(one: Learner, folder: Path) -> dict[str, int]:
-    """Bytes of new tensors that are alive at a time while weights are gathered, by what they are gathered for."""
-    asked = {
-        "state": one.state,
-        "hashes": one.hashes,
-        "export": lambda: one.export(folder),
-    }
-    found = {}
-    for name, ask in asked.items():
-        with Live() as live:
-            ask()
-        found[name] = live.peak
-    return found
-
-
 def main(folder: Path, tiny: Path, part: str, rank: int) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # DeepSpeed collects garbage for each engine, and looks through all that was imported
@@ -394,6 +349,7 @@ def main(folder: Path, tiny: Path, part: str, rank: int) -> None:
         one.note(f"spread-{name}", one.spread(name))
     for name in COMPARING:
         one.compare(name)
+        one.drift(name)
     one.note("refused", one.refused())
 
 

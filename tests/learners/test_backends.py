@@ -172,6 +172,14 @@ def test_two_ranks_that_compare_with_who_drew_are_a_single_rank(seen, tiny, name
     assert not torch.allclose(first, second, rtol=0.1)
 
 
+@pytest.mark.parametrize("name", COMPARING)
+def test_drawings_of_one_rank_that_the_student_would_not_make_stop_both_before_any_step(seen, name):
+    first, second = by_rank(seen, f"drift-{name}")
+    assert "on another learner rank" in first["told"]
+    assert "rollout and learner compute differently" in second["told"] and "another" not in second["told"]
+    assert first["unchanged"] and second["unchanged"]
+
+
 def are_one(seen, name, one):
     rounds, proof = one
     same(read(seen, name), rounds)
