@@ -181,7 +181,7 @@ def test_a_signal_before_and_after_the_rounds_stops_at_once(run, whole, monkeypa
     assert same(run("--resume"), whole)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.verify)])
 def test_a_process_that_is_ended_from_outside_goes_on_bit_identically(run, recipe, whole, tmp_path, kind):
     rounds = tmp_path / "small" / "metrics.jsonl"
     script = "import sys; from opd_ray.cli import main; sys.argv[0] = 'opd-ray'; main()"

@@ -159,6 +159,7 @@ def alone(name: str, **changes: Any) -> dict[str, Any]:
     return data | {"arms": {one: data["arms"][one] for one in ("base", name)}, "hypotheses": {}}
 
 
+@pytest.mark.verify
 def test_a_full_disk_in_training_stops_the_comparison_with_its_reason(
     small_disk: Callable[[Path, int], SmallDisk], tmp_path: Path
 ) -> None:

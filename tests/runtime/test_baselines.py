@@ -250,7 +250,7 @@ class TestRecorded:
         ("readers", "changes"),
         [
             pytest.param(2, {"algorithm": {"name": "opd", "states": "recorded"}}, id="opd"),
-            pytest.param(1, {"algorithm": {"name": "sft"}, "teachers": {}}, id="sft"),
+            pytest.param(1, {"algorithm": {"name": "sft"}, "teachers": {}}, id="sft", marks=pytest.mark.verify),
         ],
     )
     def test_over_ray_it_is_the_student_of_one_process(

@@ -98,6 +98,7 @@ def test_what_does_not_fit_is_refused(matching, tmp_path, changes, text):
 
 
 @pytest.mark.ray
+@pytest.mark.verify
 def test_workers_give_the_student_of_one_process(matching, ray_session, tmp_path):
     """Teachers noise what was drawn by themselves."""
     done = go(matching("tdm", "ray"), tmp_path / "ray")

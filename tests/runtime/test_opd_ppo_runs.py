@@ -79,6 +79,7 @@ def test_what_does_not_fit_is_refused(ppo, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.verify
 def test_workers_give_the_student_of_one_process(ppo, ray_session, tmp_path):
     """Velocities of the policy that drew and of the teachers both travel."""
     done = go(ppo("return_to_go", "ray"), tmp_path / "ray")

@@ -74,6 +74,7 @@ def command(make_config, tmp_path):
     return run
 
 
+@pytest.mark.verify
 def test_a_learner_that_is_killed_too_often_is_exit_code_3_and_can_be_resumed(
     command, make_config, reference, tmp_path
 ) -> None:

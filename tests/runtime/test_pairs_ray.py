@@ -28,6 +28,7 @@ def read(order, reading, position, count):
     return list(islice(datasets.rows(order, reading, 2, position), count))
 
 
+@pytest.mark.verify
 def test_rows_are_those_of_one_process_also_from_the_middle(ray_session, path):
     order = Order(index_pairs(PairsConfig(files=str(path))), 0, 6)
     reading = Reading(files.SIDE)

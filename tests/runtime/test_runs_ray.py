@@ -102,6 +102,7 @@ def test_more_workers_and_shared_teachers_are_one_with_local(make_config, ray_se
     assert same(go(config, tmp_path / "run"), reference(3))
 
 
+@pytest.mark.verify
 def test_drawings_in_parts_are_one_with_whole_ones_also_where_a_worker_is_killed(
     make_config, ray_session, tmp_path
 ) -> None:
@@ -128,6 +129,7 @@ def test_killed_workers_change_no_bit(make_config, ray_session, reference, tmp_p
     assert not alive(done.pids)
 
 
+@pytest.mark.verify
 def test_an_evaluation_whose_reward_worker_is_killed_scores_as_local(
     make_config, ray_session, prompts, tiny, tiny_teachers, tmp_path, monkeypatch
 ) -> None:
@@ -247,6 +249,7 @@ def test_two_hundred_rounds_leave_the_object_store_as_it_was(make_config, ray_se
     assert late <= 1.5 * early, (early, late)
 
 
+@pytest.mark.verify
 def test_a_run_waits_for_what_an_old_attempt_still_holds(make_config, ray_session, reference, tmp_path) -> None:
     cpus = ray.available_resources()["CPU"]
     holder = ray_session.start(WorkerSpec("holder", Toy, 1, {"cpu": cpus - 0.1}), "holder-0")
