@@ -145,6 +145,8 @@ class Watch:
     round: int = 0
     """The one that is under way."""
     _same: dict[str, int] = field(default_factory=dict)
+    _silent: dict[str, int] = field(default_factory=dict)
+    """Reward that has scored before -> the last rounds of which it scored no picture."""
 
     def set_aside(self, rows: Sequence[Picture], where: str, **about: Any) -> dict[str, int]:
         """List what failed, and say so; returns how often, by reward.
@@ -181,20 +183,30 @@ class Watch:
         return dict(Counter(row["reward"] for row in found))
 
     def same(self, values: Mapping[str, Sequence[float]]) -> list[str]:
-        """Say which rewards have just given one number to all pictures of several rounds; returns the sentences.
+        """Say which rewards have just given one number, or none, to all pictures of several rounds.
 
         Args:
-            values: reward -> its numbers in a round.
+            values: reward -> its numbers in a round; not there where it scored nothing.
+
+        Returns:
+            The sentences.
         """
         told = []
+        for name in self._silent | dict.fromkeys(values, 0):
+            self._silent[name] = 0 if name in values else self._silent[name] + 1
+            if self._silent[name] == SAME_ROUNDS:
+                told.append(
+                    f"reward {name} scored no picture of the last {SAME_ROUNDS} rounds, and did before: it answers "
+                    "NaN, which means that it does not apply, or fails; nothing is learned from it"
+                )
         for name, numbers in values.items():
             alike = len(numbers) > 1 and min(numbers) == max(numbers)
             self._same[name] = self._same.get(name, 0) + 1 if alike else 0
             if self._same[name] == SAME_ROUNDS:
-                text = (
+                told.append(
                     f"reward {name} gave {numbers[0]:.6g} to every picture of the last {SAME_ROUNDS} rounds: it tells "
                     "nothing apart, so nothing can be learned from it"
                 )
-                self.note(text)
-                told.append(text)
+        for text in told:
+            self.note(text)
         return told

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from opd_ray.comparison.hypotheses import AVERAGE
 from opd_ray.comparison.nodes import key_of
 from opd_ray.comparison.protocol import prompts_of
 from opd_ray.comparison.results import Results, Row
@@ -50,12 +49,13 @@ def write_pictures(results: Results, out: Path) -> dict[Path, str]:
                 write_sheet(shown, samples, file)
                 titles[file] = f"{group}: {', '.join(shown)}"
     if curved := [row for row in results.rows if row.curves]:
-        points = {row.name: row.on_the_way(results.protocol.judged.averaged) for row in curved}
+        points = {row.name: row.on_the_way() for row in curved}
         for score in [*results.protocol.judged.prompts, "fidelity"]:
             file = _chart(points, "images in all", score, out / f"curve-{score}.svg")
             titles[file] = f"{score} as images are drawn, also those that made what an arm needs"
-        file = _chart(points, AVERAGE, "fidelity", out / "proxy-and-gauge.svg")
-        titles[file] = "fidelity against the average score, on the way"
+        if any("reward" in point for own in points.values() for point in own):
+            file = _chart(points, "reward", "fidelity", out / "proxy-and-gauge.svg")
+            titles[file] = "fidelity against the reward that is learned from, on the way"
     return titles
 
 
@@ -76,14 +76,16 @@ def _samples(results: Results, columns: list[str], out: Path) -> list[Sample]:
 
 def _chart(points: Mapping[str, list[dict[str, float]]], along: str, score: str, file: Path) -> Path:
     """Means over seeds of every arm on its way, as a picture that needs no page around it."""
+    shown = {name: [point for point in own if {along, score} <= point.keys()] for name, own in points.items()}
     lines = [
-        Series(name, number, tuple((round(point[along], 3), point[score]) for point in own if score in point))
-        for number, (name, own) in enumerate(points.items())
+        Series(name, number, tuple((round(point[along], 3), point[score]) for point in own))
+        for number, (name, own) in enumerate(shown.items())
+        if own
     ]
     label = f"{score} over {along}"
     chart = line_chart(lines, label=label, dots=True, smooth=False, unit=along)
     keys = "".join(
-        f'<g class="c{number % len(COLOURS)}"><text x="{60 + 140 * (number % 3)}" '
+        f'<g class="c{line.color % len(COLOURS)}"><text x="{60 + 140 * (number % 3)}" '
         f'y="{HEIGHT + 18 + 16 * (number // 3)}">{line.name}</text></g>'
         for number, line in enumerate(lines)
     )

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from opd_ray.comparison.nodes import Place, key_of, needs_of, plan, rate_of, tri
 from opd_ray.comparison.protocol import Protocol
 from opd_ray.comparison.verdicts import Scores, Verdict, decide
 from opd_ray.evaluation.gauges import Gauge, mean_of
+from opd_ray.metrics import rows
 from opd_ray.storage.run_folder import read_json
 
 __all__ = ["COSTS", "Cost", "Results", "Row", "gather"]
@@ -53,15 +56,19 @@ class Row:
     rate: float | None
     curves: tuple[list[dict[str, Any]], ...]
 
-    def on_the_way(self, averaged: Sequence[str]) -> list[dict[str, float]]:
-        """Means over seeds at each point of the curves: `images`, `images in all`, every score, fidelity if known."""
+    def on_the_way(self) -> list[dict[str, float]]:
+        """Means over seeds at each point of the curves: `images`, `images in all`, every score, fidelity if known.
+
+        `reward` is what the arm learned from since the point before, where it learned from rewards.
+        """
         before = float(np.mean([cost.serial - cost.free for cost in self.costs["images"]]))
         found = list[dict[str, float]]()
         for points in zip(*self.curves, strict=False):
             means = {task: [np.nanmean(point["scores"][task]) for point in points] for task in points[0]["scores"]}
+            if "reward" in points[0]:
+                means["reward"] = [point["reward"] for point in points]
             if "fidelity" in points[0]:
                 means["fidelity"] = [one["value"] for point in points for one in point["fidelity"].values()]
-            means[AVERAGE] = [one for task in averaged for one in means[task]]
             images = {"images": points[0]["images"], "images in all": points[0]["images"] + before}
             found.append(images | {name: float(np.mean(own)) for name, own in means.items()})
         return found
@@ -81,6 +88,8 @@ class Results:
     """Arm -> seed -> start or end -> pair of tasks -> cosine."""
     code: tuple[str, ...]
     """The states of the code that made it; `unknown` where that was not written down yet."""
+    core_hours: float
+    """Processor time of all that was trained, recorded and merged, trials too."""
     done: int
     total: int
     quick: bool
@@ -119,6 +128,7 @@ def gather(protocol: Protocol, sha256: str, place: Place, *, quick: bool = False
         _trials(protocol, place),
         cosines,
         tuple(sorted({state for one in booked.values() for state in one.get("code", ["unknown"])})),
+        sum(one["core_seconds"] for one in booked.values()) / 3600,
         sum(place.done(node) for node in nodes),
         len(nodes),
         quick,
@@ -141,8 +151,19 @@ def _row(protocol: Protocol, name: str, found: Mapping[int, dict[str, Any]], boo
         {kind: _gauges([one[kind] for one in judged]) for kind in GAUGES if all(kind in one for one in judged)},
         {kind: tuple(cost(protocol, booked, kind, name, seed) for seed in found) for kind in COSTS},
         rate_of(protocol, name, place) if arm.do == "train" else None,
-        tuple(one["curve"] for one in judged if one.get("curve")),
+        tuple(_curve(one, place.work(key_of(protocol, name, seed))) for seed, one in found.items() if one.get("curve")),
     )
+
+
+def _curve(told: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The points of one seed, with the mean of all rewards of the pictures that were drawn since the one before."""
+    rewards = {row["round"]: fmean(row["scores"].values()) for row in rows(folder / "metrics.jsonl") if "scores" in row}
+    points, before = list[dict[str, Any]](), 0
+    for point in told["curve"]:
+        since = [rewards[round] for round in range(before, point["round"]) if round in rewards]
+        points.append(point | ({"reward": fmean(since)} if since else {}))
+        before = point["round"]
+    return points
 
 
 def _gauges(told: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Gauge, ...]]:

@@ -31,7 +31,11 @@ def _page(results: Results, out: Path, pictures: Mapping[Path, str]) -> Iterator
     yield f"# {protocol.name}\n"
     yield f"Protocol sha256 `{results.sha256}`; seeds {seeds}; {results.done} of {results.total} pieces of work done.\n"
     if results.code:
-        yield f"Trained and merged by {', '.join(f'`{one}`' for one in results.code)} (version and hash of code).\n"
+        code = ", ".join(f"`{one}`" for one in results.code)
+        yield (
+            f"Trained and merged by {code} (version and hash of code), with trials in {results.core_hours:.1f} hours "
+            "of processor time.\n"
+        )
     if results.quick:
         yield "**A quick run**, of few rounds and pictures: it shows that all of it runs, and finds nothing.\n"
     else:
@@ -148,12 +152,16 @@ def _curves(results: Results) -> Iterator[str]:
         return
     tasks = [*results.protocol.judged.prompts]
     yield "\n## On the way\n"
-    yield "Scores against fidelity as images are drawn; means over seeds.\n"
-    yield from _head(["model", "images", "images in all", *tasks, "fidelity"])
+    yield (
+        "Rewards and scores against fidelity as images are drawn; means over seeds. A reward is the mean of those that "
+        "the model learned from since the point before, at the pictures of its training.\n"
+    )
+    columns = ["reward", *tasks, "fidelity"]
+    yield from _head(["model", "images", "images in all", *columns])
     for row in rows:
-        for point in row.on_the_way(results.protocol.judged.averaged):
+        for point in row.on_the_way():
             images = (f"{point[name]:,.0f}" for name in ("images", "images in all"))
-            yield _line([row.name, *images, *(f"{point.get(name, np.nan):.3f}" for name in [*tasks, "fidelity"])])
+            yield _line([row.name, *images, *(f"{point[name]:.3f}" if name in point else "-" for name in columns)])
 
 
 def _cosines(results: Results) -> Iterator[str]:
@@ -187,6 +195,7 @@ def _data(results: Results) -> dict[str, Any]:
         "protocol_sha256": results.sha256,
         "quick": results.quick,
         "code": results.code,
+        "core_hours": results.core_hours,
         "done": results.done,
         "total": results.total,
         "hypotheses": {verdict.name: verdict.told() for verdict in results.verdicts},

@@ -108,7 +108,12 @@ def test_what_it_writes(done: tuple[Path, Path, str]) -> None:
     assert images == {"free": 4, "parallel": 4 + 16, "serial": 4 + 16}
     (seconds,), (teacher,) = rows["student"]["costs"]["core_seconds"], rows["teacher"]["costs"]["core_seconds"]
     assert seconds["serial"] == pytest.approx(seconds["free"] + teacher["free"])
-    assert [point["images"] for point in rows["teacher"]["curves"][0]] == [8, 16]
+    lines = (out / "work" / "teacher-s0" / "metrics.jsonl").read_text().splitlines()
+    learned = [json.loads(line)["scores"]["look"] for line in lines]
+    assert found["core_hours"] * 3600 == pytest.approx(seconds["serial"], abs=1.0), "and the merge"
+    assert [point["images"] for point in rows["teacher"]["curves"][0]] == [8, 16] and len(learned) == 4
+    rewards = [(learned[0] + learned[1]) / 2, (learned[2] + learned[3]) / 2]
+    assert [point["reward"] for point in rows["teacher"]["curves"][0]] == pytest.approx(rewards)
     page = (out / "comparison.md").read_text()
     assert found["protocol_sha256"] in page
     assert "**student** distilled" in page

@@ -181,6 +181,16 @@ def test_the_share_is_of_those_pictures_that_a_reward_applies_to(tmp_path):
         watch.set_aside([(prompt, 0, scored, place) for place in range(10)], "round 1")
 
 
+def test_a_reward_that_falls_silent_is_told_of_once(tmp_path):
+    """NaN of every picture: it is no 0, and others are learned from alone, but not in silence."""
+    notes = []
+    watch = Watch({}, MetricsLog(tmp_path / "failures.jsonl", []), notes.append)
+    rounds = [{"one": [0.1, 0.2], "two": [1.0, 2.0]}] + 5 * [{"two": [1.0, 2.0]}] + [{"one": [0.1, 0.2]}]
+    told = [watch.same(values) for values in rounds]
+    assert [len(texts) for texts in told] == [0, 0, 0, 1, 0, 0, 0] and notes == told[3]
+    assert notes[0].startswith("reward one scored no picture of the last 3 rounds, and did before: it answers NaN")
+
+
 def test_a_variable_may_be_that_of_where_the_run_starts(monkeypatch):
     spec = WorkerSpec("reward", Choosy, 1, {}, runtime_env={"env_vars": {"KEY": "${OPD_RAY_SECRET}", "TWO": "2"}})
     with pytest.raises(ConfigError, match=r"env_vars.KEY of reward names \$\{OPD_RAY_SECRET\}, which is not set"):
