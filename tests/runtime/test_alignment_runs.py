@@ -229,7 +229,8 @@ SMALL = {"resources": {"cpu": 0.25}}
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.verify)])
+@pytest.mark.verify
+@pytest.mark.parametrize("workers", [1, 2])
 def test_pairs_drawn_by_workers_give_the_student_of_one_process_also_where_two_die(
     config, ray_session, tmp_path, workers
 ):

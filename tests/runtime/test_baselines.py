@@ -246,11 +246,12 @@ class TestRecorded:
         assert same(go(config, tmp_path / "parts", resume=True), whole)
 
     @pytest.mark.ray
+    @pytest.mark.verify
     @pytest.mark.parametrize(
         ("readers", "changes"),
         [
             pytest.param(2, {"algorithm": {"name": "opd", "states": "recorded"}}, id="opd"),
-            pytest.param(1, {"algorithm": {"name": "sft"}, "teachers": {}}, id="sft", marks=pytest.mark.verify),
+            pytest.param(1, {"algorithm": {"name": "sft"}, "teachers": {}}, id="sft"),
         ],
     )
     def test_over_ray_it_is_the_student_of_one_process(

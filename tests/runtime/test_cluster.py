@@ -76,6 +76,7 @@ def finish(backend, call) -> Done:
     return backend.result(call.done)
 
 
+@pytest.mark.verify
 def test_a_worker_that_sees_another_run_folder_is_refused_and_names_node_and_path(backend, tmp_path) -> None:
     """As on a node where the run folder's path leads to a disk of its own."""
     nonce = tmp_path / ".nonce"

@@ -48,6 +48,7 @@ def sizes(config_of, tiny):
     return kept, Checkpoint(ModelConfig(path=str(tiny)), "cpu", network.dtype, text=False).nbytes()
 
 
+@pytest.mark.verify
 def test_a_run_under_a_limit_is_the_run_without_one(config_of, sizes, tmp_path) -> None:
     kept, own = sizes
     free, tight = go(config_of(), tmp_path / "free"), go(config_of((kept + own) / 1e9), tmp_path / "tight")

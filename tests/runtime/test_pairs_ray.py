@@ -28,7 +28,6 @@ def read(order, reading, position, count):
     return list(islice(datasets.rows(order, reading, 2, position), count))
 
 
-@pytest.mark.verify
 def test_rows_are_those_of_one_process_also_from_the_middle(ray_session, path):
     order = Order(index_pairs(PairsConfig(files=str(path))), 0, 6)
     reading = Reading(files.SIDE)
@@ -44,6 +43,7 @@ def test_an_error_of_a_task_is_ours(ray_session, path):
         read(order, Reading(files.SIDE, on_bad="stop"), 0, 20)
 
 
+@pytest.mark.verify
 def test_a_run_with_two_readers_of_which_one_is_killed_is_the_local_one(ray_session, make_config, path, tmp_path):
     sections = {
         "rounds": 3,

@@ -47,7 +47,8 @@ def scored(prompts, *rewards, batch=4, **changes):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("by", ["py_modules", pytest.param("pip", marks=pytest.mark.verify)])  # pip copies this venv
+@pytest.mark.verify  # pip copies this venv
+@pytest.mark.parametrize("by", ["py_modules", "pip"])
 def test_two_rewards_have_two_versions_of_one_package_at_once(make_config, ray_session, prompts, tmp_path, by):
     old = wheel(tmp_path, "1.0", "FACTOR = 2\n")
     new = wheel(tmp_path, "2.0", "def factor():\n    return 3\n")
