@@ -29,6 +29,7 @@ __all__ = ["Standing", "status"]
 
 EVERY_S = 1.0
 PACE_ROUNDS = 20
+GO_ON = "go on with opd-ray train ... --resume"
 TAIL_BYTES = 1 << 17
 """Of metrics.jsonl: the last rows are enough, however long the run is."""
 
@@ -43,7 +44,7 @@ def status(
 ) -> None:
     """Show how a run stands: its round and pace, and what the workers of each role do."""
     require_local(run, "RUN")
-    stages = _stages(run)
+    stages, to_come = _stages(run)
     if json:
         found = {stage.name: Standing.read(stage).data() for stage in stages}
         console.print_json(data=found or Standing.read(run).data())
@@ -53,24 +54,15 @@ def status(
     else:
         for one in stages or [run]:
             console.print(Standing.read(one).show(console), soft_wrap=True)
-        for text in _to_come(run):
+        for text in to_come:
             console.print(text)
 
 
-def _all_stages(folder: Path) -> list[Path]:
-    """The runs of a job of several stages; none where it is no such job's folder."""
+def _stages(folder: Path) -> tuple[list[Path], list[Text]]:
+    """The runs that a job of several stages has begun, and a line on each of the others; neither of another folder."""
     names = read_json(folder / STAGES)["stages"] if (folder / STAGES).is_file() else ()
-    return [folder / name for name in names]
-
-
-def _stages(folder: Path) -> list[Path]:
-    """Those that it has begun."""
-    return [stage for stage in _all_stages(folder) if (stage / "run.json").is_file()]
-
-
-def _to_come(folder: Path) -> list[Text]:
-    """A line on each that it has not."""
-    return [Text(f"{stage.name}: not begun") for stage in _all_stages(folder) if not (stage / "run.json").is_file()]
+    begun = [name for name in names if (folder / name / "run.json").is_file()]
+    return [folder / name for name in begun], [Text(f"{name}: not begun") for name in names if name not in begun]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +112,11 @@ class Standing:
                 parts.append(f"{duration((rounds - done) * self.pace_s)} left")
         yield Text(", ".join(parts), style="bold")
         if not self.running:
-            advice = "" if self.beat["status"] == "done" else "; go on with opd-ray train ... --resume"
+            advice = "" if self.beat["status"] == "done" else f"; {GO_ON}"
             yield Text(f"ended {duration(self.age_s)} ago{advice}", style="dim")
             return
         if self.age_s > HEARTBEAT_S:
-            advice = "the driver is gone or hangs; go on with opd-ray train ... --resume"
+            advice = f"the driver is gone or hangs; {GO_ON}"
             yield Text(f"no heartbeat for {duration(self.age_s)}: {advice}", style="bold red")
         else:
             yield Text(f"heartbeat {duration(self.age_s)} ago, attempt {self.beat['attempt']}", style="dim")
@@ -241,8 +233,9 @@ def _watch(run: Path) -> None:
     live = Live(console=console, auto_refresh=False) if console.is_terminal else None
     with live or contextlib.nullcontext():
         while True:
-            found = [_look(one) for one in _stages(run) or [run]]
-            shown = Group(*(text for _, text in found), *_to_come(run))
+            stages, to_come = _stages(run)
+            found = [_look(one) for one in stages or [run]]
+            shown = Group(*(text for _, text in found), *to_come)
             if live is not None:
                 live.update(shown, refresh=True)
             else:
